@@ -1,0 +1,45 @@
+# Everything runs in .venv, which any target creates and keeps up to date by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## install, then fit the nano preset, score it and print some text (minutes)
+	$(BIN)/ltm-pyro fit --preset nano --out runs/demo --overwrite
+
+test: $(STAMP)  ## all but the slow tests, with coverage, and the notebooks
+	$(BIN)/python -m pytest -m "not slow" --cov --nbmake --nbmake-timeout=300 tests notebooks
+
+test-slow: $(STAMP)  ## the slow, statistical tests
+	$(BIN)/python -m pytest -m slow tests
+
+lint: $(STAMP)  ## style, types and the floors
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## apply the style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv, caches, build leftovers and the demo's run
+	rm -rf .venv build dist ltm_pyro.egg-info runs/demo
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage .coverage.*
+	find ltm_pyro tests notebooks benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A missing, interrupted or broken environment is made anew, a working one brought up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "error: '$(PYTHON)' is not Python 3.11 or newer: run make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; }; \
+	  $(PYTHON) -m venv --clear .venv; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

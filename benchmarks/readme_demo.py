@@ -1,0 +1,101 @@
+"""Writes the README's table of the demo from a finished run, with what made it beside it.
+
+    make demo
+    .venv/bin/python benchmarks/readme_demo.py runs/demo
+
+Replaces what stands between the markers in README.md and copies the run's score figure to docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+PICTURE = Path("docs/demo_scores.png")
+
+
+def main() -> None:
+    """Rewrites the block."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
+    run = parser.parse_args().run
+    scores = json.loads((run / "scores.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    block = "\n".join(
+        [BEGIN, *table(scores), "", footnote(scores, config, run), "", *picture(), END]
+    )
+    readme.write_text(before + block + after)
+    (ROOT / PICTURE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(run / "scores.png", ROOT / PICTURE)
+
+
+def table(scores: dict[str, Any]) -> list[str]:
+    """The scores as Markdown rows."""
+    unit, control, panel = scores["unit"], scores["control"], scores["collapse"]
+
+    def with_errors(values: dict[str, Any], name: str) -> str:
+        return (
+            f"{values[name]:.3f} ± {values[f'{name}_sampling_se']:.3f} ± {values[f'{name}_se']:.3f}"
+        )
+
+    rows = [
+        (
+            f"`ppl_elbo` per {unit}",
+            with_errors(scores, "ppl_elbo"),
+            with_errors(control, "ppl_elbo"),
+        ),
+        (f"`ppl_iw` per {unit}, S = {scores['draws']}", with_errors(scores, "ppl_iw"), "the same"),
+        ("KL, nats per sequence", f"{panel['kl']:.2f} ± {panel['kl_se']:.2f}", "-"),
+        (
+            "loss with another sequence's z, nats per sequence",
+            f"{panel['penalty_shuffled']:.2f} ± {panel['penalty_shuffled_se']:.2f}",
+            "-",
+        ),
+        ("k-hat, median", f"{scores['khat']['median']:.2f}", "-"),
+    ]
+    head = ["| held-out text | with thoughts | control: same decoder, no z |", "|---|---|---|"]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def footnote(scores: dict[str, Any], config: dict[str, Any], run: Path) -> str:
+    """What the numbers are, and what made them."""
+    settings = config["config"]
+    with (run / "metrics.csv").open() as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    versions = ", ".join(
+        f"{name} {scores[f'{name}_version']}" for name in ("ltm_pyro", "torch", "pyro")
+    )
+    return (
+        f"Mode {scores['mode']}: {scores['mode_meaning']}. First error: of having sampled these "
+        f"{scores['n_sequences']} sequences ({scores['n_tokens']} {scores['unit']}s); second: "
+        "Monte Carlo. Made by `make demo` and `benchmarks/readme_demo.py`: "
+        f"{settings['steps']} slow steps for each model, seed {settings['seed']}, corpus SHA-256 "
+        f"{config['corpus']['sha256'][:12]}, {versions}, Python {platform.python_version()}; "
+        f"{seconds:.0f} s for the fit on {os.cpu_count()} cores ({platform.machine()})."
+    )
+
+
+def picture() -> list[str]:
+    """The figure with its reading."""
+    return [
+        f"![Held-out gain over the control, sequence by sequence]({PICTURE})",
+        "",
+        "Each sequence's gain over the control, nats. Above the dashed line a lower bound proves",
+        "that thoughts helped; another sequence's thoughts (orange) must score lower, or z is not",
+        "used.",
+    ]
+
+
+if __name__ == "__main__":
+    main()

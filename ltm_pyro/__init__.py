@@ -1,0 +1,75 @@
+"""Latent-thought language models as Pyro programs, fitted by dual-rate variational Bayes.
+
+The generative story is in `ltm_pyro.models`, the posterior in `ltm_pyro.inference.guides`. The
+names below are the public interface; each is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Batch": "ltm_pyro.data.batches",
+    "load_corpus": "ltm_pyro.data.corpus",
+    "ModelConfig": "ltm_pyro.config",
+    "FitConfig": "ltm_pyro.config",
+    "Fast": "ltm_pyro.config",
+    "Slow": "ltm_pyro.config",
+    "InputError": "ltm_pyro.errors",
+    "NonFiniteError": "ltm_pyro.errors",
+    "LatentThoughtModel": "ltm_pyro.models.latent_thought",
+    "LinearGaussian": "ltm_pyro.models.linear_gaussian",
+    "LocalGuide": "ltm_pyro.inference.guides",
+    "build_guide": "ltm_pyro.inference.guides",
+    "register_guide": "ltm_pyro.inference.guides",
+    "guide_families": "ltm_pyro.inference.guides",
+    "DualRateSVI": "ltm_pyro.inference.dual_rate",
+    "Posterior": "ltm_pyro.inference.posterior",
+    "generate": "ltm_pyro.inference.generation",
+    "evaluate": "ltm_pyro.diagnostics.bounds",
+    "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
+    "load_run": "ltm_pyro.run",
+    "to_datatree": "ltm_pyro.export",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from ltm_pyro.config import Fast as Fast
+    from ltm_pyro.config import FitConfig as FitConfig
+    from ltm_pyro.config import ModelConfig as ModelConfig
+    from ltm_pyro.config import Slow as Slow
+    from ltm_pyro.data.batches import Batch as Batch
+    from ltm_pyro.data.corpus import load_corpus as load_corpus
+    from ltm_pyro.diagnostics.bounds import evaluate as evaluate
+    from ltm_pyro.diagnostics.bounds import score_on_own_draws as score_on_own_draws
+    from ltm_pyro.errors import InputError as InputError
+    from ltm_pyro.errors import NonFiniteError as NonFiniteError
+    from ltm_pyro.export import to_datatree as to_datatree
+    from ltm_pyro.inference.dual_rate import DualRateSVI as DualRateSVI
+    from ltm_pyro.inference.generation import generate as generate
+    from ltm_pyro.inference.guides import LocalGuide as LocalGuide
+    from ltm_pyro.inference.guides import build_guide as build_guide
+    from ltm_pyro.inference.guides import guide_families as guide_families
+    from ltm_pyro.inference.guides import register_guide as register_guide
+    from ltm_pyro.inference.posterior import Posterior as Posterior
+    from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel
+    from ltm_pyro.models.linear_gaussian import LinearGaussian as LinearGaussian
+    from ltm_pyro.run import load_run as load_run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in ("models", "inference", "data", "diagnostics", "plots"):
+        return importlib.import_module(f"ltm_pyro.{name}")
+    raise AttributeError(f"module 'ltm_pyro' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,114 @@
+"""The command line: `ltm-pyro COMMAND`, one module per command.
+
+Exit status: 0 done; 1 the fit met NaN (its last good checkpoint is kept); 2 something given cannot
+be used, told in one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM (the checkpoint is
+kept). Nothing heavy is imported before a command needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TextIO
+
+import ltm_pyro
+from ltm_pyro.errors import InputError, NonFiniteError, unknown_name
+
+COMMANDS = {
+    "fit": "fit a model to text, score it, and write some",
+    "evaluate": "score a fitted run on held-out text",
+    "generate": "write text with a fitted run",
+    "export": "write posteriors and scores for ArviZ",
+    "cost": "what a preset costs, before it is run",
+}
+HELP = f"""\
+usage: ltm-pyro COMMAND [OPTIONS]
+
+Latent-thought language models as Bayesian models: fit them to text, score them with bounds that
+hold, and look at the posterior of every sequence.
+
+commands:
+{chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
+
+  ltm-pyro COMMAND --help   options and examples of a command
+  ltm-pyro --version        the version
+
+examples:
+  ltm-pyro fit --preset nano --out runs/first       fit on Python's own documentation, minutes
+  ltm-pyro evaluate runs/first                      its scores again, on held-out text
+  ltm-pyro generate runs/first --prompt "The with statement" --n 3
+"""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name; the process's own by default.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            status = _dispatch(arguments)
+            sys.stdout.flush()
+            return status
+        except InputError as error:
+            return _fail(_with_notes(error), 2)
+        except NonFiniteError as error:
+            return _fail(_with_notes(error), 1)
+        except BrokenPipeError:
+            # The reader has seen enough. Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            where = f" to {error.filename!r}" if error.filename else ""
+            return _fail(f"cannot write{where}: {error.strerror}; free some space", 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        print(f"ltm-pyro {ltm_pyro.__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise unknown_name("command", command, COMMANDS)
+    status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
+    return status
+
+
+def _with_notes(error: Exception) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def _fail(message: str, status: int) -> int:
+    one_line = " ".join(message.split())
+    print(f"ltm-pyro: error: {one_line}", file=sys.stderr)
+    return status
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line, without the place in the code that raised it."""
+    print(f"ltm-pyro: warning: {' '.join(str(message).split())}", file=file or sys.stderr)

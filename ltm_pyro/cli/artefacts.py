@@ -1,0 +1,88 @@
+"""What a finished fit leaves in its folder beside checkpoint and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltm_pyro.errors import InputError
+from ltm_pyro.export import save_datatree, to_datatree
+from ltm_pyro.run import Run
+from ltm_pyro.run.files import json_bytes, write_atomic
+from ltm_pyro.run.scoring import HeldOut, per_sequence_csv
+
+POSTERIOR = "posterior.nc"
+FILES = {
+    "config.json": "settings, versions, and what the corpus was",
+    "tokenizer.json": "the tokenizer",
+    "checkpoint": "weights and optimiser (safetensors), and how far the fit is (JSON)",
+    "metrics.csv": "one row per slow step: elbo, nll, kl, learning rates, gradient norms",
+    "control": "checkpoint and metrics of the same decoder without thoughts",
+    "scores.json": "held-out scores with errors, the control's, and the collapse panel",
+    "scores.csv": "held-out scores per sequence, in nats",
+    POSTERIOR: "posteriors, scores and the fit's course, as ArviZ reads them",
+    "training.png": "the two clocks: elbo and its parts, and both learning rates",
+    "fast_loop.png": "how q was fitted, sequence by sequence",
+    "thoughts.png": "posterior intervals of z",
+    "scores.png": "held-out scores sequence by sequence, beside the control's",
+}
+"""What is what in a run folder."""
+
+
+def write_artefacts(run: Run, held_out: HeldOut, scores: Mapping[str, Any]) -> None:
+    """Writes scores, posteriors and figures into the run folder.
+
+    Raises:
+        InputError: if something cannot be written.
+    """
+    write_atomic(run.folder / "scores.json", json_bytes(scores))
+    write_atomic(run.folder / "scores.csv", per_sequence_csv(held_out).encode())
+    write_posterior(run.folder / POSTERIOR, run, held_out)
+    _write_figures(run, held_out)
+
+
+def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:
+    """Writes the posteriors with scores and the fit's course as NetCDF.
+
+    As many draws are kept as were scored: each costs a pass through the decoder per sequence.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    if held_out.post is None:
+        raise InputError("there is no posterior to write in mode 'prior'")
+    tree = to_datatree(
+        held_out.post,
+        held_out.batch,
+        held_out.scores,
+        int(held_out.scores.attrs["draws"]),
+        model=run.model,
+        fit_trace=run.metrics,
+        seed=run.config.seed,
+    )
+    save_datatree(tree, target)
+
+
+def _write_figures(run: Run, held_out: HeldOut) -> None:
+    # Drawing takes seconds to import: only a finished fit pays for it.
+    from ltm_pyro import plots
+
+    control = run.control_metrics() if run.config.control else None
+    figures = {"training.png": plots.two_clock_curves(run.metrics, control)}
+    if bool(np.isfinite(held_out.scores["elbo"]).all()):  # a point mass has no bound to draw
+        figures["scores.png"] = plots.score_panel(held_out.scores, held_out.control)
+    if held_out.post is not None:
+        figures["thoughts.png"] = plots.thought_intervals(held_out.post)
+        if held_out.post.trace is not None:
+            figures["fast_loop.png"] = plots.fast_loop_traces(held_out.post)
+    for name, figure in figures.items():
+        plots.save_figure(figure, run.folder / name)
+
+
+def list_files(folder: Path) -> str:
+    """The folder's files, one line on what each is."""
+    found = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
+    return "\n".join(f"  {name:<15} {what}" for name, what in found)

@@ -1,0 +1,64 @@
+"""`ltm-pyro evaluate`: the scores of a run on held-out text."""
+
+from __future__ import annotations
+
+import json
+
+from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import InputError
+
+_DESCRIPTION = """\
+Score a run on held-out text, on draws that inference has not seen: bounds on the
+log-likelihood with their errors, the control without thoughts, and whether the
+thoughts are used.
+
+Modes: oracle, q saw the sequence, so the score is a bound and the KL is charged;
+prefix, q saw the first tokens and the rest is scored; prior, no posterior.
+"""
+_EXAMPLES = """\
+ltm-pyro evaluate runs/demo
+ltm-pyro evaluate runs/demo --split test --draws 256
+ltm-pyro evaluate runs/demo --mode prefix --prefix 32
+ltm-pyro evaluate runs/demo --json > scores.json
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro evaluate`; returns the exit status."""
+    parser = Parser("evaluate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    add_run(parser)
+    parser.add_argument("--mode", type=str, default="oracle", help="oracle, prefix or prior")
+    parser.add_argument(
+        "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
+    )
+    add_scoring(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}: must be 0 or more")
+
+    from ltm_pyro.cli.printing import format_scores
+    from ltm_pyro.diagnostics.collapse import format_panel
+    from ltm_pyro.run.scoring import score_run, summary
+
+    fitted = open_run(options.run, options.device)
+    held_out = score_run(
+        fitted,
+        fitted.corpus(),
+        split=options.split,
+        mode=options.mode,
+        prefix=options.prefix,
+        sequences=options.sequences,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    scores = summary(fitted, held_out)
+    if options.json:
+        print(json.dumps(scores, ensure_ascii=False, allow_nan=False))
+        return 0
+    panel = held_out.panel(fitted.config.model.n_layers)
+    print(format_scores(scores))
+    if panel is not None:
+        print(f"\n{format_panel(panel)}")
+    return 0

@@ -1,0 +1,49 @@
+"""`ltm-pyro export`: posteriors and scores as ArviZ reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import InputError
+
+_DESCRIPTION = """\
+Infer the posteriors of held-out sequences, score them, and write both with what
+led to them as a NetCDF file in ArviZ's schema.
+"""
+_EXAMPLES = """\
+ltm-pyro export runs/demo                          runs/demo/posterior.nc
+ltm-pyro export runs/demo --split test --out test.nc
+python -c "import xarray; print(xarray.open_datatree('runs/demo/posterior.nc'))"
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro export`; returns the exit status."""
+    parser = Parser("export", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    add_run(parser)
+    parser.add_argument("--out", type=str, help="the file (default: RUN/posterior.nc)")
+    add_scoring(parser)
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}: must be 0 or more")
+
+    from ltm_pyro.cli.artefacts import POSTERIOR, write_posterior
+    from ltm_pyro.run.files import refuse_protected
+    from ltm_pyro.run.scoring import score_run
+
+    fitted = open_run(options.run, options.device)
+    target = fitted.folder / POSTERIOR if options.out is None else Path(options.out)
+    refuse_protected(target.parent)
+    held_out = score_run(
+        fitted,
+        fitted.corpus(),
+        split=options.split,
+        sequences=options.sequences,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    write_posterior(target, fitted, held_out)
+    print(f"wrote {target}")
+    return 0

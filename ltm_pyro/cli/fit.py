@@ -1,0 +1,204 @@
+"""`ltm-pyro fit`: text in, a run folder out, with scores and samples printed at the end."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.settings import (
+    Settings,
+    add_settings,
+    build_config,
+    expand_shortcuts,
+    given_settings,
+)
+from ltm_pyro.cli.stopping import StopSignals
+from ltm_pyro.config import PRESETS
+from ltm_pyro.errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from ltm_pyro.data.base import Corpus
+    from ltm_pyro.run import Run
+
+_DESCRIPTION = """\
+Fit a latent-thought model to text, score it on held-out text beside a control
+without thoughts, write some text, and leave a run folder.
+
+Settings come from --preset, then from the YAML file of --config, then from the
+options below; each names a field, as in --fast.steps 8. Shortcuts: --corpus,
+--tokenizer and --encoding for --corpus.name, --corpus.tokenizer and
+--corpus.encoding; --no-control, --no-compile and --persistent.
+"""
+_EXAMPLES = """\
+ltm-pyro fit --preset nano                         Python's documentation, on a CPU
+ltm-pyro fit --corpus book.txt --out runs/book     your own text, folder or .jsonl
+ltm-pyro fit --resume --out runs/book              go on after an interruption
+ltm-pyro fit --steps 1000 --fast.steps 8 --slow.lr 1e-3
+ltm-pyro fit --corpus mixture --corpus.options.classes 4
+ltm-pyro fit --config mine.yaml --seed 1           lines like  steps: 1000
+"""
+_PROMPT_SHARE = 4  # the demonstration's prompt is this part of a held-out sequence
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro fit`; returns the exit status."""
+    arguments = expand_shortcuts(arguments)
+    parser = _parser(arguments)
+    options: Settings = parser.parse_args(arguments, defaults=False).as_dict()
+    out, file = options.pop("out", None), options.pop("config", None)
+    resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
+    given = given_settings(parser, options, file)
+    fitted, corpus, new = _open(given, out, resume=resume, overwrite=overwrite)
+    return _fit(fitted, corpus, new=new)
+
+
+def _parser(arguments: list[str]) -> Parser:
+    parser = Parser("fit", "[OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("--out", type=str, help="the run folder (default: runs/PRESET-CORPUS)")
+    parser.add_argument("--config", type=str, help="a YAML file with settings")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    # The help shows the defaults of the preset that stands beside it.
+    shown = next((b for a, b in itertools.pairwise(arguments) if a == "--preset"), "nano")
+    add_settings(parser, PRESETS.get(shown, PRESETS["nano"]))
+    return parser
+
+
+def _open(
+    given: Settings, out: str | None, *, resume: bool, overwrite: bool
+) -> tuple[Run, Corpus, bool]:
+    """The run, its corpus, and whether it is new."""
+    config = build_config(given)  # before anything heavy: most slips are found here
+    from ltm_pyro.cli.printing import default_folder
+
+    folder = Path(default_folder(config) if out is None else out)
+    from ltm_pyro.run import create_run, load_run
+    from ltm_pyro.run.building import absolute_name, open_corpus
+    from ltm_pyro.run.changes import refuse_changes
+    from ltm_pyro.run.files import refuse_protected
+    from ltm_pyro.run.folder import refuse_existing
+
+    if resume and (folder.exists() or not given):
+        fitted = load_run(folder)
+        corpus_given = given.get("corpus", {})
+        for name in ("name", "tokenizer"):
+            if name in corpus_given:
+                corpus_given[name] = absolute_name(corpus_given[name])
+        refuse_changes(fitted.config, given, fitted.label, "what was asked for")
+        refuse_protected(folder)
+        return fitted, fitted.corpus(), False
+    if resume:
+        print(f"ltm-pyro: no run in {str(folder)!r} yet: starting it", file=sys.stderr)
+    refuse_existing(folder, overwrite)
+    refuse_protected(folder)
+    corpus = open_corpus(config)
+    return create_run(folder, config, corpus=corpus, overwrite=overwrite), corpus, True
+
+
+def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
+    """Trains model and control, then reports; stops cleanly when asked to."""
+    from ltm_pyro.cli.printing import describe_fit, resume_line
+    from ltm_pyro.run import Interrupted, train, train_control
+
+    print(describe_fit(fitted))
+    if not new:
+        print(f"Resumed  at slow step {fitted.svi.slow_step}")
+    print(f"Folder   {fitted.folder}", flush=True)
+    watch = _Watch(fitted)
+    try:
+        with watch.signals:
+            train(fitted, corpus, progress=watch.bars, after_step=watch)
+            if fitted.config.control:
+                watch.begin("control")
+                train_control(fitted, corpus, progress=watch.bars, after_step=watch)
+        _report(fitted, corpus)
+    except (Interrupted, KeyboardInterrupt):
+        print(f"ltm-pyro: stopped; {resume_line(fitted)}", file=sys.stderr)
+        return watch.signals.status
+    except NonFiniteError as error:
+        kept = fitted.svi.slow_step if watch.stage == "fit" else error.step
+        error.add_note(f"the checkpoint of step {kept} is kept in {str(fitted.folder)!r}")
+        raise
+    except InputError as error:
+        if new and not fitted.svi.slow_step:
+            shutil.rmtree(fitted.folder, ignore_errors=True)
+        else:
+            error.add_note(f"the last checkpoint is whole: {resume_line(fitted)}")
+        raise
+    return 0
+
+
+class _Watch:
+    """Follows a fit: tells of its course where no progress bar can, and when to stop.
+
+    Attributes:
+        signals: Ctrl-C and SIGTERM.
+        bars: Whether stderr is a terminal, which can show progress bars.
+        stage: `fit` or `control`.
+    """
+
+    def __init__(self, fitted: Run) -> None:
+        self.every = fitted.config.checkpoint_every
+        self.total = fitted.config.steps
+        self.signals = StopSignals()
+        self.bars = sys.stderr.isatty()
+        self.stage = "fit"
+
+    def begin(self, stage: str) -> None:
+        """Says which part comes next."""
+        self.stage = stage
+
+    def __call__(self, row: dict[str, float]) -> bool:
+        """Whether to stop after the step with these metrics."""
+        step = int(row["step"])
+        if not self.bars and (step % self.every == 0 or step == self.total):
+            shown = "elbo_per_token" if self.stage == "fit" else "nll_per_token"
+            print(
+                f"{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}", flush=True
+            )
+        return self.signals.received is not None
+
+
+def _report(fitted: Run, corpus: Corpus) -> None:
+    """Scores, figures, samples and files: what the fit has come to.
+
+    The run is read from its folder again, so that what is told is what anyone finds there later.
+    """
+    from ltm_pyro.cli.artefacts import list_files, write_artefacts
+    from ltm_pyro.cli.printing import format_scores
+    from ltm_pyro.diagnostics.collapse import format_panel
+    from ltm_pyro.run import load_run
+    from ltm_pyro.run.scoring import score_run, summary
+
+    saved = load_run(fitted.folder, device=str(fitted.model.device))
+    held_out = score_run(saved, corpus)
+    scores = summary(saved, held_out)
+    write_artefacts(saved, held_out, scores)
+    panel = held_out.panel(saved.config.model.n_layers)
+    if panel is not None:
+        print(f"\n{format_panel(panel)}")
+    print(f"\n{format_scores(scores)}")
+    _samples(saved, corpus)
+    print(f"\nFiles in {saved.folder}\n{list_files(saved.folder)}")
+
+
+def _samples(saved: Run, corpus: Corpus) -> None:
+    """Two texts from the prior, and one that goes on from held-out text."""
+    from ltm_pyro.cli.printing import format_text, printable
+    from ltm_pyro.inference.generation import generate
+
+    kwargs: dict[str, Any] = {"svi": saved.svi, "seed": saved.config.seed}
+    for i, text in enumerate(generate(saved.model, corpus.tokenizer, n=2, **kwargs), start=1):
+        print(f"\nText {i}, its thoughts drawn from the prior\n{format_text(text)}")
+    batch = corpus.val.batch([0])
+    given = batch.observed[0, : max(1, corpus.seq_len // _PROMPT_SHARE)].tolist()
+    prompt = corpus.tokenizer.decode(given).replace("\N{REPLACEMENT CHARACTER}", "")
+    if prompt:
+        [text] = generate(saved.model, corpus.tokenizer, prompt=prompt, n=1, **kwargs)
+        print(f"\nText after the held-out prompt {printable(prompt)!r}\n{format_text(text)}")

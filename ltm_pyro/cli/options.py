@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ltm_pyro.cli.parsing import Parser
+
+if TYPE_CHECKING:
+    from ltm_pyro.run import Run
+
+
+def add_run(parser: Parser) -> None:
+    """Which run, and where to compute."""
+    parser.add_argument("run", type=str, metavar="RUN", help="a run folder, as fit leaves it")
+    parser.add_argument("--device", type=str, help="where to compute (default: as fitted)")
+
+
+def add_scoring(parser: Parser) -> None:
+    """Which sequences, and how many draws."""
+    parser.add_argument("--split", type=str, default="val", help="val, test or train")
+    parser.add_argument(
+        "--sequences", type=int, help="how many (default: the run's eval_sequences)"
+    )
+    parser.add_argument(
+        "--draws", type=int, help="S, fresh draws per sequence (default: eval_draws)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+
+
+def open_run(folder: str, device: str | None) -> Run:
+    """The run in `folder`."""
+    from ltm_pyro.run import load_run
+
+    return load_run(folder, device=device)

@@ -1,0 +1,172 @@
+"""A fit's settings from three layers: preset, then YAML file, then options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import docstring_parser
+import yaml
+
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, preset, to_dict
+from ltm_pyro.errors import InputError, unknown_name
+
+_GROUPS = ("corpus", "model", "fast", "slow")
+_FROM_CORPUS = "model.vocab_size"
+"""Not a choice: the corpus has the vocabulary that it has."""
+_SHORTCUTS = {
+    "--corpus": "--corpus.name",
+    "--tokenizer": "--corpus.tokenizer",
+    "--encoding": "--corpus.encoding",
+}
+_SWITCHES = ("control", "compile", "persistent")
+_OPEN = ("corpus.options", "guide_options")
+
+Settings = dict[str, Any]
+"""Nested plain values by field name, as in a YAML file."""
+
+
+def add_settings(parser: Parser, defaults: FitConfig) -> None:
+    """Adds one option per field of `FitConfig`, with the field's own description.
+
+    Args:
+        parser: Gets the options.
+        defaults: What the help shows as defaults.
+    """
+    for name, hint, what, value in _fields(FitConfig, to_dict(defaults)):
+        parser.add_argument(f"--{name}", type=hint, help=what, default=value)
+    for group in _GROUPS:
+        cls = get_type_hints(FitConfig)[group]
+        section = parser.add_argument_group(f"{group} ({_summary(cls)})")
+        for name, hint, what, value in _fields(cls, to_dict(getattr(defaults, group)), f"{group}."):
+            if name != _FROM_CORPUS:
+                section.add_argument(f"--{name}", type=hint, help=what, default=value)
+
+
+def expand_shortcuts(arguments: list[str]) -> list[str]:
+    """Writes `--corpus X` as `--corpus.name X`, `--no-control` as `--control=false`, and so on."""
+    switches = {f"--{name}": f"--{name}=true" for name in _SWITCHES}
+    switches |= {f"--no-{name}": f"--{name}=false" for name in _SWITCHES}
+    out = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        full = _SHORTCUTS.get(name, name) + equals + value
+        out.append(switches.get(argument, full))
+    return out
+
+
+def given_settings(parser: Parser, options: Settings, file: str | None) -> Settings:
+    """What was asked for: the YAML file's settings, overridden by the options'.
+
+    Args:
+        parser: Knows the types.
+        options: From the command line.
+        file: Path of a YAML file.
+
+    Raises:
+        InputError: if the file cannot be read or holds what is no setting.
+    """
+    return _merged({} if file is None else _from_yaml(parser, Path(file)), options)
+
+
+def build_config(given: Settings) -> FitConfig:
+    """The configuration for what was asked for, the rest from the preset.
+
+    Raises:
+        InputError: if a value is out of range.
+    """
+    base = to_dict(preset(given.get("preset", "nano")))
+    chosen = given.get("corpus", {})
+    # A preset's corpus options are its tokenizer's: with another tokenizer they mean nothing.
+    tokenizer = base["corpus"]["tokenizer"]
+    if chosen.get("tokenizer", tokenizer) != tokenizer or chosen.get("name") == "mixture":
+        base["corpus"]["options"] = {}
+    return from_dict(FitConfig, _merged(base, given))
+
+
+def _fields(
+    cls: type[Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, str, Any]]:
+    """(name, type, description, default) of the fields of `cls` that are no groups."""
+    hints = get_type_hints(cls)
+    told = {p.arg_name: p.description or "" for p in _documented(cls).params}
+    return [
+        (f"{prefix}{f.name}", _hint(f.name, hints[f.name]), _plain(told[f.name]), defaults[f.name])
+        for f in dataclasses.fields(cls)
+        if f.name not in _GROUPS
+    ]
+
+
+def _hint(name: str, hint: Any) -> Any:
+    """The type that an option has."""
+    if name == "schedule":
+        return Literal[SCHEDULES]  # a function cannot be written on a command line
+    return dict[str, Any] if name in ("options", "guide_options") else hint
+
+
+def _documented(cls: type[Any]) -> docstring_parser.Docstring:
+    return docstring_parser.parse_from_object(cls)
+
+
+def _summary(cls: type[Any]) -> str:
+    return (_documented(cls).short_description or "").rstrip(".").replace("`", "")
+
+
+def _plain(text: str) -> str:
+    """A field's description for the terminal."""
+    return " ".join(text.split()).replace("`", "").replace("%", "%%").rstrip(".")
+
+
+def _from_yaml(parser: Parser, file: Path) -> Settings:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {str(file)!r}: check the path after --config") from None
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{str(file)!r} is not UTF-8 text: save it as such") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise InputError(f"{str(file)!r} is not YAML{where}: {problem}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{str(file)!r} holds no settings: write lines like 'steps: 300'")
+    if isinstance(values.get("corpus"), str):
+        values["corpus"] = {"name": values["corpus"]}
+    try:
+        _check_keys(FitConfig, values)
+        parsed: Settings = parser.parse_object(values, defaults=False).as_dict()
+    except InputError as error:
+        raise InputError(f"{str(file)!r}: {error}") from None
+    return parsed
+
+
+def _check_keys(cls: type[Any], values: Mapping[Any, Any], prefix: str = "") -> None:
+    """Refuses keys that are no settings, offering the nearest, and groups that are no mappings."""
+    names = [f.name for f in dataclasses.fields(cls) if f"{prefix}{f.name}" != _FROM_CORPUS]
+    for key, value in values.items():
+        if key not in names:
+            raise unknown_name("key", f"{prefix}{key}", [f"{prefix}{name}" for name in names])
+        if value is None:
+            raise InputError(f"{prefix}{key} has no value: give one, or leave it out")
+        group = f"{prefix}{key}" in _GROUPS
+        if (group or f"{prefix}{key}" in _OPEN) and not isinstance(value, Mapping):
+            raise InputError(f"{prefix}{key} is {value!r}: must be a group of settings")
+        if group:
+            _check_keys(get_type_hints(cls)[key], value, f"{key}.")
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
+    """`base` with the values of `over` in their places."""
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        if isinstance(value, Mapping) and isinstance(mine, Mapping):
+            value = _merged(mine, value)
+        out[key] = value
+    return out

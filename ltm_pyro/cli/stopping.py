@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: the step under way is finished, so that what is saved is a whole step."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Inside the block a first signal is noted and a second one interrupts at once.
+
+    Attributes:
+        received: The first signal's number, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """The exit status that says which signal it was; 130 for Ctrl-C."""
+        return 128 + (signal.SIGINT if self.received is None else self.received)
+
+    def __enter__(self) -> StopSignals:
+        # Only the main thread may set handlers; elsewhere signals are somebody else's business.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print("ltm-pyro: stopping after this step; once more stops at once", file=sys.stderr)

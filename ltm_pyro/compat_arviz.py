@@ -1,0 +1,72 @@
+"""The one module that knows ArviZ 0.23 (Python 3.11) from ArviZ 1.x (Python 3.12 and later).
+
+ArviZ is imported inside the functions, because that takes seconds. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+
+def version() -> str:
+    """The installed ArviZ's version."""
+    return importlib.metadata.version("arviz")
+
+
+def is_modern() -> bool:
+    """Whether ArviZ 1.x is installed, whose containers are `xarray.DataTree`s."""
+    return int(version().split(".")[0]) >= 1
+
+
+def pareto_khat(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ArviZ's k-hat of each column of log p - log q, (S, B) to (B,); `inf` where no tail is fitted.
+
+    Use `ltm_pyro.diagnostics.psis.pareto_khat`, which settles the degenerate cases first.
+    """
+    if not is_modern():
+        _, found = _import("arviz").psislw(log_weights.T.copy())
+    else:
+        found = [_modern_khat(column) for column in log_weights.T]
+    khat = np.array(found, dtype=np.float64)
+    khat[np.isnan(khat)] = np.inf  # 1.x where the tail is tied, for which 0.23 says inf
+    return khat
+
+
+def _modern_khat(log_weights: NDArray[np.float64]) -> float:
+    try:
+        # 1.x negates what it is given: it takes log q - log p.
+        _, khat = _import("arviz_stats.base").array_stats.psislw(-log_weights)
+    except ValueError as error:
+        if "All tail values are the same" in str(error):
+            return float("inf")  # what 0.23 answers here
+        raise
+    return float(khat)
+
+
+def for_arviz(tree: xr.DataTree) -> Any:
+    """The tree as the installed ArviZ's functions want it, e.g. `az.summary(for_arviz(tree))`.
+
+    Returns:
+        An `arviz.InferenceData` with 0.23, the tree itself with 1.x.
+    """
+    if is_modern():
+        return tree
+    with warnings.catch_warnings():
+        # 0.23 remarks on groups that it has no name for; they are kept all the same.
+        warnings.filterwarnings("ignore", message=".*InferenceData scheme", category=UserWarning)
+        return _import("arviz").InferenceData.from_datatree(tree)
+
+
+def _import(name: str) -> ModuleType:
+    with warnings.catch_warnings():
+        # 0.23 announces its successor on import: nothing that a user of this package can act on.
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        return importlib.import_module(name)

@@ -1,0 +1,77 @@
+"""A corpus: sequences in three splits, and what they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ltm_pyro.data.sequences import SequenceSet
+from ltm_pyro.data.split import SPLITS
+from ltm_pyro.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Corpus:
+    """Text or symbols, cut into sequences of T tokens; split into train, val and test by document.
+
+    Attributes:
+        name: What was loaded.
+        seq_len: T.
+        tokenizer: Between text and ids.
+        train: Sequences to fit on.
+        val: Sequences to choose settings on.
+        test: Sequences to report.
+        sha256: Of the text, as UTF-8, its documents one after another; of the symbols where the
+            corpus is synthetic. It tells whether two scores are about the same data.
+        n_tokens: Tokens in all.
+        n_bytes: Bytes of the text, by which scores of different tokenizers can be compared; one
+            per symbol where the corpus is synthetic.
+        settings: What else determines sequences and split, as JSON types.
+    """
+
+    name: str
+    seq_len: int
+    tokenizer: Tokenizer
+    train: SequenceSet
+    val: SequenceSet
+    test: SequenceSet
+    sha256: str
+    n_tokens: int
+    n_bytes: int
+    settings: Mapping[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.tokenizer.vocab_size
+
+    def describe(self) -> dict[str, Any]:
+        """The facts about the corpus, as JSON types."""
+        splits = {name: getattr(self, name) for name in SPLITS}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "seq_len": self.seq_len,
+            "tokenizer": self.tokenizer.name,
+            "unit": self.tokenizer.unit,
+            "vocab_size": self.vocab_size,
+            "n_tokens": self.n_tokens,
+            "n_bytes": self.n_bytes,
+            "splits": {
+                name: {
+                    "documents": split.n_documents,
+                    "sequences": len(split),
+                    "tokens": split.n_tokens,
+                }
+                for name, split in splits.items()
+            },
+            "settings": dict(self.settings),
+        }
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(getattr(self, name))}" for name in SPLITS)
+        return (
+            f"{type(self).__name__}({self.name}: {self.n_tokens} tokens by {self.tokenizer.name}, "
+            f"sequences of {self.seq_len}: {sizes})"
+        )

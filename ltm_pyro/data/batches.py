@@ -1,0 +1,108 @@
+"""A batch of sequences: what the model conditions on and the guide is fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ltm_pyro.errors import InputError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences with their masks and stable ids.
+
+    Attributes:
+        x: Token ids (B, T), int64; or real vectors (B, Dx) for the linear-Gaussian oracle; `None`
+            where the sequences are still to be generated.
+        mask: (B, T) bool, true where a position is scored. Padded positions of `x` hold a valid id.
+        ids: (B,) int64, one stable id per sequence. Local parameters and the order in which noise
+            is drawn follow the ids, so a permuted batch gets the permuted answer.
+
+    Raises:
+        InputError: if the shapes disagree.
+    """
+
+    x: Tensor | None
+    mask: Tensor = None  # type: ignore[assignment]  # filled in below
+    ids: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        x, mask, ids = self.x, self.mask, self.ids
+        if x is not None:
+            x = torch.as_tensor(x)
+            if x.dim() != 2:
+                raise InputError(f"Batch.x must be (B, T), not {tuple(x.shape)}: add a batch axis")
+            x = x if x.is_floating_point() else x.long()
+        if mask is None:
+            if x is None:
+                raise InputError("Batch needs x or a mask: without either it has no shape")
+            mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        mask = torch.as_tensor(mask).bool()
+        if ids is None:
+            ids = torch.arange(mask.shape[0], device=mask.device)
+        ids = torch.as_tensor(ids).long()
+        if x is not None and x.shape != mask.shape:
+            raise InputError(f"Batch.mask {tuple(mask.shape)} must match x {tuple(x.shape)}")
+        if ids.shape != mask.shape[:1]:
+            raise InputError(f"Batch.ids {tuple(ids.shape)} must hold one id per row of mask")
+        for name, value in (("x", x), ("mask", mask), ("ids", ids)):
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return int(self.mask.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lives."""
+        return self.mask.device
+
+    @property
+    def observed(self) -> Tensor:
+        """`x`, for code that cannot work without it.
+
+        Raises:
+            InputError: if the batch is unobserved.
+        """
+        if self.x is None:
+            raise InputError("this batch has no x: it describes sequences still to be generated")
+        return self.x
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """Scored positions per sequence, (B,) int64."""
+        return self.mask.sum(-1)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        x = None if self.x is None else self.x.to(device)
+        return replace(self, x=x, mask=self.mask.to(device), ids=self.ids.to(device))
+
+    def select(self, index: Tensor | slice) -> Batch:
+        """The rows at `index`, in that order."""
+        x = None if self.x is None else self.x[index]
+        return replace(self, x=x, mask=self.mask[index], ids=self.ids[index])
+
+    def unobserved(self) -> Batch:
+        """The same sequences with `x` left open: the model then generates them."""
+        return Batch(None, self.mask, self.ids)
+
+    def prefix(self, n: int) -> Batch:
+        """The same sequences with only their first `n` positions scored.
+
+        Raises:
+            InputError: if `n` is not between 1 and T - 1.
+        """
+        length = self.mask.shape[1]
+        if not 1 <= n < length:
+            raise InputError(f"prefix of {n} positions: must be from 1 to {length - 1}")
+        return replace(self, mask=self.mask & self._positions().lt(n))
+
+    def suffix(self, n: int) -> Batch:
+        """The same sequences with only the positions after the first `n` scored."""
+        return replace(self, mask=self.mask & self._positions().ge(n))
+
+    def _positions(self) -> Tensor:
+        return torch.arange(self.mask.shape[1], device=self.device)

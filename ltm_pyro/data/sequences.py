@@ -1,0 +1,202 @@
+"""Sequences cut from documents, with ids that outlive the split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError
+
+Positions = Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor | slice | range
+
+
+class SequenceLayout:
+    """Where each sequence of a corpus lies in the flat array of its tokens.
+
+    Document d is cut into ceil(n_d / T) pieces of T tokens; the last may be shorter. Sequences are
+    numbered over the documents in source order, so an id depends on the corpus, the tokenizer and
+    T, never on the split.
+
+    Args:
+        tokens: (n_tokens,) all documents one after another, any unsigned dtype; may be mapped.
+        lengths: (n_documents,) tokens of each document, 1 or more.
+        seq_len: T.
+    """
+
+    def __init__(self, tokens: NDArray[Any], lengths: NDArray[np.int64], seq_len: int) -> None:
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.lengths = lengths
+        self._ends = np.cumsum(lengths)
+        self._pieces = -(-lengths // seq_len)
+        self._first_id = np.concatenate([[0], np.cumsum(self._pieces)])
+
+    def ids_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ids, rising, of the sequences in `documents`, which rise too."""
+        pieces = self._pieces[documents]
+        total = int(pieces.sum())
+        piece = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        return np.repeat(self._first_id[documents], pieces) + piece
+
+    def spans(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First token (B,) and number of tokens (B,) of the sequences `ids` (B,)."""
+        document = np.searchsorted(self._first_id, ids, side="right") - 1
+        begin = self._ends[document] - self.lengths[document]
+        start = begin + (ids - self._first_id[document]) * self.seq_len
+        return start, np.minimum(self.seq_len, self._ends[document] - start)
+
+    def batch(self, ids: NDArray[np.int64]) -> Batch:
+        """The sequences `ids` (B,) as a batch (B, T), padded with 0 and masked."""
+        start, length = self.spans(ids)
+        steps = np.arange(self.seq_len)
+        mask = steps < length[:, None]
+        x = self.tokens[np.where(mask, start[:, None] + steps, 0)].astype(np.int64)
+        x[~mask] = 0
+        return Batch(torch.from_numpy(x), torch.from_numpy(mask), torch.from_numpy(ids.copy()))
+
+
+class SequenceSet:
+    """One split of a corpus: fixed-length sequences, read from disk as they are asked for.
+
+    Attributes:
+        ids: (n,) int64, rising: the stable id of the sequence at each position.
+        n_documents: Documents that the sequences were cut from.
+        n_tokens: Tokens in all sequences, pads not counted.
+    """
+
+    def __init__(self, layout: SequenceLayout, documents: NDArray[np.int64], name: str) -> None:
+        self._layout = layout
+        self._name = name
+        self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self.ids = layout.ids_of(documents)
+        self.ids.setflags(write=False)
+        self.n_documents = len(documents)
+        self.n_tokens = int(layout.lengths[documents].sum())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"SequenceSet({self._name}: {len(self)} sequences, {self.n_tokens} tokens)"
+
+    @property
+    def seq_len(self) -> int:
+        """T."""
+        return self._layout.seq_len
+
+    @overload
+    def batch(self, positions: Positions) -> Batch: ...
+    @overload
+    def batch(self, *, ids: ArrayLike) -> Batch: ...
+    def batch(self, positions: Positions | None = None, *, ids: ArrayLike | None = None) -> Batch:
+        """The chosen sequences, in the order given.
+
+        Args:
+            positions: From 0 to `len(self) - 1`, as a range, list, array or slice.
+            ids: Or stable ids, as a list or array.
+
+        Returns:
+            Batch of x (B, T), mask (B, T) and ids (B,), on the CPU.
+
+        Raises:
+            InputError: if a position or id is not in this split, or none is given.
+        """
+        if (positions is None) == (ids is None):
+            raise InputError("batch() takes either positions or ids=...")
+        if ids is not None:
+            return self._layout.batch(self._known(_whole_numbers(ids, "ids")))
+        if isinstance(positions, slice):
+            positions = range(*positions.indices(len(self)))
+        chosen = _whole_numbers(positions, "positions")
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if outside.size:
+            raise InputError(
+                f"position {outside[0]} is not in the {self._name} split: its {len(self)} "
+                f"sequences have positions 0 to {len(self) - 1}"
+            )
+        return self._layout.batch(self.ids[chosen])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All sequences in order, `size` at a time; the last batch holds what is left.
+
+        Raises:
+            InputError: if `size` is not a whole number above 0.
+        """
+        whole_number("batch size", size, at_least=1)
+        return (
+            self._layout.batch(self.ids[start : start + size])
+            for start in range(0, len(self), size)
+        )
+
+    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+        """The batch of one training step: a function of its arguments alone.
+
+        Each epoch is a fresh permutation, cut into batches. What is left over at its end sits that
+        epoch out, so that no batch holds a sequence twice: local parameters are kept per id.
+
+        Args:
+            step: 0 or more.
+            batch_size: B; a set with fewer sequences gives all of them, permuted.
+            seed: 0 or more.
+
+        Raises:
+            InputError: if an argument is not a whole number in its range.
+        """
+        whole_number("step", step, at_least=0)
+        whole_number("batch size", batch_size, at_least=1)
+        whole_number("seed", seed, at_least=0)
+        size = min(batch_size, len(self))
+        epoch, place = divmod(step, len(self) // size)
+        order = self._epoch_order(seed, epoch)
+        return self._layout.batch(self.ids[order[place * size : (place + 1) * size]])
+
+    def _epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The epoch's permutation (n,), remembered while the epoch lasts."""
+        key = (seed, epoch)
+        if self._order is None or self._order[0] != key:
+            # Sorting raw bits instead of `Generator.permutation`, whose stream NumPy may change.
+            bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(self))
+            self._order = (key, np.argsort(bits, kind="stable"))
+        return self._order[1]
+
+    def _known(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        place = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
+        unknown = ids[self.ids[place] != ids]
+        if unknown.size:
+            raise InputError(
+                f"sequence id {unknown[0]} is not in the {self._name} split: take ids from its .ids"
+            )
+        return ids
+
+
+def whole_number(name: str, value: object, at_least: int) -> int:
+    """`value`, known to be an integer of `at_least` or more.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < at_least:
+        raise InputError(f"{name} is {value!r}: must be a whole number, {at_least} or more")
+    return int(value)
+
+
+def _whole_numbers(values: object, name: str) -> NDArray[np.int64]:
+    """`values` as (B,) int64, B at least 1.
+
+    Raises:
+        InputError: if they are anything else.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # ragged lists
+        array = np.asarray(None)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"{name} must be whole numbers in a range, list, array or slice")
+    if not array.size:
+        raise InputError(f"no {name} given: a batch holds at least one sequence")
+    return array.astype(np.int64)

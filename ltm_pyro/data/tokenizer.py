@@ -1,0 +1,200 @@
+"""From text to token ids and back, exactly.
+
+Every tokenizer reproduces any valid text from its ids, and can be written to JSON and restored, so
+that a run folder holds all that is needed to read its tokens.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ltm_pyro.errors import InputError, unknown_name
+
+Unit = Literal["byte", "token"]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What a tokenizer offers."""
+
+    @property
+    def name(self) -> str:
+        """A short name for tables, e.g. `bytes` or `bpe-8192`."""
+        ...
+
+    @property
+    def unit(self) -> Unit:
+        """What one id stands for; scores are reported per unit."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids are 0 .. V - 1."""
+        ...
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The ids (T,) of `text`.
+
+        Raises:
+            InputError: if `text` cannot be written in this vocabulary.
+        """
+        ...
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of `ids` (T,); bytes that are no valid UTF-8 become U+FFFD.
+
+        Raises:
+            InputError: if an id is outside the vocabulary.
+        """
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """All there is to the tokenizer, as JSON types; `load_tokenizer` restores it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """One id per byte of UTF-8."""
+
+    name: str = "bytes"
+    unit: Unit = "byte"
+    vocab_size: int = 256
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The bytes (T,) of `text`."""
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of the bytes `ids` (T,); a character cut in two becomes U+FFFD."""
+        checked = checked_ids(ids, self.vocab_size)
+        return checked.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"type": "bytes"}`."""
+        return {"type": "bytes"}
+
+
+_LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
+_FURTHER_LETTERS = 0x0100  # Latin Extended-A onwards, for alphabets beyond letters and digits
+
+
+@dataclass(frozen=True)
+class SymbolTokenizer:
+    """The abstract symbols of a synthetic corpus, printed as letters.
+
+    Attributes:
+        vocab_size: V, from 1 to 4096.
+    """
+
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        size = self.vocab_size
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 4096:
+            raise InputError(f"{size!r} symbols: must be a whole number from 1 to 4096")
+
+    @property
+    def name(self) -> str:
+        """`symbols-V`."""
+        return f"symbols-{self.vocab_size}"
+
+    @property
+    def unit(self) -> Unit:
+        """`token`."""
+        return "token"
+
+    @property
+    def alphabet(self) -> str:
+        """The letter of each symbol, in order."""
+        beyond = max(0, self.vocab_size - len(_LETTERS))
+        further = "".join(map(chr, range(_FURTHER_LETTERS, _FURTHER_LETTERS + beyond)))
+        return (_LETTERS + further)[: self.vocab_size]
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The symbols (T,) of the letters in `text`.
+
+        Raises:
+            InputError: on a letter outside the alphabet.
+        """
+        index = {letter: i for i, letter in enumerate(self.alphabet)}
+        unknown = next((letter for letter in text if letter not in index), None)
+        if unknown is not None:
+            first, last = self.alphabet[0], self.alphabet[-1]
+            raise InputError(
+                f"{unknown!r} is no symbol of this corpus: its {self.vocab_size} symbols are "
+                f"written {first} .. {last}"
+            )
+        return np.array([index[letter] for letter in text], dtype=np.int64)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The letters of the symbols `ids` (T,)."""
+        alphabet = self.alphabet
+        return "".join(alphabet[i] for i in checked_ids(ids, self.vocab_size))
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"type": "symbols", "vocab_size": V}`."""
+        return {"type": "symbols", "vocab_size": self.vocab_size}
+
+
+def load_tokenizer(saved: Mapping[str, Any]) -> Tokenizer:
+    """Restores what `to_json` wrote. Nothing is executed.
+
+    Raises:
+        InputError: if `saved` does not describe a tokenizer.
+    """
+    kind = saved.get("type")
+    try:
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "symbols":
+            return SymbolTokenizer(saved["vocab_size"])
+        if kind == "bpe":
+            # Deferred: the compiled library is needed for this family only.
+            from ltm_pyro.data.bpe import BPETokenizer
+
+            return BPETokenizer(saved["tokenizer"])
+    except KeyError as error:
+        raise InputError(f"saved {kind} tokenizer lacks {error}: it is damaged") from None
+    raise unknown_name("tokenizer type", str(kind), ("bytes", "symbols", "bpe"))
+
+
+def utf8(text: str) -> bytes:
+    """`text` in UTF-8.
+
+    Raises:
+        InputError: if it holds a lone surrogate, which no UTF-8 can hold.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start} of the text is the lone surrogate "
+            f"{text[error.start]!a}, which is not valid Unicode text: remove it"
+        ) from None
+
+
+def checked_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
+    """`ids` as an int64 array (T,), each known to be in the vocabulary.
+
+    Raises:
+        InputError: if they are not whole numbers from 0 to `vocab_size - 1` in one dimension.
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"token ids must be whole numbers in one dimension, not {array.dtype} of shape "
+            f"{array.shape}"
+        )
+    if array.min() < 0 or array.max() >= vocab_size:
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        raise InputError(f"token id {wrong} is outside the vocabulary 0 .. {vocab_size - 1}")
+    return array.astype(np.int64)

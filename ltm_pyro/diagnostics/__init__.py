@@ -1,0 +1,1 @@
+"""How far to trust a posterior: bounds, k-hat, collapse, cost."""

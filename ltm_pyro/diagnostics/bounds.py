@@ -1,0 +1,272 @@
+"""Scores: what each estimates, with its Monte Carlo error, never on a draw that inference saw.
+
+Per sequence, with z_s ~ q(z), s = 1..S, and log w_s = log p(x | z_s) + log p(z_s) - log q(z_s):
+
+    nll_given_z = -mean_s log p(x | z_s)                     reconstruction; not a bound
+    elbo        = -nll_given_z - KL(q || p)                  <= log p(x)
+    iw_bound    = log mean_s w_s                             <= log p(x) in expectation, >= ELBO
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+import ltm_pyro
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.psis import pareto_khat
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+
+Mode = Literal["oracle", "prefix", "prior"]
+MODES = {
+    "oracle": "q saw the sequence that is scored; legitimate only as a bound, with the KL charged",
+    "prefix": "q saw the first part of the sequence; the rest is scored, with q as predictive",
+    "prior": "no posterior: thoughts are drawn from the prior",
+}
+SHUFFLED_DRAWS = 16
+"""Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
+
+
+def evaluate(
+    model: LatentModel,
+    post: Posterior | None,
+    batch: Batch,
+    draws: int = 64,
+    *,
+    mode: Mode = "oracle",
+    seed: int = 0,
+) -> xr.Dataset:
+    """Scores a batch on fresh draws.
+
+    Args:
+        model: Prior and likelihood.
+        post: q for the sequences of `batch`, in the same order. In mode `prefix` it was fitted to
+            `batch.prefix(n)`, and what it did not see is scored. Not needed in mode `prior`.
+        batch: The sequences.
+        draws: S, fresh draws per sequence, at least 2.
+        mode: `oracle`, `prefix` or `prior`; see `MODES`.
+        seed: Of the draws.
+
+    Returns:
+        Dataset over `sequence` (coordinate: stable ids), in nats per sequence: `elbo`, `elbo_se`,
+        `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`, `iw_bound_se`, `log_joint`; `khat`;
+        `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of another sequence),
+        with `nll_shuffled_se`. In modes `prefix` and `prior` no KL is charged (`kl` is 0), because
+        thoughts come from a distribution that did not see what is scored.
+
+        Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator`, versions, and
+        for all sequences together `ppl_elbo`, `ppl_iw`, `ppl_reconstruction` (not a bound),
+        `ppl_z0`, `ppl_shuffled`: exp(total nats / total tokens). `_se` is the Monte Carlo standard
+        error given these sequences, `_sampling_se` that of sampling the sequences.
+
+    Raises:
+        InputError: if the batch does not fit the model or the posterior.
+    """
+    if mode not in MODES:
+        raise unknown_name("mode", mode, MODES)
+    if draws < 2:
+        raise InputError(f"draws is {draws}: a standard error needs at least 2")
+    batch = batch.to(model.device)
+    model.check(batch)
+    scored = _scored_part(batch, post, mode)
+    q, prior = _proposal(model, post, mode, len(batch))
+    with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), batch.device):
+        z = q.sample(torch.Size([draws]))
+        log_lik = _log_likelihoods(model, z, scored)
+        shuffled = -_log_likelihoods(model, z[:SHUFFLED_DRAWS].roll(1, dims=1), scored)
+        nll_z0 = -model.log_likelihood(torch.zeros_like(z[0]), model.prepare(scored))
+        log_prior = prior.log_prob(z).double()
+        log_q = q.log_prob(z).double() if mode == "oracle" else log_prior
+        if mode == "oracle" and post is not None and not post.has_density:
+            log_q = torch.full_like(log_prior, torch.inf)
+        columns = _columns(log_lik, log_prior, log_q, post if mode == "oracle" else None)
+    columns["nll_z0"] = nll_z0
+    columns["nll_shuffled"] = shuffled.mean(0) if len(batch) > 1 else nll_z0 * torch.nan
+    columns["nll_shuffled_se"] = _standard_error(shuffled)
+    columns["n_tokens"] = scored.n_tokens
+    data = xr.Dataset(
+        {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
+        coords={"sequence": batch.ids.cpu().numpy()},
+    )
+    data["khat"] = ("sequence", pareto_khat((log_lik + log_prior - log_q).cpu().numpy()))
+    for name in data.data_vars:
+        data[name].attrs["units"] = {"khat": "1", "n_tokens": "tokens"}.get(str(name), "nats")
+    data.attrs = _attributes(data, post, mode, draws, seed)
+    return data
+
+
+def _scored_part(batch: Batch, post: Posterior | None, mode: Mode) -> Batch:
+    """The batch with the mask of what this mode scores."""
+    if mode == "prior":
+        return batch
+    if post is None:
+        raise InputError(f"mode {mode!r} needs a posterior: give svi.infer(batch)")
+    if not torch.equal(post.ids.to(batch.device), batch.ids):
+        raise InputError(
+            "the posterior and the batch hold other sequences, or in another order: "
+            "their ids must be equal"
+        )
+    if mode == "oracle":
+        return batch
+    rest = batch.mask & ~post.mask.to(batch.device)
+    if not bool(rest.any(1).all()):
+        raise InputError(
+            "mode 'prefix' scores what the posterior did not see, and for at least one sequence "
+            "nothing is left: infer on batch.prefix(n) with n below every sequence's length"
+        )
+    return Batch(batch.x, rest, batch.ids)
+
+
+def _proposal(
+    model: LatentModel, post: Posterior | None, mode: Mode, rows: int
+) -> tuple[TorchDistribution, TorchDistribution]:
+    """Where thoughts are drawn, batch shape (B,), and the prior."""
+    prior = model.prior()
+    if mode == "prior" or post is None:
+        return prior.expand(torch.Size([rows])), prior
+    return post.distribution, prior
+
+
+def _log_likelihoods(model: LatentModel, z: Tensor, batch: Batch) -> Tensor:
+    """Log p(x | z_s), (S, B) float64, one draw at a time so that memory does not grow with S."""
+    prepared = model.prepare(batch)
+    return torch.stack([model.log_likelihood(draw, prepared).double() for draw in z])
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Of the mean over the first dimension."""
+    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values[0] * torch.nan
+
+
+def _columns(
+    log_lik: Tensor, log_prior: Tensor, log_q: Tensor, post: Posterior | None
+) -> dict[str, Tensor]:
+    """The scores of S draws, (S, B) each; without `post` no KL is charged."""
+    nll, nll_se = -log_lik.mean(0), _standard_error(log_lik)
+    log_w = log_lik + log_prior - log_q
+    if post is None:
+        kl, elbo_se = torch.zeros_like(nll), nll_se
+    elif post.kl_estimator == "analytic":
+        kl, elbo_se = post.kl().double(), nll_se
+    else:
+        kl, elbo_se = (log_q - log_prior).mean(0), _standard_error(log_w)
+    # Relative to the largest weight, so that nothing overflows.
+    top = log_w.amax(0)
+    weight = torch.exp(log_w - torch.where(top.isfinite(), top, 0.0))
+    return {
+        "elbo": -nll - kl,
+        "elbo_se": elbo_se,
+        "nll_given_z": nll,
+        "nll_given_z_se": nll_se,
+        "kl": kl,
+        "iw_bound": log_w.logsumexp(0) - math.log(len(log_w)),
+        "iw_bound_se": _standard_error(weight) / weight.mean(0),
+        "log_joint": (log_lik + log_prior).mean(0),
+    }
+
+
+def _attributes(
+    data: xr.Dataset, post: Posterior | None, mode: Mode, draws: int, seed: int
+) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "mode": mode,
+        "mode_meaning": MODES[mode],
+        "draws": draws,
+        "seed": seed,
+        "guide": "prior" if post is None or mode == "prior" else post.family,
+        "kl_estimator": post.kl_estimator if post is not None and mode == "oracle" else "none",
+        "n_sequences": data.sizes["sequence"],
+        "n_tokens": int(data["n_tokens"].sum()),
+        "ltm_pyro_version": ltm_pyro.__version__,
+        "torch_version": str(torch.__version__),
+        "pyro_version": pyro.__version__,
+    }
+    for name, column, sign, error in (
+        ("ppl_elbo", "elbo", -1.0, "elbo_se"),
+        ("ppl_iw", "iw_bound", -1.0, "iw_bound_se"),
+        ("ppl_reconstruction", "nll_given_z", 1.0, "nll_given_z_se"),
+        ("ppl_z0", "nll_z0", 1.0, None),
+        ("ppl_shuffled", "nll_shuffled", 1.0, "nll_shuffled_se"),
+    ):
+        mc = None if error is None else data[error].values
+        out.update(
+            per_token_perplexity(name, sign * data[column].values, data["n_tokens"].values, mc)
+        )
+    out["ppl_reconstruction_is_a_bound"] = "no: the KL is not charged"
+    if post is not None and mode == "oracle" and not post.has_density:
+        out["note"] = "a point mass has no density: its ELBO is -inf; see log_joint"
+    return out
+
+
+def per_token_perplexity(
+    name: str, nats: np.ndarray, n_tokens: np.ndarray, mc_se: np.ndarray | None = None
+) -> dict[str, float]:
+    """exp(total nats / total tokens) with its two standard errors, by the delta method.
+
+    Args:
+        name: Under which name.
+        nats: (n,) negative log-likelihoods or bounds per sequence.
+        n_tokens: (n,) their lengths.
+        mc_se: (n,) Monte Carlo standard errors of `nats`.
+
+    Returns:
+        `name`; `name_se`, the Monte Carlo error given these sequences (0 where `nats` are exact);
+        `name_sampling_se`, the error of having sampled n sequences (ratio estimator).
+    """
+    total = float(n_tokens.sum())
+    rate = float(nats.sum()) / total
+    ppl = math.exp(rate) if rate < 700 else math.inf
+    n, sampling = len(nats), math.nan
+    if n > 1 and math.isfinite(rate):
+        spread = nats - rate * n_tokens
+        sampling = math.sqrt(n / (n - 1) * float(np.square(spread).sum()))
+    mc = 0.0 if mc_se is None else math.sqrt(float(np.square(mc_se).sum()))
+    return {
+        name: ppl,
+        f"{name}_se": ppl * mc / total,
+        f"{name}_sampling_se": ppl * sampling / total,
+    }
+
+
+def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Dataset:
+    """The trap of fixed noise, made visible: the objective on its own draws beside the honest ELBO.
+
+    With `noise="fixed"` q adapts to the very draws it is fitted on, and the objective on them can
+    exceed log p(x) (DADVI with few draws; Giordano, Ingram & Broderick 2024). This diagnostic is
+    the only place where that number is shown, and it is not called a bound.
+
+    Args:
+        svi: With `Fast(noise="fixed")`.
+        batch: The sequences; they are inferred anew.
+        draws: S, fresh draws for the honest value.
+
+    Returns:
+        Dataset over `sequence`, nats: `own_draw_objective` (NOT a bound), `elbo`, `elbo_se` (fresh
+        draws), `excess` (the first minus the second).
+
+    Raises:
+        InputError: if the fast clock draws fresh noise, so that there are no own draws.
+    """
+    if svi.fast.noise != "fixed":
+        raise InputError(
+            'score_on_own_draws needs Fast(noise="fixed"): fresh noise has no own draws'
+        )
+    post = svi.infer(batch)
+    assert post.own_draw_elbo is not None
+    data = evaluate(svi.model, post, batch, draws)[["elbo", "elbo_se"]]
+    own = post.own_draw_elbo.double().cpu().numpy()
+    data["own_draw_objective"] = ("sequence", own)
+    data["excess"] = data["own_draw_objective"] - data["elbo"]
+    data.attrs = {"note": "own_draw_objective is not a bound", "fixed_draws": svi.fast.fixed_draws}
+    return data

@@ -1,0 +1,58 @@
+"""Errors that a person can act on: one line that names the input and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something that the caller gave cannot be used.
+
+    The message is one line: what was given, why it cannot be used, what to do. The command line
+    prints it on stderr and exits with status 2; from Python it is an ordinary `ValueError`.
+    """
+
+
+class NonFiniteError(RuntimeError):
+    """A fit met NaN or infinity.
+
+    Raised before any weight is changed by the offending step, so the model still holds the last
+    good values.
+
+    Attributes:
+        ids: Stable ids of the sequences whose objective was not finite (empty when only a slow
+            gradient overflowed).
+        step: The slow step at which it happened, or -1 for a fast loop alone.
+    """
+
+    def __init__(self, ids: list[int], step: int) -> None:
+        self.ids = ids
+        self.step = step
+        where = f"slow step {step}" if step >= 0 else "the fast loop"
+        if ids:
+            shown = ", ".join(str(i) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
+            what = f"the objective of sequence ids {shown} is not finite"
+        else:
+            what = "the gradient of the slow parameters is not finite"
+        super().__init__(f"{what} at {where}; lower the learning rates or look at these sequences")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or `None` when nothing is close."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An `InputError` for a misspelt name, with the nearest known one offered.
+
+    Args:
+        kind: What the name stands for, e.g. `"preset"`.
+        name: What was given.
+        known: The names that would have worked.
+    """
+    names = sorted(known)
+    guess = nearest(name, names)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(names)}")

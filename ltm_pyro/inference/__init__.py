@@ -1,0 +1,1 @@
+"""Variational Bayes with two clocks: guides, objectives, schedules, the fast and slow loops."""

@@ -1,0 +1,92 @@
+"""The control: the same decoder without thoughts, trained on the slow clock alone.
+
+At z = 0 cross-attention adds exactly nothing, so the control is a plain autoregressive model with
+the same weights elsewhere, the same start, the same batches and the same schedule. Whatever a
+latent-thought model gains must show against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ltm_pyro.config import Slow
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.dual_rate import Metrics, TrainingData
+from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+
+
+def autoregressive_log_likelihood(model: LatentThoughtModel, batch: Batch) -> Tensor:
+    """Log p(x | z = 0) per sequence in nats, (B,)."""
+    z = torch.zeros((len(batch), *model.thought_shape), device=model.device)
+    return model.log_likelihood(z.to(model.decoder.bos.dtype), batch)
+
+
+class AutoregressiveFit:
+    """Maximum likelihood of the decoder at z = 0.
+
+    Args:
+        model: A freshly initialised model; trained in place.
+        slow: The slow clock of the fit that this is the control of.
+        seed: Of the order of batches.
+    """
+
+    def __init__(self, model: LatentThoughtModel, slow: Slow, seed: int = 0) -> None:
+        self.model = model
+        self.seed = seed
+        self.slow_step = 0
+        self.horizon: int | None = None
+        self.clock = SlowClock(model.parameters(), slow, spare=embedding_weights(model))
+
+    def step(self, batch: Batch) -> Metrics:
+        """One slow step.
+
+        Returns:
+            `step`, `nll` (nats per sequence, batch mean), `nll_per_token`, `lr_slow`,
+            `grad_norm_slow`.
+
+        Raises:
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        batch = batch.to(self.model.device)
+        self.model.check(batch)
+        nll = -autoregressive_log_likelihood(self.model, batch)
+        bad = ~nll.detach().isfinite()
+        if bool(bad.any()):
+            raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
+        n_tokens = batch.n_tokens.sum()
+        norm = self.clock.gradient(nll.sum() / n_tokens)
+        lr = self.clock.step(self.slow_step, self.horizon or 1)
+        self.slow_step += 1
+        return {
+            "step": float(self.slow_step),
+            "nll": float(nll.detach().mean()),
+            "nll_per_token": float(nll.detach().sum() / n_tokens),
+            "lr_slow": lr,
+            "grad_norm_slow": float(norm),
+        }
+
+    def fit(
+        self,
+        data: TrainingData,
+        steps: int,
+        batch_size: int = 16,
+        *,
+        progress: bool = True,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> None:
+        """`steps` slow steps, on the batches that `DualRateSVI.fit` takes with the same seed."""
+        if self.horizon is None:
+            self.horizon = self.slow_step + steps
+        with tqdm(total=steps, disable=not progress, desc="control", unit="step") as bar:
+            for _ in range(steps):
+                row = self.step(data.training_batch(self.slow_step, batch_size, self.seed))
+                bar.update()
+                bar.set_postfix(nll_per_token=f"{row['nll_per_token']:.3f}")
+                if on_step is not None:
+                    on_step(row)

@@ -1,0 +1,344 @@
+"""Dual-rate variational Bayes: fast steps fit q(z_i) per sequence, slow steps fit the decoder.
+
+    for each batch:
+        fast:  T_fast steps on phi_i   of  ELBO(phi_i; beta)        beta frozen
+        slow:  one step on beta        of  ELBO(phi_i; beta)        at the fitted q, on fresh draws
+
+Kong et al. (2025), algorithm 1. Every random number is a function of (seed, slow step), so a fit
+that was interrupted goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, cast
+
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ltm_pyro.config import Fast, Slow
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.inference.fast_loop import (
+    FastResult,
+    frozen,
+    local_optimizer,
+    run_fast_loop,
+    sequence_terms,
+)
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.objectives import (
+    KLWeight,
+    TermRecorder,
+    differentiable,
+    quiet_about_nan,
+)
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.inference.row_adam import RowAdam
+from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
+from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
+from ltm_pyro.models.base import LatentModel
+
+Metrics = dict[str, float]
+
+
+class TrainingData(Protocol):
+    """Where `fit` takes its batches: any `SequenceSet`."""
+
+    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+        """The batch of one slow step, a pure function of its arguments."""
+        ...
+
+
+class DualRateSVI:
+    """Stochastic variational inference with two clocks.
+
+    Args:
+        model: Prior and likelihood, a Pyro program over a plate of sequences.
+        guide: The local posterior family.
+        fast: The fast clock.
+        slow: The slow clock.
+        elbo: Any Pyro ELBO object; `TraceMeanField_ELBO()` by default, which uses the KL in closed
+            form where there is one. One with several particles serves too.
+        seed: Of all random numbers.
+        persistent: Keep local parameters per sequence id and start each visit from them.
+
+    Attributes:
+        metrics: One row per slow step; see `step`.
+        slow_step: Slow steps done.
+        horizon: Slow steps over which the slow schedules run; set by the first `fit`.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        fast: Fast | None = None,
+        slow: Slow | None = None,
+        elbo: ELBO | None = None,
+        seed: int = 0,
+        persistent: bool = False,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.fast = fast or Fast()
+        self.slow = slow or Slow()
+        self.elbo = differentiable(elbo if elbo is not None else TraceMeanField_ELBO())
+        self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
+        self.seed = seed
+        self.store = LocalStore() if persistent else None
+        self.slow_step = 0
+        self.horizon: int | None = None
+        self.metrics: list[Metrics] = []
+        slow_parameters = [*model.parameters(), *guide.shared_parameters()]
+        # What the caller has frozen stays frozen.
+        parameters = [p for p in slow_parameters if p.requires_grad]
+        self.clock = SlowClock(parameters, self.slow, spare=embedding_weights(model, guide))
+
+    def infer(
+        self,
+        batch: Batch,
+        steps: int | None = None,
+        *,
+        seed: int | None = None,
+        warm_start: bool = False,
+    ) -> Posterior:
+        """The fast loop alone: q(z_i) for each sequence, model and clocks untouched.
+
+        Sequences are visited in the order of their ids, so that noise belongs to a sequence and
+        not to its place: a permuted batch gets the permuted posterior.
+
+        Args:
+            batch: The sequences.
+            steps: T_fast; the fast clock's own by default. The schedule runs over these steps.
+            seed: Of the noise; the fit's own by default, so the answer is reproducible.
+            warm_start: Start from the stored local parameters of known ids (persistent fits).
+
+        Raises:
+            InputError: if the model cannot score the batch, or `steps` is negative.
+            NonFiniteError: if local parameters became NaN or infinite.
+        """
+        steps = self.fast.steps if steps is None else steps
+        if steps < 0:
+            raise InputError(f"steps is {steps}: must be 0 or more")
+        batch = batch.to(self.model.device)
+        self.model.check(batch)
+        order = torch.argsort(batch.ids, stable=True)
+        ordered = batch.select(order)
+        noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
+        result, _ = self._fit_local(ordered, steps, noise, 1.0, record=True, warm=warm_start)
+        return self._posterior(batch, torch.argsort(order), result)
+
+    def step(self, batch: Batch) -> Metrics:
+        """A fast loop, then one slow step on fresh draws.
+
+        Before thoughts join (`Slow.thoughts_start`), z is 0 and the fast loop is left out; `elbo`
+        is then log p(x | z = 0), exact as long as cross-attention is at its zero start.
+
+        Returns:
+            `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1),
+            `elbo_per_token`, `objective` (with the KL weight, per sequence), `kl_weight`,
+            `lr_fast` (of the first fast step; 0 without a fast loop), `lr_slow`, `grad_norm_fast`,
+            `grad_norm_slow` (of the loss per token, before clipping), `fast_gain` (rise of the
+            objective over the fast loop, nats per sequence), `tokens_per_second`, `seconds`, and
+            `step`.
+
+        Raises:
+            InputError: if the model cannot score the batch.
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        began = time.perf_counter()
+        batch = batch.to(self.model.device)
+        self.model.check(batch)
+        now, total = self.slow_step, self.horizon
+        weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
+        n_tokens = batch.n_tokens.sum()
+        result, moments = FastResult(*torch.zeros(3, device=batch.device)), None
+        if total is None or thoughts_joined(self.slow, now, total):
+            result, moments = self._fast_loop(batch, weight)
+            value, nll, kl = self._slow_loss(batch, weight)
+        else:
+            value, nll, kl = self._thoughtless_loss(batch)
+        norm = self._slow_gradient(batch, value / n_tokens, nll + kl)
+        # Nothing of this step is kept, local rows included, before both clocks are known finite.
+        lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
+        if self.store is not None and moments is not None:
+            self.store.scatter(batch.ids, {**self.guide.rows(), **moments.state()})
+        self.slow_step += 1
+        seconds = time.perf_counter() - began
+        elbo = -float(nll.mean() + kl.mean())
+        row = {
+            "step": float(self.slow_step),
+            "elbo": elbo,
+            "nll": float(nll.mean()),
+            "kl": float(kl.mean()),
+            "elbo_per_token": elbo * len(batch) / float(n_tokens),
+            "objective": -float(value.detach()) / len(batch),
+            "kl_weight": weight,
+            "lr_fast": 0.0 if moments is None else learning_rate(self.fast, 0, self.fast.steps),
+            "lr_slow": lr,
+            "grad_norm_fast": float(result.grad_norm),
+            "grad_norm_slow": float(norm),
+            "fast_gain": float(result.first - result.last) / len(batch),
+            "tokens_per_second": float(n_tokens) / seconds,
+            "seconds": seconds,
+        }
+        self.metrics.append(row)
+        return row
+
+    def fit(
+        self,
+        data: TrainingData,
+        steps: int,
+        batch_size: int = 16,
+        *,
+        progress: bool = True,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> list[Metrics]:
+        """`steps` slow steps over the training set.
+
+        The first call sets the horizon of the slow schedules to `steps`; a later call goes on from
+        where the last ended, at the schedules' last values.
+
+        Args:
+            data: The training sequences.
+            steps: Slow steps to do now.
+            batch_size: B.
+            progress: Show a progress bar on stderr.
+            on_step: Called with the metrics after each slow step, e.g. to save.
+
+        Returns:
+            The metrics of these steps.
+
+        Raises:
+            InputError: if `steps` or `batch_size` is not above 0.
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        if steps <= 0 or batch_size <= 0:
+            raise InputError(f"steps={steps}, batch_size={batch_size}: both must be above 0")
+        if self.horizon is None:
+            self.horizon = self.slow_step + steps
+        first = len(self.metrics)
+        with tqdm(total=steps, disable=not progress, desc="fit", unit="step") as bar:
+            for _ in range(steps):
+                row = self.step(data.training_batch(self.slow_step, batch_size, self.seed))
+                bar.update()
+                bar.set_postfix(
+                    elbo_per_token=f"{row['elbo_per_token']:.3f}", kl=f"{row['kl']:.1f}"
+                )
+                if on_step is not None:
+                    on_step(row)
+        return self.metrics[first:]
+
+    def _fit_local(
+        self,
+        batch: Batch,
+        steps: int,
+        noise: int,
+        weight: float,
+        *,
+        record: bool = False,
+        warm: bool = True,
+    ) -> tuple[FastResult, RowAdam]:
+        """Resets the guide for `batch` and runs the fast loop with everything else frozen."""
+        self.guide.reset(batch)
+        optimizer = local_optimizer(self.guide, self.fast)
+        if self.store is not None and warm:
+            fresh = {**self.guide.rows(), **optimizer.state()}
+            stored = self.store.gather(batch.ids, fresh)
+            self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
+            optimizer = local_optimizer(self.guide, self.fast)
+            optimizer.load(stored)
+        with frozen(self.clock.parameters):
+            result = run_fast_loop(
+                self.loss,
+                self.guide,
+                self.model.prior(),
+                self.model.prepare(batch),
+                self.fast,
+                steps=steps,
+                seed=noise,
+                kl_weight=weight,
+                optimizer=optimizer,
+                record=record,
+            )
+        return result, optimizer
+
+    def _fast_loop(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
+        """The fast loop of a slow step, from the store where there is one."""
+        noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
+        try:
+            return self._fit_local(batch, self.fast.steps, noise, weight)
+        except NonFiniteError as error:
+            raise NonFiniteError(error.ids, self.slow_step) from None
+
+    def _slow_loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss at the fitted q on fresh draws; nll (B,) and kl (B,) there."""
+        noise = derive_seed(self.seed, Stream.SLOW, self.slow_step)
+        with (
+            frozen(self.guide.local_parameters().values()),
+            seeded(noise, batch.device),
+            quiet_about_nan(),
+            TermRecorder() as recorder,
+            KLWeight(weight),
+        ):
+            value = self.loss(batch)
+        return value, *sequence_terms(recorder, self.guide, self.model.prior())
+
+    def _thoughtless_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same before thoughts join: -log p(x | z = 0), no KL."""
+        z = self.guide.anchor.new_zeros((len(batch), *self.model.thought_shape))
+        nll = -self.model.log_likelihood(z, batch)
+        return nll.sum(), nll.detach(), torch.zeros_like(nll)
+
+    def _slow_gradient(self, batch: Batch, loss: Tensor, rows: Tensor) -> Tensor:
+        """Writes the slow gradient of `loss` and returns its norm.
+
+        Raises:
+            NonFiniteError: if the gradient or a sequence's objective in `rows` (B,) is not finite.
+        """
+        bad = ~rows.isfinite()
+        if bool(bad.any()):
+            raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
+        if not self.clock.parameters:
+            return torch.zeros(())
+        norm = self.clock.gradient(loss)
+        if not bool(norm.isfinite()):
+            self.clock.discard()
+            raise NonFiniteError([], self.slow_step)
+        return norm
+
+    def _posterior(self, batch: Batch, place: Tensor, result: FastResult) -> Posterior:
+        """What the guide holds, rows moved back to the batch's own order."""
+        self.guide.load_rows(self.guide.rows(place))
+        for p in self.guide.local_parameters().values():
+            p.requires_grad_(False)  # the posterior is an answer, not something to differentiate
+        prior = self.model.prior()
+        trace = result.trace
+        with torch.no_grad():
+            return Posterior(
+                distribution=self.guide.posterior(),
+                prior=prior,
+                ids=batch.ids,
+                mask=batch.mask,
+                family=self.guide.family,
+                has_density=self.guide.has_density,
+                parameters=self.guide.rows(),
+                trace=None
+                if trace is None
+                else replace(
+                    trace,
+                    elbo=trace.elbo[:, place],
+                    nll=trace.nll[:, place],
+                    kl=trace.kl[:, place],
+                    grad_norm=trace.grad_norm[:, place],
+                ),
+                closed_form_kl=self.guide.kl(prior),
+                own_draw_elbo=None if result.own_draw_elbo is None else result.own_draw_elbo[place],
+            )

@@ -1,0 +1,158 @@
+"""What a local guide is. One family per file, registered by name.
+
+To add a family: subclass `LocalGuide`, say which tensors a row has (`initial_rows`) and how they
+make a distribution (`posterior`), decorate with `@register_guide("name")`. The contract test in
+`tests/test_guides.py` then runs over it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import pyro
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.models.base import PLATE, SITE_Z, LatentModel
+
+
+class LocalGuide(nn.Module, ABC):
+    """q(z_i; phi_i) for each sequence i of a batch, called as a Pyro guide with site `z`.
+
+    Rows are independent: nothing of one sequence's parameters enters another's posterior.
+
+    Args:
+        model: Gives (K, D), device and dtype; it is not kept.
+    """
+
+    family: ClassVar[str] = ""
+    has_density: ClassVar[bool] = True
+    """False for a point mass, which has no ELBO."""
+
+    anchor: Tensor
+
+    def __init__(self, model: LatentModel) -> None:
+        super().__init__()
+        self.thought_shape = model.thought_shape
+        # Tells device and dtype, and follows `.to()`.
+        prior_mean = model.prior().sample().new_zeros(())
+        self.register_buffer("anchor", prior_mean, persistent=False)
+        self.local = nn.ParameterDict()
+
+    @abstractmethod
+    def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Fresh local parameters by name, each (B, ...)."""
+
+    @abstractmethod
+    def posterior(self) -> TorchDistribution:
+        """q(z) at the present parameters: batch shape (B,), event shape (K, D).
+
+        The only place where parameters become a distribution.
+        """
+
+    def kl(self, prior: TorchDistribution) -> Tensor | None:
+        """KL(q || prior) per sequence in nats, (B,); `None` where there is no closed form."""
+        return None
+
+    @property
+    def start_log_variance(self) -> float | None:
+        """Where log variances start, `None` for families without; used for the KL floor."""
+        return None
+
+    def reset(self, batch: Batch) -> None:
+        """Allocates fresh local parameters for the B rows of `batch`."""
+        self.load_rows(self.initial_rows(batch))
+
+    def load_rows(self, rows: dict[str, Tensor]) -> None:
+        """Puts given values (B, ...) in place as the local parameters."""
+        self.local = nn.ParameterDict(
+            {name: nn.Parameter(value.detach().clone()) for name, value in rows.items()}
+        )
+
+    def rows(self, index: Tensor | None = None) -> dict[str, Tensor]:
+        """The local parameters' values, all rows or those at `index`, as copies."""
+        return {
+            name: (p.detach().clone() if index is None else p.detach()[index])
+            for name, p in self.local.items()
+        }
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The Pyro guide: one site `z` in the plate of sequences.
+
+        Raises:
+            InputError: if the guide was not reset for this batch.
+        """
+        rows = next(iter(self.local.values())).shape[0] if self.local else 0
+        if rows != len(batch):
+            raise InputError(
+                f"the guide holds {rows} sequences and the batch {len(batch)}: "
+                "call guide.reset(batch) first"
+            )
+        with pyro.plate(PLATE, len(batch), dim=-1):
+            z: Tensor = pyro.sample(SITE_Z, self.posterior())
+        return z
+
+    def local_parameters(self) -> dict[str, nn.Parameter]:
+        """What moves on the fast clock, by name."""
+        return {name: p for name, p in self.local.items() if isinstance(p, nn.Parameter)}
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """What moves on the slow clock: everything that is not local."""
+        local = {id(p) for p in self.local.values()}
+        return [p for p in self.parameters() if id(p) not in local]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Takes local rows as they come: a batch's size is part of the state, not of the guide."""
+        start = f"{prefix}local."
+        rows = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+        if rows:
+            self.load_rows({k: v.to(self.anchor) for k, v in rows.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_FAMILIES: dict[str, type[LocalGuide]] = {}
+G = TypeVar("G", bound=type[LocalGuide])
+
+
+def register_guide(name: str) -> Callable[[G], G]:
+    """Class decorator: makes a guide family known to `build_guide` under `name`."""
+
+    def add(cls: G) -> G:
+        cls.family = name
+        _FAMILIES[name] = cls
+        return cls
+
+    return add
+
+
+def guide_families() -> tuple[str, ...]:
+    """Names of all registered families."""
+    return tuple(sorted(_FAMILIES))
+
+
+def build_guide(name: str, model: LatentModel, **options: Any) -> LocalGuide:
+    """A guide of the family `name` for `model`.
+
+    Args:
+        name: A registered family, e.g. `"mean_field"`.
+        model: The model whose thoughts it describes.
+        **options: Options of the family.
+
+    Raises:
+        InputError: for an unknown family or option; the nearest name is offered.
+    """
+    import inspect
+
+    if name not in _FAMILIES:
+        raise unknown_name("guide", name, _FAMILIES)
+    cls = _FAMILIES[name]
+    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of guide {name!r}", option, known)
+    guide = cls(model, **options)
+    return guide.to(model.device)

@@ -1,0 +1,38 @@
+"""Random numbers as a function of (seed, purpose, step), so that resuming needs no saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What random numbers are used for; streams of one seed do not overlap."""
+
+    FAST = 1
+    SLOW = 2
+    SCORE = 3
+    SAMPLE = 4
+    INITIAL = 5
+
+
+def derive_seed(seed: int, stream: Stream, step: int = 0) -> int:
+    """A seed for one purpose at one step, well mixed, the same on every machine."""
+    state = np.random.SeedSequence([seed, int(stream), step]).generate_state(2, np.uint32)
+    return (int(state[0]) << 31) ^ int(state[1])
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators seeded inside the block and put back afterwards."""
+    if device.type in ("cpu", "meta"):
+        fork = torch.random.fork_rng(devices=[])
+    else:
+        fork = torch.random.fork_rng(devices=[device], device_type=device.type)
+    with fork:
+        torch.manual_seed(seed)
+        yield

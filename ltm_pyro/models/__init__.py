@@ -1,0 +1,1 @@
+"""The generative story: priors, decoder, likelihood, and the linear-Gaussian oracle."""

@@ -1,0 +1,59 @@
+"""What inference, scores and guides ask of a model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ltm_pyro.data.batches import Batch
+
+SITE_Z = "z"
+SITE_X = "x"
+PLATE = "sequences"
+"""The plate over sequences, dim -1, in every model and every guide."""
+
+
+@runtime_checkable
+class LatentModel(Protocol):
+    """A Pyro program over one plate of sequences with sites `z` and `x`.
+
+    Every model is also an `nn.Module` (possibly without weights): the slow clock steps its
+    parameters, decoder and learned prior alike.
+    """
+
+    @property
+    def thought_shape(self) -> tuple[int, int]:
+        """(K, D)."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        ...
+
+    def __call__(self, batch: Batch | None = None) -> Any:
+        """The generative story; runs forward where `batch` is `None` or has no `x`."""
+        ...
+
+    def prior(self) -> TorchDistribution:
+        """p(z): event shape (K, D)."""
+        ...
+
+    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log p(x | z) in nats: z (..., B, K, D) to (..., B)."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The same batch with whatever does not depend on z computed once."""
+        ...
+
+    def check(self, batch: Batch) -> None:
+        """Raises `InputError` where the model cannot score the batch."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """All weights."""
+        ...

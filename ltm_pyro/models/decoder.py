@@ -1,0 +1,159 @@
+"""The decoder p(x | z): a Transformer that reads thoughts by cross-attention in every layer.
+
+    h = embed(BOS, x_1 .. x_{T-1})
+    for layer l:  h += self-attention(window);  h += cross-attention(z block l);  h += SwiGLU
+    x_t | x_<t, z ~ Categorical(softmax(norm(h_t) . embedding))
+
+Kong et al. (2025), section 3.1. A plain `nn.Module`: which weights learn is the business of the
+clocks in `inference`, not of the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ltm_pyro.config import ModelConfig
+from ltm_pyro.models.cross_entropy import token_log_prob
+from ltm_pyro.models.layers import DecoderLayer, rotary_angles
+
+
+@dataclass
+class DecoderState:
+    """What generation keeps between positions.
+
+    Attributes:
+        thoughts: Per layer, keys and values of the thoughts (2, B, heads, K_l, head_dim).
+        cache: Per layer, a ring of the last W keys and values (2, B, heads, W, head_dim).
+        t: The next position.
+    """
+
+    thoughts: list[Tensor]
+    cache: list[Tensor]
+    t: int = 0
+
+
+class Decoder(nn.Module):
+    """Causal decoder over V tokens, guided by K = L * K_l thoughts of D dimensions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.bos = nn.Parameter(torch.empty(config.width))
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config.width, config.n_heads, config.mlp_hidden, config.window, config.thought_dim
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = nn.RMSNorm(config.width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale-aware start: unit variance through products, residual branches shrunk by depth.
+
+        Cross-attention's output projection starts at zero, so the first slow steps train the
+        autoregressive model and thoughts enter as they become useful.
+        """
+        config = self.config
+        # Tied weights serve as input and as output: rows of unit length make the first logits O(1)
+        # and let the layers' contributions, not the token just read, fill the residual stream.
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        nn.init.normal_(self.bos, std=config.width**-0.5)
+        branches = 3 * config.n_layers
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            for residual in (layer.self_attention.out, layer.mlp.down):
+                with torch.no_grad():
+                    residual.weight.mul_(branches**-0.5)
+            nn.init.zeros_(layer.cross_attention.out.weight)
+
+    def _blocks(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(start, stop, device=self.bos.device)
+        return rotary_angles(positions, self.config.width // self.config.n_heads)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H)."""
+        rows = tokens.shape[0]
+        shifted = self.embedding(tokens[:, :-1])
+        return torch.cat((self.bos.expand(rows, 1, -1), shifted), dim=1)
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Everything below the first cross-attention, (B, T) to (B, T, H); free of z."""
+        h = self.embed(tokens)
+        return self._blocks()[0].attend(h, self._angles(0, tokens.shape[1]))
+
+    def thought_keys(self, z: Tensor) -> list[Tensor]:
+        """Per layer, projected keys and values of its block of thoughts; z is (B, K, D)."""
+        blocks = z.unflatten(1, (self.config.n_layers, self.config.thoughts_per_layer))
+        return [
+            layer.cross_attention.project(blocks[:, i]) for i, layer in enumerate(self._blocks())
+        ]
+
+    def above(self, trunk: Tensor, z: Tensor) -> Tensor:
+        """From the first cross-attention to the final norm: (B, T, H), (B, K, D) to (B, T, H)."""
+        h = trunk
+        angles = self._angles(0, trunk.shape[1])
+        for i, (layer, thoughts) in enumerate(
+            zip(self._blocks(), self.thought_keys(z), strict=True)
+        ):
+            if i > 0:
+                h = layer.attend(h, angles)
+            h = layer.think(h, thoughts)
+        return self.norm(h)
+
+    def logits(self, tokens: Tensor, z: Tensor) -> Tensor:
+        """All logits, (B, T) and (B, K, D) to (B, T, V): the plain reference, for short texts."""
+        return self.above(self.trunk(tokens), z) @ self.embedding.weight.T
+
+    def score(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """Log p(x | z) per row, in nats, without ever holding logits for all positions.
+
+        Args:
+            trunk: `self.trunk(tokens)`, (B, T, H).
+            tokens: (B, T).
+            mask: (B, T) bool; only true positions count.
+            z: (B, K, D).
+
+        Returns:
+            (B,).
+        """
+        h = self.above(trunk, z)
+        log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
+        return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
+
+    def start(self, z: Tensor) -> DecoderState:
+        """An empty cache for generating B rows guided by z (B, K, D)."""
+        config = self.config
+        head_dim = config.width // config.n_heads
+        shape = (2, len(z), config.n_heads, min(config.window, config.seq_len), head_dim)
+        cache = [z.new_zeros(shape) for _ in range(config.n_layers)]
+        return DecoderState(self.thought_keys(z), cache)
+
+    def step(self, previous: Tensor | None, state: DecoderState) -> Tensor:
+        """Logits of the next token, advancing `state` by one position.
+
+        Args:
+            previous: (B,) the token before, or `None` at the first position (BOS).
+            state: From `start`.
+
+        Returns:
+            (B, V).
+        """
+        rows = state.cache[0].shape[1]
+        token = self.bos.expand(rows, -1) if previous is None else self.embedding(previous)
+        h = token[:, None]
+        angles = self._angles(state.t, state.t + 1)
+        for layer, cache, thoughts in zip(self._blocks(), state.cache, state.thoughts, strict=True):
+            h = layer.think(layer.attend_step(h, angles, cache, state.t), thoughts)
+        state.t += 1
+        return self.norm(h)[:, 0] @ self.embedding.weight.T

@@ -1,0 +1,190 @@
+"""The latent-thought language model as a Pyro program (Kong et al. 2025, arXiv 2502.01567).
+
+    z_i        ~ prior                                    (K, D), block l feeds decoder layer l
+    x_i | z_i  ~ prod_t Categorical(decoder(x_<t, z_i))   x_0 is BOS, so every token is scored
+
+The length of a sequence is given, not modelled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ltm_pyro.config import ModelConfig, preset
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
+from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.likelihood import TokenSequence
+from ltm_pyro.models.priors import StandardNormal
+
+
+@dataclass(frozen=True)
+class PreparedBatch(Batch):
+    """A batch with the decoder's trunk (B, T, H) computed: valid while the weights stay."""
+
+    trunk: Tensor = None  # type: ignore[assignment]
+
+
+class LatentThoughtModel(nn.Module):
+    """Prior and decoder, called as a Pyro model with sites `z` and `x`.
+
+    Args:
+        config: Shapes.
+
+    Example:
+        >>> model = LatentThoughtModel.from_preset("nano", vocab_size=256)
+        >>> tokens = model()  # runs forward: one sequence, (1, T)
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.thought_prior = StandardNormal(config.n_thoughts, config.thought_dim)
+        self.decoder = Decoder(config)
+        self._fast_score: Callable[..., Tensor] = self.decoder.score
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> LatentThoughtModel:
+        """A freshly initialised model.
+
+        Args:
+            name: `nano`, `tiny`, `ltm-small`, `ltm-medium` or `ltm-large`.
+            **overrides: Fields of `ModelConfig`, above all `vocab_size`.
+
+        Raises:
+            InputError: for an unknown preset or a field out of range.
+        """
+        base = preset(name).model
+        unknown = set(overrides) - set(base.__dataclass_fields__)
+        if unknown:
+            raise unknown_name("model setting", sorted(unknown)[0], base.__dataclass_fields__)
+        return cls(replace(base, **overrides))
+
+    @property
+    def thought_shape(self) -> tuple[int, int]:
+        """(K, D)."""
+        return self.config.n_thoughts, self.config.thought_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.decoder.bos.device
+
+    def prior(self) -> TorchDistribution:
+        """p(z) of one sequence: event shape (K, D)."""
+        prior: TorchDistribution = self.thought_prior()
+        return prior
+
+    def forward(
+        self, batch: Batch | None = None, *, size: int = 1, length: int | None = None
+    ) -> Tensor:
+        """The generative story.
+
+        Args:
+            batch: Sequences to condition on. Without `x` (`batch.unobserved()`), or `None`, the
+                program runs forward and writes them.
+            size: B when there is no batch.
+            length: T when there is no batch; the model's `seq_len` by default.
+
+        Returns:
+            Tokens (B, T).
+        """
+        if batch is None:
+            shape = (size, length or self.config.seq_len)
+            batch = Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
+        with pyro.plate(PLATE, len(batch), dim=-1):
+            z = pyro.sample(SITE_Z, self.prior())
+            x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
+        return x
+
+    def likelihood(self, z: Tensor, batch: Batch) -> TokenSequence:
+        """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""
+
+        def score(tokens: Tensor, thoughts: Tensor) -> Tensor:
+            return self._score(tokens, thoughts, batch)
+
+        return TokenSequence(self.decoder, score, z, batch.mask.shape[1])
+
+    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
+        return self._score(batch.observed, z, batch)
+
+    def _score(self, tokens: Tensor, z: Tensor, batch: Batch) -> Tensor:
+        """`log_likelihood` of any tokens under the batch's mask; flattens leading dims."""
+        lead = z.shape[:-2]
+        mask = batch.mask
+        # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
+        only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
+        scorer = self._fast_score if only_thoughts else self.decoder.score
+        if isinstance(batch, PreparedBatch) and tokens is batch.x:
+            trunk = batch.trunk
+        else:
+            trunk = self.decoder.trunk(tokens.reshape(-1, tokens.shape[-1]))
+            trunk = trunk.view(*tokens.shape, -1)
+        rows = z.reshape(-1, *z.shape[-2:])
+        if len(lead) > 1:
+            trunk = trunk.expand(*lead, *trunk.shape[-2:]).flatten(0, -3)
+            tokens, mask = (
+                a.expand(*lead, a.shape[-1]).reshape(-1, a.shape[-1]) for a in (tokens, mask)
+            )
+        return scorer(trunk, tokens, mask, rows).view(lead)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with the part below the first cross-attention computed once."""
+        trunk = self.decoder.trunk(batch.observed)
+        return PreparedBatch(batch.x, batch.mask, batch.ids, trunk)
+
+    def check(self, batch: Batch) -> None:
+        """Refuses tokens that the decoder has no row for, and sequences that are too long.
+
+        Raises:
+            InputError: naming what does not fit.
+        """
+        x = batch.observed
+        if x.is_floating_point():
+            raise InputError("this batch holds real numbers, the model needs token ids (int64)")
+        if x.shape[1] > self.config.seq_len:
+            raise InputError(
+                f"sequences of {x.shape[1]} tokens: the model takes at most {self.config.seq_len}"
+            )
+        top = int(x.max()) if x.numel() else 0
+        if top >= self.config.vocab_size or (x.numel() and int(x.min()) < 0):
+            raise InputError(
+                f"token id {top} is outside the model's vocabulary of {self.config.vocab_size}: "
+                "build the model with vocab_size=corpus.vocab_size"
+            )
+
+    def compile_fast_loop(self) -> None:
+        """Compiles the likelihood that the fast loop calls; falls back, with a warning.
+
+        Only the fast loop is compiled: it is T_fast times the cost of everything else, and one
+        graph (weights frozen, thoughts learning) costs one compilation.
+        """
+        # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
+        validate = Distribution._validate_args
+        compiled = torch.compile(self.decoder.score, dynamic=False)
+        Distribution.set_default_validate_args(validate)
+
+        def score(*args: Tensor) -> Tensor:
+            try:
+                return compiled(*args)
+            except Exception as error:  # whatever a missing or broken compiler raises
+                warnings.warn(
+                    f"the likelihood runs uncompiled, more slowly: {type(error).__name__}",
+                    stacklevel=2,
+                )
+                self._fast_score = self.decoder.score
+                return self._fast_score(*args)
+
+        self._fast_score = score

@@ -1,0 +1,27 @@
+"""Priors over thought vectors."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+
+class StandardNormal(nn.Module):
+    """z ~ N(0, I): K thought vectors of D independent dimensions.
+
+    Calling it gives the distribution, with batch shape () and event shape (K, D).
+    """
+
+    zero: Tensor
+
+    def __init__(self, n_thoughts: int, thought_dim: int) -> None:
+        super().__init__()
+        self.shape = (n_thoughts, thought_dim)
+        # A buffer, so that the distribution is made where the model lives.
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        """The prior of one sequence's thoughts."""
+        return dist.Normal(self.zero, torch.ones_like(self.zero)).expand(self.shape).to_event(2)

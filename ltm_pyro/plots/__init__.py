@@ -1,0 +1,20 @@
+"""Pictures of a fit: each function takes results and returns a Matplotlib `Figure`.
+
+Every figure has units on its axes, a legend, and below it what it shows and what to conclude. The
+figures are free-standing: nothing is registered with pyplot, and no style outlives a call.
+"""
+
+from __future__ import annotations
+
+from ltm_pyro.plots.fit import fast_loop_traces, two_clock_curves
+from ltm_pyro.plots.scores import score_panel
+from ltm_pyro.plots.style import save_figure
+from ltm_pyro.plots.thoughts import thought_intervals
+
+__all__ = [
+    "fast_loop_traces",
+    "save_figure",
+    "score_panel",
+    "thought_intervals",
+    "two_clock_curves",
+]

@@ -1,0 +1,85 @@
+"""The look that all figures share, and how they are saved."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+from ltm_pyro.run.files import write_atomic
+
+Floats = NDArray[np.floating[Any]]
+
+BLUE, ORANGE, GREEN, RED, PURPLE, _, _, GREY, *_ = sns.color_palette("colorblind")
+INK = "#262626"
+_CAPTION_SIZE = 9.0  # points
+
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8c8c8c",
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 10,
+    "axes.labelsize": 9.5, "axes.labelcolor": INK, "text.color": INK, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#ececec", "grid.linewidth": 0.8,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "xtick.color": "#595959", "ytick.color": "#595959",
+    "xtick.major.size": 3, "ytick.major.size": 3, "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8, "ytick.minor.size": 0, "legend.fontsize": 9, "legend.frameon": False,
+    "legend.borderaxespad": 0.1, "legend.borderpad": 0.1, "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.4, "legend.handletextpad": 0.5, "lines.linewidth": 1.7,
+}  # fmt: skip
+
+
+@contextmanager
+def house_figure(size: tuple[float, float], caption: str) -> Iterator[Figure]:
+    """A figure in the house style, with room for the caption below."""
+    width, height = size
+    lines = textwrap.wrap(caption, width=int(width * 14.8))
+    room = (len(lines) * 1.35 * _CAPTION_SIZE + 8) / 72
+    # Constrained layout leaves the caption's share of the height alone.
+    share = room / (height + room)
+    layout = ConstrainedLayoutEngine(rect=(0, share, 1, 1 - share), w_pad=0.08, h_pad=0.08)
+    with mpl.rc_context({**sns.plotting_context("notebook"), **sns.axes_style("ticks"), **_STYLE}):
+        figure = Figure(figsize=(width, height + room), layout=layout)
+        figure.text(
+            0.09 / width, share * 0.93, "\n".join(lines), va="top", fontsize=_CAPTION_SIZE,
+            linespacing=1.3, color="#4d4d4d", gid="caption",
+        )  # fmt: skip
+        yield figure
+        # Ticks are made when first drawn, in the style of that moment: so draw in this one.
+        figure.draw_without_rendering()
+
+
+def title_and_legend(axes: Axes, title: str) -> None:
+    """Title and legend on one line above the axes, where they cover nothing."""
+    axes.set_title(title)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels)
+    )  # fmt: skip
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
+    """Writes a PNG; at any moment the old file is there, or the whole new one.
+
+    Args:
+        figure: The figure.
+        path: Where to.
+        dpi: Pixels per inch.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    data = io.BytesIO()
+    # Without the software's version the same figure is the same file.
+    figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
+    write_atomic(Path(path), data.getvalue())
+    return Path(path)

@@ -1,0 +1,84 @@
+"""From settings to corpus, device, model and guide, the same ones for the same settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
+from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.corpus import BUILT_IN, load_corpus
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.guides import LocalGuide, build_guide
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+
+BUILT_IN_TOKENIZERS = ("bytes", "bpe", "symbols")
+
+
+def open_corpus(config: FitConfig) -> Corpus:
+    """The corpus that `config` names.
+
+    Raises:
+        InputError: as `load_corpus` does.
+    """
+    chosen = config.corpus
+    return load_corpus(
+        chosen.name,
+        seq_len=config.model.seq_len,
+        tokenizer=chosen.tokenizer,
+        seed=chosen.seed,
+        encoding=chosen.encoding,
+        **chosen.options,
+    )
+
+
+def open_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        InputError: if there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no numbers")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            here.append("mps")
+        raise InputError(
+            f"device {name!r} is absent: this machine has {', '.join(here)}; choose with --device"
+        ) from None
+    return device
+
+
+def initial_model(config: FitConfig, device: str | None = None) -> LatentThoughtModel:
+    """The model before the first step: the same weights for the same settings, on any device."""
+    place = open_device(device or config.device)
+    with seeded(derive_seed(config.seed, Stream.INITIAL), torch.device("cpu")):
+        return LatentThoughtModel(config.model).to(place)
+
+
+def initial_guide(config: FitConfig, model: LatentThoughtModel) -> LocalGuide:
+    """The guide before the first step."""
+    with seeded(derive_seed(config.seed, Stream.INITIAL, 1), torch.device("cpu")):
+        return build_guide(config.guide, model, **config.guide_options)
+
+
+def absolute_paths(config: FitConfig) -> FitConfig:
+    """`config` with the paths in it made absolute, so that the run can be used from anywhere."""
+    corpus = config.corpus
+    paths = {"name": absolute_name(corpus.name), "tokenizer": absolute_name(corpus.tokenizer)}
+    return replace(config, corpus=from_dict(CorpusConfig, {**to_dict(corpus), **paths}))
+
+
+def absolute_name(name: str) -> str:
+    """The absolute path, where `name` is the path of something and not a built-in name."""
+    if not name or name in (*BUILT_IN, *BUILT_IN_TOKENIZERS):
+        return name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name

@@ -1,0 +1,58 @@
+"""What differs between two sets of settings: a fit goes on with its own only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ltm_pyro.config import FitConfig, to_dict
+from ltm_pyro.errors import InputError
+
+_OPEN = ("options", "guide_options")
+"""Settings whose keys are free: a key left out is a difference too."""
+
+
+def refuse_changes(config: FitConfig, other: Mapping[str, Any], here: str, there: str) -> None:
+    """Refuses settings that differ from those of a run.
+
+    Args:
+        config: The run's.
+        other: Settings as plain types; those left out do not differ.
+        here: What `config` belongs to, for the message.
+        there: What `other` belongs to.
+
+    Raises:
+        InputError: naming the first setting that differs.
+    """
+    mine = to_dict(config)
+    name = first_change(mine, other)
+    if name is not None:
+        raise InputError(
+            f"{name} is {_at(mine, name)!r} in {here} and {_at(other, name)!r} in {there}: a fit "
+            "goes on with its own settings only; leave them out, or fit anew into another folder"
+        )
+
+
+def first_change(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Dotted name of the first setting in `other` that `config` has otherwise, or `None`."""
+    for key, value in other.items():
+        mine = config.get(key)
+        if isinstance(value, Mapping) and isinstance(mine, Mapping) and key not in _OPEN:
+            inner = first_change(mine, value)
+            if inner is not None:
+                return f"{key}.{inner}"
+        elif mine != value and not _same_items(mine, value):
+            return key
+    return None
+
+
+def _same_items(mine: object, other: object) -> bool:
+    """Whether two sequences hold the same: JSON turns a tuple into a list."""
+    if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
+        return list(mine) == list(other)
+    return False
+
+
+def _at(values: Mapping[str, Any], name: str) -> object:
+    first, _, rest = name.partition(".")
+    return _at(values[first], rest) if rest else values[first]

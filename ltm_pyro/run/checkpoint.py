@@ -1,0 +1,137 @@
+"""Checkpoints: tensors in safetensors, the rest in JSON, and at every moment a whole one on disk.
+
+`state.json` is the checkpoint: it names its tensor file by content, with the checksum. A new tensor
+file is written first, then `state.json` is replaced by one rename, then the old tensor file is
+removed. A process killed anywhere in between leaves the old checkpoint or the new one. Loading
+parses JSON and copies numbers; nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ltm_pyro.errors import InputError
+from ltm_pyro.run.files import (
+    PARTIAL,
+    damaged,
+    json_bytes,
+    read_bytes,
+    read_json,
+    sha256,
+    write_atomic,
+    writing,
+)
+
+STATE = "state.json"
+_PATTERN = "tensors-*.safetensors"
+_ATTEMPTS = 3  # a reader may lose the race against a fit that replaces its checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a fit needs to go on.
+
+    Attributes:
+        tensors: On the CPU, by name.
+        state: JSON types.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The checkpoint's files by name, the tensor file first."""
+    held = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
+    # Clones, because tied weights share memory, which the format refuses.
+    data = safetensors.torch.save({name: t.clone() for name, t in held.items()})
+    digest = sha256(data)
+    name = f"tensors-{digest[:12]}.safetensors"
+    body = {"tensors": name, "sha256": digest, "state": checkpoint.state}
+    return {name: data, STATE: json_bytes({"checksum": _checksum(body), **body})}
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Replaces the checkpoint in `folder`.
+
+    Raises:
+        InputError: if it cannot be written; the one before is then still whole.
+    """
+    files = to_files(checkpoint)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+    for old in [*folder.glob(_PATTERN), *folder.glob(f".*{PARTIAL}")]:
+        if old.name not in files:
+            with suppress(OSError):
+                old.unlink()
+
+
+def load(folder: Path, owner: str) -> Checkpoint:
+    """Reads the checkpoint in `folder`.
+
+    Args:
+        folder: The checkpoint's own.
+        owner: The run that it belongs to, for messages.
+
+    Raises:
+        InputError: if it is absent, cut short or changed.
+    """
+    for attempt in range(_ATTEMPTS):
+        saved = read_json(folder / STATE, owner)
+        body = {key: value for key, value in saved.items() if key != "checksum"}
+        if saved.get("checksum") != _checksum(body):
+            raise damaged(owner, f"{folder.name}/{STATE} does not match its own checksum")
+        path = folder / str(body["tensors"])
+        if path.exists() or attempt == _ATTEMPTS - 1:
+            break
+    data = read_bytes(path, owner)
+    if sha256(data) != body["sha256"]:
+        raise damaged(owner, f"{folder.name}/{path.name} does not match its checksum")
+    try:
+        return Checkpoint(safetensors.torch.load(data), body["state"])
+    except SafetensorError as error:
+        raise damaged(owner, f"{folder.name}/{path.name}: {error}") from None
+
+
+def exists(folder: Path) -> bool:
+    """Whether `folder` has a checkpoint."""
+    return (folder / STATE).exists()
+
+
+def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def put(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that start with `prefix`."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def check_names(expected: dict[str, Tensor], found: dict[str, Tensor], owner: str) -> None:
+    """Refuses tensors of another model.
+
+    Raises:
+        InputError: naming the first tensor that is missing, unknown or of another shape.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        a, b = expected.get(name), found.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+            raise InputError(
+                f"{owner} holds another model: {name} should be {shapes[0]} and is {shapes[1]}"
+            )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return sha256(json.dumps(body, sort_keys=True).encode())

@@ -1,0 +1,173 @@
+"""Files that are whole or absent: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.errors import InputError
+
+PARTIAL = ".partial"
+"""Ending of a file or folder that is still being written; a later write takes its place."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns an `OSError` inside the block into one line about `target`.
+
+    Raises:
+        InputError: naming the file, the system's reason, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(target)!r}: {error.strerror or error}; free some space or choose a "
+            "folder that can be written to"
+        ) from None
+
+
+def write_atomic(target: Path, data: bytes) -> None:
+    """Puts `data` at `target` so that every reader, at any moment, finds the old file or the new.
+
+    Raises:
+        InputError: if it cannot be written; the old file, if any, is then still there.
+    """
+    partial = partial_of(target)
+    with writing(target):
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(target)
+            sync_folder(target.parent)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is written before it is renamed: on the same file system, and hidden."""
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a loss of power, where the system offers that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """`value` as JSON for people, the same bytes for the same value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, owner: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Args:
+        path: The file.
+        owner: What it belongs to, for the message.
+
+    Raises:
+        InputError: if it is absent, cut short or no JSON object.
+    """
+    data = read_bytes(path, owner)
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise damaged(owner, f"{path.name} is not JSON ({str(error).partition(':')[0]})") from None
+    if not isinstance(value, dict):
+        raise damaged(owner, f"{path.name} holds no JSON object")
+    return value
+
+
+def read_bytes(path: Path, owner: str) -> bytes:
+    """The bytes in `path`.
+
+    Raises:
+        InputError: if it is absent or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise damaged(owner, f"{path.name} is missing") from None
+    except OSError as error:
+        raise damaged(owner, f"{path.name} cannot be read ({error.strerror or error})") from None
+
+
+def damaged(owner: str, what: str) -> InputError:
+    """The error for a run folder that cannot be used any more."""
+    return InputError(
+        f"{owner} is damaged: {what}; restore it from a copy, or fit anew with --overwrite"
+    )
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def refuse_protected(folder: Path) -> None:
+    """Refuses a folder that nobody may write to, before any work is lost on it.
+
+    The permission bits count for the superuser too: a folder that was made read-only is meant to
+    stay as it is.
+
+    Raises:
+        InputError: if the folder, or the nearest one above it that exists, is read-only.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write {str(folder)!r}: {str(place)!r} is not a folder")
+    if not (place.stat().st_mode & 0o222) or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"cannot write {str(folder)!r}: {str(place)!r} is read-only; choose another folder "
+            "with --out, or change its permissions"
+        )
+
+
+def new_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Makes `folder` with `files` in it, all or nothing.
+
+    Args:
+        folder: Must not exist, or be empty.
+        files: Bytes by relative path.
+
+    Raises:
+        InputError: if it cannot be written; nothing of it is then left, nor of folders above it
+            that had to be made.
+    """
+    made = [p for p in (folder.parent, *folder.parent.parents) if not p.exists()]
+    partial = partial_of(folder)
+    with writing(folder):
+        try:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            for name, data in files.items():
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, data)
+            partial.replace(folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+            raise

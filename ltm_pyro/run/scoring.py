@@ -1,0 +1,197 @@
+"""Scores of a run on held-out text, beside those of its control."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.sequences import SequenceSet
+from ltm_pyro.data.split import SPLITS
+from ltm_pyro.diagnostics.bounds import Mode, evaluate
+from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.run.folder import Run
+
+KHAT_LIMIT = 0.7
+"""Above it an importance-weighted bound is too noisy to rely on (Vehtari et al. 2024)."""
+_CONTROL_DRAWS = 2
+"""The control ignores z, so every draw gives its exact log-likelihood."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of the same held-out sequences by a run's model and by its control.
+
+    Attributes:
+        split: `val` or `test`.
+        batch: The sequences.
+        post: q, fitted to them (mode `oracle`) or to their first part (`prefix`).
+        scores: From `evaluate`.
+        control: From `evaluate`, exact; `None` where the run has no finished control.
+    """
+
+    split: str
+    batch: Batch
+    post: Posterior | None
+    scores: xr.Dataset
+    control: xr.Dataset | None
+
+    def panel(self, n_layers: int) -> CollapsePanel | None:
+        """The collapse panel; `None` in other modes than `oracle`, and for one sequence."""
+        if self.post is None or self.scores.attrs["mode"] != "oracle" or len(self.batch) < 2:
+            return None
+        return collapse_panel(self.post, self.scores, n_layers=n_layers)
+
+
+def score_run(
+    run: Run,
+    corpus: Corpus,
+    *,
+    split: str = "val",
+    mode: Mode = "oracle",
+    prefix: int | None = None,
+    sequences: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+) -> HeldOut:
+    """Infers q for held-out sequences, in `eval_fast_steps` steps, and scores it on fresh draws.
+
+    Args:
+        run: The run.
+        corpus: Its corpus.
+        split: `val` or `test`; `train` shows the fit, not the generalisation.
+        mode: As in `evaluate`.
+        prefix: In mode `prefix`, the tokens that q sees; half a sequence by default. Sequences that
+            are no longer than that are left out.
+        sequences: How many, spread evenly over the split; the run's `eval_sequences` by default.
+        draws: S; the run's `eval_draws` by default.
+        seed: Of the draws.
+
+    Raises:
+        InputError: if an argument is out of range.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    if prefix is not None and mode != "prefix":
+        raise InputError(f"a prefix is for mode 'prefix', not {mode!r}: leave one of the two out")
+    sequences = run.config.eval_sequences if sequences is None else sequences
+    draws = run.config.eval_draws if draws is None else draws
+    batch = spread(getattr(corpus, split), sequences).to(run.model.device)
+    scored, post, fast_steps = batch, None, run.config.eval_fast_steps
+    if mode == "prefix":
+        prefix = corpus.seq_len // 2 if prefix is None else prefix
+        batch = _longer_than(batch, prefix)
+        scored, post = batch.suffix(prefix), run.svi.infer(batch.prefix(prefix), fast_steps)
+    elif mode == "oracle":
+        post = run.svi.infer(batch, fast_steps)
+    scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed)
+    return HeldOut(split, batch, post, scores, _control_scores(run, scored))
+
+
+def spread(split: SequenceSet, count: int) -> Batch:
+    """`count` sequences at even distances over the split, or all where there are fewer.
+
+    Raises:
+        InputError: if `count` is not above 0.
+    """
+    if count < 1:
+        raise InputError(f"{count} sequences: must be 1 or more")
+    n = len(split)
+    return split.batch(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)))
+
+
+def _longer_than(batch: Batch, prefix: int) -> Batch:
+    keep = batch.n_tokens > prefix
+    if not bool(keep.any()):
+        longest = int(batch.n_tokens.max())
+        raise InputError(
+            f"prefix of {prefix} tokens: the longest held-out sequence has {longest}; choose fewer"
+        )
+    return batch.select(torch.nonzero(keep)[:, 0])
+
+
+def _control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
+    """The control's exact scores, `None` where it was not trained to the end."""
+    if not run.config.control:
+        return None
+    fit = run.control()
+    if fit.slow_step < run.config.steps:
+        return None
+    return evaluate(fit.model, None, batch, _CONTROL_DRAWS, mode="prior")
+
+
+def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
+    """The scores of all sequences together, as JSON types.
+
+    Returns:
+        `run`, `step`, `split` and the attributes of `evaluate`; `unit` of the tokens; means over
+        sequences of its columns under `nats_per_sequence`; `khat`; and under `control` the
+        perplexities of the decoder without thoughts, whose likelihood is exact, so that its ELBO
+        and its IW bound are that same number; and under `collapse` the panel (mode `oracle`).
+        What is not finite is `None`.
+    """
+    scores, control = held_out.scores, held_out.control
+    khat = scores["khat"].values
+    known = khat[~np.isnan(khat)]
+    columns = [n for n in scores.data_vars if n not in ("khat", "n_tokens")]
+    panel = held_out.panel(run.config.model.n_layers)
+    out = {
+        "run": str(run.folder),
+        "step": run.svi.slow_step,
+        "split": held_out.split,
+        "unit": run.tokenizer.unit,
+        **scores.attrs,
+        "nats_per_sequence": {str(n): float(scores[n].mean()) for n in columns},
+        "khat": {
+            "median": float(np.median(known)) if known.size else math.nan,
+            "largest": float(np.max(known)) if known.size else math.nan,
+            "share_above_limit": float(np.mean(known > KHAT_LIMIT)) if known.size else math.nan,
+            "limit": KHAT_LIMIT,
+        },
+        "control": None if control is None else _control_summary(control),
+        "collapse": None if panel is None else panel.as_dict(),
+    }
+    return {name: json_value(value) for name, value in out.items()}
+
+
+def _control_summary(control: xr.Dataset) -> dict[str, Any]:
+    exact = {
+        f"{name}{ending}": control.attrs[f"ppl_z0{ending}"]
+        for name in ("ppl_elbo", "ppl_iw")
+        for ending in ("", "_se", "_sampling_se")
+    }
+    return {**exact, "nll_per_sequence": float(control["nll_z0"].mean())}
+
+
+def json_value(value: Any) -> Any:
+    """`value` in plain JSON types, with `None` for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [json_value(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def per_sequence_csv(held_out: HeldOut) -> str:
+    """The scores per sequence as CSV, with the control's exact `control_nll` where there is one."""
+    data = held_out.scores
+    if held_out.control is not None:
+        data = data.assign(control_nll=held_out.control["nll_z0"])
+    columns = {str(name): values.values.tolist() for name, values in data.data_vars.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["sequence", *columns])
+    writer.writerows(zip(data["sequence"].values.tolist(), *columns.values(), strict=True))
+    return text.getvalue()

@@ -1,0 +1,114 @@
+"""Fitting into a run folder: checkpoints as it goes, and a clean stop at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ltm_pyro.data.base import Corpus
+from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.control import AutoregressiveFit
+from ltm_pyro.inference.dual_rate import Metrics
+from ltm_pyro.run.files import refuse_protected, writing
+from ltm_pyro.run.folder import Run
+
+AfterStep = Callable[[Metrics], bool]
+"""Gets the metrics of each slow step; its answer `True` asks the fit to stop there."""
+
+
+class Interrupted(Exception):
+    """The fit was asked to stop, and stopped after a whole step, with its checkpoint on disk."""
+
+
+def go_on(row: Metrics) -> bool:
+    """Goes on to the end."""
+    return False
+
+
+def train(
+    run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
+) -> None:
+    """Goes on with the fit to its last step. Does nothing where it is there already.
+
+    Args:
+        run: The run, at any step.
+        corpus: Its corpus.
+        progress: Show a progress bar on stderr.
+        after_step: Called with the metrics of each slow step; `True` stops the fit there.
+
+    Raises:
+        Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
+        NonFiniteError: on NaN; the checkpoint is of the last good step.
+        InputError: if the folder cannot be written; its last checkpoint is whole.
+    """
+    svi, config = run.svi, run.config
+    remaining = config.steps - svi.slow_step
+    if remaining <= 0:
+        return
+    refuse_protected(run.folder)
+    run.metrics_file.truncate(run.metrics)
+    if config.compile:
+        run.model.compile_fast_loop()
+
+    def on_step(row: Metrics) -> None:
+        run.metrics_file.append(row)
+        if after_step(row):
+            raise Interrupted
+        if svi.slow_step % config.checkpoint_every == 0:
+            run.save()
+
+    try:
+        svi.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
+    except (Interrupted, NonFiniteError):
+        run.save()
+        raise
+    run.save()
+
+
+def train_control(
+    run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
+) -> AutoregressiveFit:
+    """Fits the same decoder without thoughts, for as many slow steps, or goes on with it.
+
+    Args:
+        run: The run.
+        corpus: Its corpus.
+        progress: Show a progress bar on stderr.
+        after_step: Called with the metrics of each slow step; `True` stops the fit there.
+
+    Returns:
+        The control, fitted to the end.
+
+    Raises:
+        Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
+        NonFiniteError: on NaN; the checkpoint is of the last good step.
+        InputError: if the folder cannot be written; its last checkpoint is whole.
+    """
+    fit, config = run.control(), run.config
+    remaining = config.steps - fit.slow_step
+    if remaining <= 0:
+        return fit
+    refuse_protected(run.folder)
+    metrics = run.control_metrics_file
+    done = metrics.read(fit.slow_step)
+    with writing(metrics.path.parent):
+        metrics.path.parent.mkdir(exist_ok=True)
+    metrics.truncate(done)
+
+    def save() -> None:
+        metrics.sync()
+        run.save_control(fit)
+
+    def on_step(row: Metrics) -> None:
+        metrics.append(row)
+        if after_step(row):
+            raise Interrupted
+        if fit.slow_step % config.checkpoint_every == 0:
+            save()
+
+    try:
+        fit.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
+    except (Interrupted, NonFiniteError):
+        save()
+        raise
+    save()
+    return fit

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from pyro.distributions import TorchDistribution
+from tolerances import MC
+
+from ltm_pyro.config import Fast, ModelConfig
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel, format_panel
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.guides import build_guide
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.linear_gaussian import LinearGaussian
+
+SMALL = ModelConfig(
+    vocab_size=16, seq_len=24, n_layers=2, width=16, n_heads=2, mlp_hidden=32, window=4,
+    thoughts_per_layer=2, thought_dim=3,
+)  # fmt: skip
+
+
+def infer(
+    model: LatentModel, batch: Batch, family: str = "mean_field", steps: int = 0
+) -> Posterior:
+    return DualRateSVI(model, build_guide(family, model), fast=Fast(lr=0.3)).infer(batch, steps)
+
+
+def exactly(oracle: LinearGaussian, batch: Batch, q: TorchDistribution) -> Posterior:
+    return Posterior(q, oracle.prior(), batch.ids, batch.mask, family="exact")
+
+
+def oracle(strength: float, noise: float = 1.0) -> LinearGaussian:
+    """Two thoughts of two dimensions, of which only the first thought reaches x."""
+    W = torch.zeros(4, 4)
+    W[:2, :2] = strength * torch.eye(2)
+    return LinearGaussian(W, noise_scale=noise, shape=(2, 2))
+
+
+def panel_of(model: LatentModel, post: Posterior, batch: Batch, **options: int) -> CollapsePanel:
+    return collapse_panel(post, evaluate(model, post, batch, draws=32), **options)
+
+
+def test_a_collapsed_posterior_shows_nothing() -> None:
+    model = LatentThoughtModel(SMALL)
+    for layer in model.decoder.layers:  # thoughts that the decoder hears, but that say nothing
+        torch.nn.init.normal_(layer.cross_attention.out.weight)
+    batch = Batch(torch.randint(16, (32, 24)))
+    panel = panel_of(model, infer(model, batch), batch, n_layers=2)
+    assert panel.kl == 0
+    assert panel.active_units == 0
+    assert panel.mutual_information == pytest.approx(0, abs=1e-6)
+    np.testing.assert_array_equal(panel.kl_per_thought, np.zeros(4))
+    np.testing.assert_array_equal(panel.kl_per_layer, np.zeros(2))
+    assert not panel.uses_thoughts
+    MC.assert_close(panel.penalty_shuffled, panel.penalty_shuffled_se, 0.0, draws=32)
+    assert "not shown" in format_panel(panel)
+
+
+def test_an_informative_posterior_shows_everything() -> None:
+    model = oracle(strength=3.0)
+    batch = model.simulate(64, seed=1)
+    panel = panel_of(model, infer(model, batch, steps=300), batch)
+    exact = exactly(model, batch, model.posterior(batch))
+    assert panel.kl == pytest.approx(float(exact.kl().mean()), rel=0.1)
+    assert panel.active_units == 2
+    assert panel.n_units == 4
+    assert panel.kl_per_thought[0] == pytest.approx(panel.kl, rel=0.02)
+    assert panel.kl_per_thought[1] < 0.02
+    assert panel.penalty_shuffled > 5 * panel.penalty_shuffled_se
+    assert panel.penalty_z0 > 2 * panel.penalty_z0_se
+    assert panel.uses_thoughts
+    assert "yes" in format_panel(panel)
+
+
+def test_mutual_information_of_a_gaussian_channel() -> None:
+    # x = a z + noise in two dimensions: I(x; z) = log(1 + a^2) exactly, far below log N here. The
+    # aggregate of the exact posteriors is the prior, but for having 400 members: its KL is small
+    # and positive, so the estimate falls short by that much.
+    model = oracle(strength=1.0)
+    batch = model.simulate(400, seed=2)
+    panel = panel_of(model, exactly(model, batch, model.posterior(batch)), batch)
+    assert panel.mutual_information == pytest.approx(math.log(2), abs=0.1)
+    assert abs(panel.kl_aggregate) < 0.15
+    assert 0 < panel.mutual_information_se < 0.03
+    assert panel.kl == pytest.approx(panel.mutual_information + panel.kl_aggregate)
+
+
+def test_mutual_information_error_is_that_of_its_draws() -> None:
+    model = oracle(strength=1.0)
+    batch = model.simulate(40, seed=3)
+    post = infer(model, batch, steps=60)
+    scores = evaluate(model, post, batch, draws=2)
+    panels = [collapse_panel(post, scores, draws=8, seed=seed) for seed in range(60)]
+    spread = np.std([panel.mutual_information for panel in panels], ddof=1)
+    assert panels[0].mutual_information_se == pytest.approx(spread, rel=0.5)
+    again = collapse_panel(post, scores, draws=8, seed=0)
+    assert again.as_dict() == panels[0].as_dict()
+
+
+def test_mutual_information_saturates_at_log_n() -> None:
+    model = oracle(strength=1.0, noise=1e-3)
+    batch = model.simulate(8, seed=4)
+    panel = panel_of(model, exactly(model, batch, model.posterior(batch)), batch)
+    assert panel.mutual_information == pytest.approx(math.log(8), abs=1e-3)
+    assert panel.mutual_information_cap == pytest.approx(math.log(8))
+    assert panel.kl > 10
+
+
+def test_kl_by_thought_is_exact_or_a_lower_bound() -> None:
+    W = torch.tensor([[1.0, 1.0, 0.5, 0.0], [0.0, 1.0, -1.0, 2.0], [0.3, 0.0, 1.0, 1.0]])
+    model = LinearGaussian(W, noise_scale=0.5, shape=(2, 2))
+    batch = model.simulate(16, seed=5)
+    factorised = panel_of(model, infer(model, batch, steps=30), batch)
+    assert factorised.kl_per_thought.sum() == pytest.approx(factorised.kl, rel=1e-4)
+    correlated = panel_of(model, exactly(model, batch, model.posterior(batch)), batch)
+    assert correlated.kl_estimator == "monte_carlo"
+    assert 0.3 * correlated.kl < correlated.kl_per_thought.sum() < correlated.kl
+    assert "at least" in format_panel(correlated)
+    assert "at least" not in format_panel(factorised)
+
+
+class Silent(TorchDistribution):
+    """A posterior that can be sampled and scored, and states no moments: as flows are."""
+
+    def __init__(self, base: TorchDistribution) -> None:
+        self.base = base
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008
+        return self.base.sample(sample_shape)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return self.base.log_prob(value)
+
+
+def test_families_without_moments_are_measured_by_draws() -> None:
+    model = oracle(strength=3.0)
+    batch = model.simulate(16, seed=6)
+    stated = exactly(model, batch, model.best_mean_field(batch))
+    silent = replace(stated, distribution=Silent(stated.distribution))
+    a, b = panel_of(model, stated, batch), panel_of(model, silent, batch)
+    np.testing.assert_allclose(a.kl_per_thought, b.kl_per_thought, atol=0.1)
+    assert a.active_units == 2
+
+
+def test_a_point_mass_has_no_kl() -> None:
+    model = oracle(strength=3.0)
+    batch = model.simulate(8, seed=7)
+    panel = panel_of(model, infer(model, batch, "delta", steps=20), batch)
+    assert math.isinf(panel.kl)
+    assert math.isnan(panel.mutual_information)
+    assert panel.active_units == 2
+    assert "inf" in format_panel(panel)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    model = oracle(strength=1.0)
+    batch = model.simulate(4, seed=8)
+    post = infer(model, batch)
+    scores = evaluate(model, post, batch, draws=2)
+    with pytest.raises(InputError, match="mode 'oracle'"):
+        collapse_panel(post, evaluate(model, None, batch, draws=2, mode="prior"))
+    with pytest.raises(InputError, match="other sequences"):
+        collapse_panel(post, scores.isel(sequence=[1, 0, 2, 3]))
+    with pytest.raises(InputError, match="layers"):
+        collapse_panel(post, scores, n_layers=3)
+    one = batch.select(slice(0, 1))
+    with pytest.raises(InputError, match="at least 2"):
+        collapse_panel(infer(model, one), evaluate(model, infer(model, one), one, draws=2))
+
+
+def test_panel_as_json_and_as_text() -> None:
+    model = oracle(strength=3.0)
+    batch = model.simulate(8, seed=9)
+    panel = panel_of(model, infer(model, batch, steps=20), batch, n_layers=2)
+    plain = json.loads(json.dumps(panel.as_dict()))
+    assert plain["uses_thoughts"] is True
+    assert len(plain["kl_per_thought"]) == 2
+    text = format_panel(panel)
+    for phrase in (
+        "nats per sequence",
+        "KL by layer",
+        "mutual information",
+        "log N",
+        "active units",
+    ):
+        assert phrase in text
+    assert "ppl" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_scores_need_no_attributes() -> None:
+    # Scores that went through a file or an arithmetic operation have lost theirs.
+    model = oracle(strength=1.0)
+    batch = model.simulate(4, seed=10)
+    post = infer(model, batch)
+    scores = evaluate(model, post, batch, draws=2)
+    bare = xr.Dataset({name: scores[name] for name in scores.data_vars})
+    assert collapse_panel(post, bare).kl == collapse_panel(post, scores).kl

@@ -1,0 +1,79 @@
+"""Compiling the fast loop changes its speed only, and is never required."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import EXACT
+from torch.distributions import Distribution
+
+import ltm_pyro as ltm
+
+
+def small_model() -> ltm.LatentThoughtModel:
+    """Thoughts matter from the start."""
+    model = ltm.LatentThoughtModel.from_preset(
+        "nano", seq_len=16, width=16, n_heads=2, mlp_hidden=24, n_layers=2, thought_dim=4
+    )
+    for name, p in model.named_parameters():
+        if name.endswith("cross_attention.out.weight"):
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def infer(model: ltm.LatentThoughtModel, batch: ltm.Batch) -> ltm.Posterior:
+    return ltm.DualRateSVI(model, ltm.build_guide("mean_field", model)).infer(batch)
+
+
+def test_without_a_compiler_the_loop_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = small_model(), ltm.Batch(torch.randint(0, 256, (3, 16)))
+    expected = infer(model, batch)
+
+    def broken(function: object, **options: object) -> object:
+        def call(*args: object) -> None:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model.compile_fast_loop()
+    with pytest.warns(UserWarning, match="uncompiled") as seen:
+        assert torch.equal(infer(model, batch).mean, expected.mean)
+    assert len(seen) == 1  # told once, not at every step
+
+
+def test_only_the_fast_loop_calls_the_compiled_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = small_model(), ltm.Batch(torch.randint(0, 256, (3, 16)))
+    calls: list[int] = []
+
+    def counting(function, **options):
+        def call(*args):
+            calls.append(1)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counting)
+    model.compile_fast_loop()
+    svi = ltm.DualRateSVI(model, ltm.build_guide("mean_field", model), fast=ltm.Fast(steps=5))
+    svi.step(batch)
+    assert len(calls) == 5
+    ltm.evaluate(model, svi.infer(batch), batch, draws=2)
+    assert len(calls) == 10
+
+
+def test_wrapping_leaves_validation_as_it_was() -> None:
+    before = Distribution._validate_args
+    small_model().compile_fast_loop()
+    assert Distribution._validate_args is before
+
+
+@pytest.mark.slow
+# torch's tracer warns and hides its own warning, which as an error would end the compilation.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_and_eager_loops_agree() -> None:
+    """Compilation takes from ten seconds to a minute."""
+    model, batch = small_model(), ltm.Batch(torch.randint(0, 256, (3, 16)))
+    expected = infer(model, batch)
+    model.compile_fast_loop()
+    EXACT.assert_close(infer(model, batch).mean, expected.mean)

@@ -1,0 +1,190 @@
+"""Sequences: every token once, ids that stay, batches that are functions of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
+from ltm_pyro.errors import InputError
+
+LENGTHS = np.array([7, 1, 4, 12, 3, 8])  # with T = 4: 2, 1, 1, 3, 1 and 2 sequences
+TOKENS = np.arange(1, 36, dtype=np.uint8)
+LAYOUT = SequenceLayout(TOKENS, LENGTHS, seq_len=4)
+
+
+def sequence_set(*documents: int) -> SequenceSet:
+    return SequenceSet(LAYOUT, np.array(documents), "val")
+
+
+def test_documents_are_cut_padded_and_masked() -> None:
+    batch = sequence_set(0, 1, 3).batch(slice(None))
+    assert batch.ids.tolist() == [0, 1, 2, 4, 5, 6]
+    assert batch.observed.tolist() == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 0],
+        [8, 0, 0, 0],
+        [13, 14, 15, 16],
+        [17, 18, 19, 20],
+        [21, 22, 23, 24],
+    ]
+    assert torch.equal(batch.mask, batch.observed != 0)
+    assert (batch.observed.dtype, batch.mask.dtype, batch.ids.dtype) == (
+        torch.int64,
+        torch.bool,
+        torch.int64,
+    )
+
+
+def test_every_token_is_in_exactly_one_sequence() -> None:
+    parts = [sequence_set(0, 3), sequence_set(1, 4), sequence_set(2, 5)]
+    tokens, ids = [], []
+    for part in parts:
+        for batch in part.batches(2):
+            tokens += batch.observed[batch.mask].tolist()
+            ids += batch.ids.tolist()
+    assert sorted(tokens) == TOKENS.tolist()
+    assert sorted(ids) == list(range(10))
+    assert sum(part.n_tokens for part in parts) == len(TOKENS)
+    assert sum(part.n_documents for part in parts) == len(LENGTHS)
+
+
+def test_a_sequence_keeps_its_id_in_any_split() -> None:
+    everything = sequence_set(*range(6))
+    part = sequence_set(2, 3, 5)
+    by_id = everything.batch(ids=part.ids)
+    by_position = part.batch(range(len(part)))
+    assert torch.equal(by_id.observed, by_position.observed)
+    assert torch.equal(by_id.ids, by_position.ids)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [range(3, 0, -1), [3, 2, 1], np.array([3, 2, 1], dtype=np.uint8), torch.tensor([3, 2, 1])],
+)
+def test_positions_of_any_kind_in_any_order(positions: Any) -> None:
+    part = sequence_set(0, 2, 3)
+    batch = part.batch(positions)
+    assert batch.ids.tolist() == part.ids[[3, 2, 1]].tolist()
+    assert torch.equal(part.batch(ids=batch.ids).observed, batch.observed)
+
+
+def test_slices_are_python_slices() -> None:
+    part = sequence_set(*range(6))
+    assert part.batch(slice(-2, None)).ids.tolist() == [8, 9]
+    assert part.batch(slice(0, 100, 4)).ids.tolist() == [0, 4, 8]
+    assert part.batch([1, 1]).ids.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([6], "position 6 is not in the val split: its 6 sequences"),
+        ([-1], "position -1"),
+        (range(4, 8), "position 6"),
+        ([], "at least one sequence"),
+        (slice(6, 9), "at least one sequence"),
+        (3, "whole numbers"),
+        ([0.0], "whole numbers"),
+        ([True], "whole numbers"),
+        ([[0], [1, 2]], "whole numbers"),
+        ("ab", "whole numbers"),
+    ],
+)
+def test_positions_that_are_none(positions: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sequence_set(0, 1, 3).batch(positions)
+
+
+def test_ids_that_are_not_here() -> None:
+    part = sequence_set(0, 1, 3)
+    for unknown in (3, -1, 10, 99):
+        with pytest.raises(InputError, match=f"id {unknown} is not in the val split"):
+            part.batch(ids=[0, unknown])
+    with pytest.raises(InputError, match="either positions or ids"):
+        part.batch([0], ids=[0])  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="either positions or ids"):
+        part.batch()  # type: ignore[call-overload]
+
+
+def test_batches_end_with_what_is_left() -> None:
+    part = sequence_set(*range(6))
+    assert [len(batch) for batch in part.batches(4)] == [4, 4, 2]
+    assert [len(batch) for batch in part.batches(100)] == [10]
+    for size in (0, -1, 2.0, True):
+        with pytest.raises(InputError, match="batch size"):
+            part.batches(size)  # type: ignore[arg-type]
+
+
+def test_the_caller_cannot_change_a_set() -> None:
+    part = sequence_set(0, 1)
+    part.batch(ids=part.ids).ids[0] = 99
+    part.batch([0]).observed[0] = 99
+    assert part.ids.tolist() == [0, 1, 2]
+    assert TOKENS[0] == 1
+    with pytest.raises(ValueError, match="read-only"):
+        part.ids[0] = 99
+
+
+def test_training_batches_are_a_function_of_seed_and_step() -> None:
+    steps = [9, 0, 4, 9, 123_456, 0]
+    one, other = sequence_set(*range(6)), sequence_set(*range(6))
+    for step in steps:
+        expected = other.training_batch(step, 3, seed=5)
+        assert torch.equal(one.training_batch(step, 3, seed=5).ids, expected.ids)
+    assert len({tuple(one.training_batch(s, 3, 5).ids.tolist()) for s in range(30)}) > 20
+    assert one.training_batch(0, 10, 5).ids.tolist() != one.training_batch(0, 10, 6).ids.tolist()
+
+
+def test_the_order_of_training_never_changes() -> None:
+    # A resumed fit, perhaps with a newer NumPy, must go on with the same batches.
+    part = sequence_set(*range(6))
+    assert part.training_batch(0, 5, seed=0).ids.tolist() == [3, 2, 1, 8, 6]
+    assert part.training_batch(7, 5, seed=3).ids.tolist() == [9, 6, 5, 4, 2]
+
+
+def test_an_epoch_has_no_sequence_twice() -> None:
+    part = sequence_set(*range(6))
+    for batch_size in (1, 3, 4, 5, 10):
+        steps = len(part) // batch_size
+        for epoch in range(3):
+            ids = [
+                part.training_batch(epoch * steps + k, batch_size).ids.tolist()
+                for k in range(steps)
+            ]
+            assert all(len(row) == batch_size for row in ids)
+            together = [i for row in ids for i in row]
+            assert len(set(together)) == len(together)
+
+
+def test_what_an_epoch_leaves_out_has_its_turn() -> None:
+    part = sequence_set(*range(6))
+    counts = np.zeros(10)
+    for step in range(2_000):
+        counts[part.training_batch(step, 8).ids.numpy()] += 1
+    # 2,000 epochs of 8 out of 10: mean 1,600, standard deviation 18.
+    assert np.abs(counts - 1_600).max() < 90
+
+
+def test_a_small_set_is_its_own_batch() -> None:
+    part = sequence_set(0, 1)
+    assert sorted(part.training_batch(7, 16).ids.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((-1, 2, 0), "step is -1"), ((0, 0, 0), "batch size is 0"), ((0, 2, -3), "seed is -3")],
+)
+def test_training_batches_refuse_what_is_out_of_range(
+    arguments: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sequence_set(0).training_batch(*arguments)
+
+
+def test_repr_says_what_it_is() -> None:
+    assert repr(sequence_set(0, 1)) == "SequenceSet(val: 3 sequences, 8 tokens)"
+    assert sequence_set(0).seq_len == 4
