@@ -31,6 +31,22 @@ _HOME = {
     "generate": "ltm_pyro.inference.generation",
     "evaluate": "ltm_pyro.diagnostics.bounds",
     "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
+    "compare": "ltm_pyro.diagnostics.compare",
+    "Comparison": "ltm_pyro.diagnostics.compare",
+    "build_objective": "ltm_pyro.inference.objectives",
+    "build_prior": "ltm_pyro.models.priors",
+    "simulate": "ltm_pyro.models.simulation",
+    "sample_posterior": "ltm_pyro.inference.mcmc",
+    "importance_bound": "ltm_pyro.diagnostics.evidence",
+    "annealed_bound": "ltm_pyro.diagnostics.evidence",
+    "evidence_bracket": "ltm_pyro.diagnostics.evidence",
+    "diagnose": "ltm_pyro.diagnostics.trust",
+    "sbc": "ltm_pyro.diagnostics.calibration",
+    "vsbc": "ltm_pyro.diagnostics.calibration",
+    "gap_decomposition": "ltm_pyro.diagnostics.gaps",
+    "fast_convergence": "ltm_pyro.diagnostics.convergence",
+    "gradient_noise": "ltm_pyro.diagnostics.gradients",
+    "information_by_block": "ltm_pyro.diagnostics.information",
     "load_run": "ltm_pyro.run",
     "to_datatree": "ltm_pyro.export",
 }
@@ -46,6 +62,18 @@ if TYPE_CHECKING:
     from ltm_pyro.data.corpus import load_corpus as load_corpus
     from ltm_pyro.diagnostics.bounds import evaluate as evaluate
     from ltm_pyro.diagnostics.bounds import score_on_own_draws as score_on_own_draws
+    from ltm_pyro.diagnostics.calibration import sbc as sbc
+    from ltm_pyro.diagnostics.calibration import vsbc as vsbc
+    from ltm_pyro.diagnostics.compare import Comparison as Comparison
+    from ltm_pyro.diagnostics.compare import compare as compare
+    from ltm_pyro.diagnostics.convergence import fast_convergence as fast_convergence
+    from ltm_pyro.diagnostics.evidence import annealed_bound as annealed_bound
+    from ltm_pyro.diagnostics.evidence import evidence_bracket as evidence_bracket
+    from ltm_pyro.diagnostics.evidence import importance_bound as importance_bound
+    from ltm_pyro.diagnostics.gaps import gap_decomposition as gap_decomposition
+    from ltm_pyro.diagnostics.gradients import gradient_noise as gradient_noise
+    from ltm_pyro.diagnostics.information import information_by_block as information_by_block
+    from ltm_pyro.diagnostics.trust import diagnose as diagnose
     from ltm_pyro.errors import InputError as InputError
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
     from ltm_pyro.export import to_datatree as to_datatree
@@ -55,9 +83,13 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.guides import build_guide as build_guide
     from ltm_pyro.inference.guides import guide_families as guide_families
     from ltm_pyro.inference.guides import register_guide as register_guide
+    from ltm_pyro.inference.mcmc import sample_posterior as sample_posterior
+    from ltm_pyro.inference.objectives import build_objective as build_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior
     from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel
     from ltm_pyro.models.linear_gaussian import LinearGaussian as LinearGaussian
+    from ltm_pyro.models.priors import build_prior as build_prior
+    from ltm_pyro.models.simulation import simulate as simulate
     from ltm_pyro.run import load_run as load_run
 
 

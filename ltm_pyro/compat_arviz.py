@@ -51,6 +51,18 @@ def _modern_khat(log_weights: NDArray[np.float64]) -> float:
     return float(khat)
 
 
+def rhat(data: xr.Dataset) -> xr.Dataset:
+    """ArviZ's rank-normalised split R-hat of each variable with dimensions `chain` and `draw`."""
+    found: xr.Dataset = _import("arviz").rhat(data)
+    return found
+
+
+def ess(data: xr.Dataset, method: str) -> xr.Dataset:
+    """ArviZ's effective sample size, `method` being `bulk`, `tail` or `mean`."""
+    found: xr.Dataset = _import("arviz").ess(data, method=method)
+    return found
+
+
 def for_arviz(tree: xr.DataTree) -> Any:
     """The tree as the installed ArviZ's functions want it, e.g. `az.summary(for_arviz(tree))`.
 

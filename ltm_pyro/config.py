@@ -30,7 +30,7 @@ def _check_schedule(owner: str, schedule: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of the prior and of the decoder."""
+    """The prior, and the shape of prior and decoder."""
 
     vocab_size: int = 256
     """V: tokens that the decoder chooses from. BOS is an input only and is not counted."""
@@ -50,9 +50,21 @@ class ModelConfig:
     """K_l: thought vectors that feed each layer; K = L * K_l."""
     thought_dim: int = 16
     """D: width of a thought vector."""
+    prior: str = "standard_normal"
+    """p(z): `standard_normal`, or learned: `mixture`, `flow`, `autoregressive`."""
+    prior_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the prior, e.g. `{"components": 8}` for `mixture`."""
 
     def __post_init__(self) -> None:
+        # Which priors and options there are, `build_prior` knows.
+        _require(isinstance(self.prior, str), f"model.prior is {self.prior!r}: must be a name")
+        _require(
+            isinstance(self.prior_options, Mapping),
+            f"model.prior_options is {self.prior_options!r}: must be a group of settings",
+        )
         for f in dataclasses.fields(self):
+            if f.name in ("prior", "prior_options"):
+                continue
             value = getattr(self, f.name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(ok, f"model.{f.name} is {value!r}: must be a whole number above 0")
@@ -140,6 +152,9 @@ class Slow:
     """Share of the fit during which the KL weight stays at `kl_start`."""
     kl_full: float = 0.7
     """Share of the fit after which the KL weight is 1."""
+    word_dropout: float = 0.0
+    """Probability that the decoder, while it is trained, is not shown a token before (it reads the
+    BOS vector in its place; every token is still scored). Scores and generation show all."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr <= 1e30, f"slow.lr is {self.lr}: must be above 0 and at most 1e30")
@@ -156,6 +171,10 @@ class Slow:
         _require(
             0 <= self.kl_hold <= self.kl_full <= 1,
             "slow.kl_hold and slow.kl_full must satisfy 0 <= kl_hold <= kl_full <= 1",
+        )
+        _require(
+            0 <= self.word_dropout <= 1,
+            f"slow.word_dropout is {self.word_dropout}: must be from 0 to 1",
         )
         _check_betas("slow", self.betas)
 
@@ -195,6 +214,10 @@ class FitConfig:
     """Family of the local posterior."""
     guide_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the guide family."""
+    objective: str = "elbo"
+    """What the clocks maximise: `elbo`, `stl`, `iwae`, `dreg`, `renyi`, `beta` or `free_bits`."""
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the objective, e.g. `{"particles": 8}`."""
     fast: Fast = field(default_factory=Fast)
     """The fast clock."""
     slow: Slow = field(default_factory=Slow)

@@ -28,6 +28,7 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
+from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.run.files import partial_of, sync_folder, writing
 
 Variable = tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]
@@ -70,7 +71,10 @@ def to_datatree(
         - `posterior_predictive`: `tokens` (chain, draw, sequence, position).
         - `log_likelihood`: `x` (chain, draw, sequence), log p(x_i | z) of whole sequences in nats.
         - `observed_data`: `tokens`, `mask` (sequence, position).
-        - `constant_data`: `n_tokens` (sequence).
+        - `constant_data`: `n_tokens` (sequence); with a model whose prior is learned, what has been
+          learned under the names of `ThoughtPrior.named_values`: a mixture's `prior_weight`
+          (component), `prior_mean` and `prior_scale` (component, thought, dim), an autoregressive
+          prior's `prior_coefficient` (dim). A flow's networks are in the run's checkpoint only.
         - `sample_stats`: `log_p` = log p(x_i, z) and `log_q` = log q(z) in nats (chain, draw,
           sequence); `khat` (sequence).
         - `variational_params`: the guide's local parameters (chain, sequence, ...).
@@ -100,6 +104,8 @@ def to_datatree(
         )  # fmt: skip
         if model is not None:
             groups["log_likelihood"], groups["sample_stats"] = _densities(model, chains, z, batch)
+    prior = getattr(model, "thought_prior", None)
+    groups["constant_data"].update(_learned_prior(prior))
     if model is not None and predictive_draws:
         groups["posterior_predictive"] = _predictive(model, chains[0], z, predictive_draws, seed)
     if scores is not None:
@@ -107,6 +113,8 @@ def to_datatree(
         groups["sample_stats"]["khat"] = (("sequence",), khat.values, {"units": "1"})
     coords = _coordinates(chains[0], len(chains), model)
     attrs = _attributes(chains[0], draws, seed)
+    if isinstance(prior, ThoughtPrior):
+        attrs["prior"] = prior.family
     datasets = {
         f"/{name}": _dataset(variables, coords, attrs)
         for name, variables in groups.items()
@@ -208,6 +216,16 @@ def _prior(post: Posterior, draws: int, seed: int) -> dict[str, Variable]:
     with torch.no_grad(), seeded(seed, post.ids.device):
         z = post.prior.sample(torch.Size([draws]))
     return {"z": (("chain", "draw", "thought", "dim"), _stack([z]), {})}
+
+
+def _learned_prior(prior: object) -> dict[str, Variable]:
+    """What a learned prior says of itself."""
+    if not isinstance(prior, ThoughtPrior):
+        return {}
+    return {
+        name: (dims, value.detach().cpu().numpy(), {"of": f"prior {prior.family}"})
+        for name, (dims, value) in prior.named_values().items()
+    }
 
 
 def _parameters(chains: list[Posterior]) -> dict[str, Variable]:
@@ -352,6 +370,8 @@ def _attributes(post: Posterior, draws: int, seed: int) -> dict[str, Any]:
         "torch_version": str(torch.__version__),
         "guide": post.family,
         "kl_estimator": post.kl_estimator,
+        "objective": post.objective,
+        "objective_kl": post.objective_kl,
         "draws": draws,
         "seed": seed,
     }

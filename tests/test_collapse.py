@@ -129,6 +129,32 @@ def test_kl_by_thought_is_exact_or_a_lower_bound() -> None:
     assert "at least" not in format_panel(factorised)
 
 
+def test_a_layer_that_collapsed_is_seen_in_that_layer_only() -> None:
+    # Of two layers of one thought each, only the first reaches x.
+    model = oracle(strength=3.0)
+    batch = model.simulate(48, seed=11)
+    post = exactly(model, batch, model.posterior(batch))
+    panel = panel_of(model, post, batch, n_layers=2, draws=64)
+    for per_block in (panel.kl_per_layer, panel.mutual_information_per_layer):
+        assert per_block[0] > 1
+        assert per_block[1] == pytest.approx(0, abs=1e-3)
+    MC.assert_close(
+        panel.mutual_information_per_layer[0],
+        panel.mutual_information_per_layer_se[0] + 1e-4,
+        panel.mutual_information,
+    )
+    np.testing.assert_allclose(
+        panel.mutual_information_per_layer, panel.mutual_information_per_thought, atol=1e-4
+    )
+    assert panel.mutual_information_per_layer.max() < panel.mutual_information_cap + 1e-4
+    assert panel.kl_per_layer.sum() == pytest.approx(panel.kl, rel=0.05)
+    text = format_panel(panel)
+    assert "MI by layer" in text
+    assert "MI by thought" in text
+    # Without layers none are listed.
+    assert "by layer" not in format_panel(panel_of(model, post, batch))
+
+
 class Silent(TorchDistribution):
     """A posterior that can be sampled and scored, and states no moments: as flows are."""
 
@@ -151,6 +177,8 @@ def test_families_without_moments_are_measured_by_draws() -> None:
     a, b = panel_of(model, stated, batch), panel_of(model, silent, batch)
     np.testing.assert_allclose(a.kl_per_thought, b.kl_per_thought, atol=0.1)
     assert a.active_units == 2
+    assert b.kl_per_block_kind == b.mutual_information_per_block_kind == "at least"
+    assert "at least" in format_panel(b)
 
 
 def test_a_point_mass_has_no_kl() -> None:
@@ -159,8 +187,11 @@ def test_a_point_mass_has_no_kl() -> None:
     panel = panel_of(model, infer(model, batch, "delta", steps=20), batch)
     assert math.isinf(panel.kl)
     assert math.isnan(panel.mutual_information)
+    assert np.isinf(panel.kl_per_thought).all()
+    assert np.isnan(panel.mutual_information_per_thought).all()
     assert panel.active_units == 2
     assert "inf" in format_panel(panel)
+    assert "MI by" not in format_panel(panel)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
@@ -185,7 +216,9 @@ def test_panel_as_json_and_as_text() -> None:
     panel = panel_of(model, infer(model, batch, steps=20), batch, n_layers=2)
     plain = json.loads(json.dumps(panel.as_dict()))
     assert plain["uses_thoughts"] is True
-    assert len(plain["kl_per_thought"]) == 2
+    for name in ("kl", "mutual_information"):
+        assert len(plain[f"{name}_per_thought"]) == len(plain[f"{name}_per_layer"]) == 2
+    assert plain["kl_per_block_kind"] == "exact"
     text = format_panel(panel)
     for phrase in (
         "nats per sequence",

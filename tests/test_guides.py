@@ -6,8 +6,8 @@ oracle is its row in `EXPECTED`; a family without a row fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyro.distributions as dist
@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tolerances import EXACT, MC
 from torch import Tensor
 
-from ltm_pyro.config import Fast
+from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.errors import InputError
@@ -47,6 +47,14 @@ class Optimum:
     """The column of `evaluate` that the family maximises."""
     best: Callable[[LinearGaussian, Batch], Tensor]
     """Its exact maximum, (B,)."""
+    ceiling: Callable[[LinearGaussian, Batch], Tensor] | None = None
+    """What no member exceeds, (B,), where the maximum is not known and `best` is a member."""
+    options: Mapping[str, int] = field(default_factory=dict)
+    """Options of the family with which that holds."""
+    slow_steps: int = 0
+    """Slow steps that its shared parameters need first."""
+    truncation: float = TRUNCATION
+    """Nats per sequence that all this may leave to the optimum."""
 
 
 def _joint_at_the_mode(oracle: LinearGaussian, batch: Batch) -> Tensor:
@@ -55,8 +63,23 @@ def _joint_at_the_mode(oracle: LinearGaussian, batch: Batch) -> Tensor:
 
 
 EXPECTED = {
+    "amortized": Optimum("elbo", LinearGaussian.best_mean_field_elbo, slow_steps=200),
     "delta": Optimum("log_joint", _joint_at_the_mode),
+    # Its correlations are learned by noisy slow steps; mean field ends 0.7 nats below.
+    "flow": Optimum(
+        "elbo",
+        LinearGaussian.log_evidence,
+        options={"transforms": 1, "hidden": 16},
+        slow_steps=40,
+        truncation=0.05,
+    ),
+    "full_rank": Optimum("elbo", LinearGaussian.log_evidence),
+    "low_rank": Optimum("elbo", LinearGaussian.log_evidence, options={"rank": 4}),
     "mean_field": Optimum("elbo", LinearGaussian.best_mean_field_elbo),
+    "mixture": Optimum(
+        "elbo", LinearGaussian.best_mean_field_elbo, ceiling=LinearGaussian.log_evidence
+    ),
+    "semi_amortized": Optimum("elbo", LinearGaussian.best_mean_field_elbo, slow_steps=10),
 }
 
 
@@ -84,8 +107,9 @@ def _moved(family: str, model: LatentModel, batch: Batch) -> LocalGuide:
 def check_shapes(family: str, model: LatentModel, batch: Batch) -> None:
     guide, rows = _moved(family, model, batch), len(batch)
     assert guide.family == family
-    assert guide.local_parameters()
-    assert {len(p) for p in guide.local_parameters().values()} == {rows}
+    assert guide.n_rows == rows
+    assert all(len(p) == rows for p in guide.local_parameters().values())
+    assert guide.local_parameters() or guide.shared_parameters()
     q = guide.posterior()
     assert q.batch_shape == (rows,)
     assert q.event_shape == model.thought_shape
@@ -131,10 +155,10 @@ def check_log_prob_agrees_with_pyros_trace(family: str, model: LatentModel, batc
 
 def check_rows_are_independent(family: str, model: LatentModel, batch: Batch) -> None:
     order = torch.tensor([2, 0, 3, 1])
-    straight = DualRateSVI(model, build_guide(family, model), Fast(steps=5)).infer(batch)
-    shuffled = DualRateSVI(model, build_guide(family, model), Fast(steps=5)).infer(
-        batch.select(order)
-    )
+    # One guide for both, so that shared parameters are the same, and away from their start.
+    svi = DualRateSVI(model, _moved(family, model, batch), Fast(steps=5))
+    straight = svi.infer(batch)
+    shuffled = svi.infer(batch.select(order))
     for name, value in straight.parameters.items():
         EXACT.assert_close(shuffled.parameters[name], value[order])
     EXACT.assert_close(shuffled.mean, straight.mean[order])
@@ -147,11 +171,9 @@ def check_rows_are_independent(family: str, model: LatentModel, batch: Batch) ->
 def check_no_row_reads_another(family: str, model: LatentModel, batch: Batch) -> None:
     guide = _moved(family, model, batch)
     second = guide.posterior().rsample()[1].sum() + guide.posterior().mean[1].sum()
-    for p, g in zip(
-        guide.local_parameters().values(),
-        torch.autograd.grad(second, list(guide.local_parameters().values()), allow_unused=True),
-        strict=True,
-    ):
+    local = list(guide.local_parameters().values())
+    gradients = torch.autograd.grad(second, local, allow_unused=True) if local else ()
+    for p, g in zip(local, gradients, strict=True):
         if g is not None:
             g = g.clone()
             g[1] = 0
@@ -180,7 +202,7 @@ def check_reset_is_eager_and_repeats(family: str, model: LatentModel, batch: Bat
         guide(batch)
     guide.reset(batch)
     start = guide.rows()
-    assert [n for n, _ in guide.named_parameters() if n.startswith("local.")]
+    assert guide.n_rows == len(batch)
     guide.reset(batch)
     assert guide.rows().keys() == start.keys()
     for name, value in guide.rows().items():
@@ -225,17 +247,27 @@ def test_optimum_on_the_oracle(family: str) -> None:
     oracle, expected = make_oracle(), EXPECTED[family]
     batch = oracle.simulate(32, seed=1)
     # Many draws a step, because the question is the family and not the noise of the fast loop.
-    elbo_class = TraceMeanField_ELBO if build_guide(family, oracle).has_density else Trace_ELBO
+    guide = build_guide(family, oracle, **expected.options)
+    elbo_class = TraceMeanField_ELBO if guide.has_density else Trace_ELBO
     elbo = elbo_class(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
+    if expected.slow_steps:
+        # Kept from visit to visit, rows and network converge together.
+        short = Fast(steps=8, lr=0.1, final_fraction=0.0)
+        slow = Slow(lr=1e-2, weight_decay=0.0)
+        few = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True)
+        learning = DualRateSVI(oracle, guide, short, slow, elbo=few, persistent=True)
+        learning.fit_guide(batch, expected.slow_steps, batch_size=32, progress=False)
     fast = Fast(steps=300, lr=0.2, final_fraction=0.0)
-    post = DualRateSVI(oracle, build_guide(family, oracle), fast, elbo=elbo).infer(batch)
+    post = DualRateSVI(oracle, guide, fast, elbo=elbo).infer(batch)
     scores = evaluate(oracle, post, batch, draws=1000)
-    shortfall = expected.best(oracle, batch).mean().item() - scores[expected.score].mean().item()
+    reached = scores[expected.score].mean().item()
+    ceiling = (expected.ceiling or expected.best)(oracle, batch).mean().item()
     error = 0.0
     if post.has_density:
         error = float(np.sqrt(np.square(scores["elbo_se"]).sum())) / len(batch)
-    MC.assert_at_most(shortfall, error + 1e-9, bound=TRUNCATION)
-    MC.assert_at_most(-shortfall, error + 1e-9, bound=0.0)
+    best = expected.best(oracle, batch).mean().item()
+    MC.assert_at_most(best - reached, error + 1e-9, bound=expected.truncation)
+    MC.assert_at_most(reached - ceiling, error + 1e-9, bound=0.0)
 
 
 def test_another_packages_family_meets_the_contract(case: tuple[LatentModel, Batch]) -> None:

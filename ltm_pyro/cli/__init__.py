@@ -21,6 +21,7 @@ from ltm_pyro.errors import InputError, NonFiniteError, unknown_name
 COMMANDS = {
     "fit": "fit a model to text, score it, and write some",
     "evaluate": "score a fitted run on held-out text",
+    "compare": "compare guide families on a run's held-out text",
     "generate": "write text with a fitted run",
     "export": "write posteriors and scores for ArviZ",
     "cost": "what a preset costs, before it is run",
@@ -40,6 +41,7 @@ commands:
 examples:
   ltm-pyro fit --preset nano --out runs/first       fit on Python's own documentation, minutes
   ltm-pyro evaluate runs/first                      its scores again, on held-out text
+  ltm-pyro compare runs/first --guides mean_field,full_rank
   ltm-pyro generate runs/first --prompt "The with statement" --n 3
 """
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -23,7 +23,7 @@ _SHORTCUTS = {
     "--encoding": "--corpus.encoding",
 }
 _SWITCHES = ("control", "compile", "persistent")
-_OPEN = ("corpus.options", "guide_options")
+_OPEN = ("corpus.options", "guide_options", "objective_options", "model.prior_options")
 
 Settings = dict[str, Any]
 """Nested plain values by field name, as in a YAML file."""
@@ -104,7 +104,7 @@ def _hint(name: str, hint: Any) -> Any:
     """The type that an option has."""
     if name == "schedule":
         return Literal[SCHEDULES]  # a function cannot be written on a command line
-    return dict[str, Any] if name in ("options", "guide_options") else hint
+    return dict[str, Any] if name == "options" or name.endswith("_options") else hint
 
 
 def _documented(cls: type[Any]) -> docstring_parser.Docstring:

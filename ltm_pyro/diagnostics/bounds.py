@@ -45,6 +45,7 @@ def evaluate(
     draws: int = 64,
     *,
     mode: Mode = "oracle",
+    controls: bool = True,
     seed: int = 0,
 ) -> xr.Dataset:
     """Scores a batch on fresh draws.
@@ -56,6 +57,7 @@ def evaluate(
         batch: The sequences.
         draws: S, fresh draws per sequence, at least 2.
         mode: `oracle`, `prefix` or `prior`; see `MODES`.
+        controls: Also score z = 0 and another sequence's z.
         seed: Of the draws.
 
     Returns:
@@ -65,8 +67,9 @@ def evaluate(
         with `nll_shuffled_se`. In modes `prefix` and `prior` no KL is charged (`kl` is 0), because
         thoughts come from a distribution that did not see what is scored.
 
-        Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator`, versions, and
-        for all sequences together `ppl_elbo`, `ppl_iw`, `ppl_reconstruction` (not a bound),
+        Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
+        scores, `objective` that q was fitted by and `objective_kl`, how it got its KL, versions,
+        and for all sequences together `ppl_elbo`, `ppl_iw`, `ppl_reconstruction` (not a bound),
         `ppl_z0`, `ppl_shuffled`: exp(total nats / total tokens). `_se` is the Monte Carlo standard
         error given these sequences, `_sampling_se` that of sampling the sequences.
 
@@ -84,16 +87,13 @@ def evaluate(
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), batch.device):
         z = q.sample(torch.Size([draws]))
         log_lik = _log_likelihoods(model, z, scored)
-        shuffled = -_log_likelihoods(model, z[:SHUFFLED_DRAWS].roll(1, dims=1), scored)
-        nll_z0 = -model.log_likelihood(torch.zeros_like(z[0]), model.prepare(scored))
         log_prior = prior.log_prob(z).double()
         log_q = q.log_prob(z).double() if mode == "oracle" else log_prior
         if mode == "oracle" and post is not None and not post.has_density:
             log_q = torch.full_like(log_prior, torch.inf)
         columns = _columns(log_lik, log_prior, log_q, post if mode == "oracle" else None)
-    columns["nll_z0"] = nll_z0
-    columns["nll_shuffled"] = shuffled.mean(0) if len(batch) > 1 else nll_z0 * torch.nan
-    columns["nll_shuffled_se"] = _standard_error(shuffled)
+        if controls:
+            columns.update(_controls(model, z, scored))
     columns["n_tokens"] = scored.n_tokens
     data = xr.Dataset(
         {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
@@ -144,6 +144,17 @@ def _log_likelihoods(model: LatentModel, z: Tensor, batch: Batch) -> Tensor:
     return torch.stack([model.log_likelihood(draw, prepared).double() for draw in z])
 
 
+def _controls(model: LatentModel, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The likelihood at z = 0 and at another sequence's thoughts, z (S, B, K, D)."""
+    shuffled = -_log_likelihoods(model, z[:SHUFFLED_DRAWS].roll(1, dims=1), batch)
+    nll_z0 = -model.log_likelihood(torch.zeros_like(z[0]), model.prepare(batch))
+    return {
+        "nll_z0": nll_z0,
+        "nll_shuffled": shuffled.mean(0) if len(batch) > 1 else nll_z0 * torch.nan,
+        "nll_shuffled_se": _standard_error(shuffled),
+    }
+
+
 def _standard_error(values: Tensor) -> Tensor:
     """Of the mean over the first dimension."""
     return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values[0] * torch.nan
@@ -186,6 +197,8 @@ def _attributes(
         "seed": seed,
         "guide": "prior" if post is None or mode == "prior" else post.family,
         "kl_estimator": post.kl_estimator if post is not None and mode == "oracle" else "none",
+        "objective": "none" if post is None or mode == "prior" else post.objective,
+        "objective_kl": "none" if post is None or mode == "prior" else post.objective_kl,
         "n_sequences": data.sizes["sequence"],
         "n_tokens": int(data["n_tokens"].sum()),
         "ltm_pyro_version": ltm_pyro.__version__,
@@ -199,6 +212,8 @@ def _attributes(
         ("ppl_z0", "nll_z0", 1.0, None),
         ("ppl_shuffled", "nll_shuffled", 1.0, "nll_shuffled_se"),
     ):
+        if column not in data:
+            continue
         mc = None if error is None else data[error].values
         out.update(
             per_token_perplexity(name, sign * data[column].values, data["n_tokens"].values, mc)

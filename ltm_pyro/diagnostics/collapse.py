@@ -15,10 +15,8 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from pyro.distributions import TorchDistribution
-from torch import Tensor
-from torch.distributions import Independent, Normal
 
+from ltm_pyro.diagnostics.information import blocks, kl_by_block, moments, mutual_information
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
@@ -26,8 +24,6 @@ from ltm_pyro.inference.random import Stream, derive_seed, seeded
 ACTIVE_VARIANCE = 0.01
 """A dimension of z is active if its posterior mean varies over sequences by at least this
 (Burda, Grosse & Salakhutdinov 2016, section 5.2)."""
-
-_MOMENT_DRAWS = 256  # for families that cannot state their marginal variances
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +36,12 @@ class CollapsePanel:
         kl: Mean KL(q(z_i) || prior).
         kl_se: Its standard error over sequences.
         kl_estimator: `analytic` or `monte_carlo`.
-        kl_per_thought: (K,) mean KL of each thought vector's marginal moments: exact for a
-            factorised normal q, a lower bound for any other; `nan` where the prior is not a
-            factorised normal.
-        kl_per_layer: (L,) the same summed over each layer's thoughts; empty without layers.
+        kl_per_thought: (K,) mean KL of each thought vector by itself; `nan` where unknown. Against
+            a prior of independent thoughts their sum is at most `kl`, and less where thoughts lean
+            on each other under q.
+        kl_per_layer: (L,) the same of each layer's thoughts together; empty without layers.
+        kl_per_block_kind: Of these two: `exact`, `monte carlo`, `at least` (a lower bound, for
+            families whose parts have no known density) or `unknown`; see `information`.
         active_units: Dimensions of z whose posterior mean has a variance over sequences of at least
             `ACTIVE_VARIANCE`.
         n_units: K D.
@@ -51,6 +49,11 @@ class CollapsePanel:
             mixture of these N posteriors; at most log N, whatever q is.
         mutual_information_se: Its Monte Carlo standard error given these sequences.
         mutual_information_cap: log N.
+        mutual_information_per_thought: (K,) the same of each thought vector by itself.
+        mutual_information_per_thought_se: (K,) their Monte Carlo standard errors.
+        mutual_information_per_layer: (L,) the same of each layer's thoughts; empty without layers.
+        mutual_information_per_layer_se: (L,) their Monte Carlo standard errors.
+        mutual_information_per_block_kind: Of these: `monte carlo`, `at least` or `unknown`.
         kl_aggregate: KL(q_agg || prior) = kl - mutual_information: how far all posteriors together
             are from the prior, which a decoder can exploit without telling sequences apart.
         penalty_z0: Mean of -log p(x | z = 0) minus that at the sequence's own draws.
@@ -66,11 +69,17 @@ class CollapsePanel:
     kl_estimator: str
     kl_per_thought: NDArray[np.float64]
     kl_per_layer: NDArray[np.float64]
+    kl_per_block_kind: str
     active_units: int
     n_units: int
     mutual_information: float
     mutual_information_se: float
     mutual_information_cap: float
+    mutual_information_per_thought: NDArray[np.float64]
+    mutual_information_per_thought_se: NDArray[np.float64]
+    mutual_information_per_layer: NDArray[np.float64]
+    mutual_information_per_layer_se: NDArray[np.float64]
+    mutual_information_per_block_kind: str
     kl_aggregate: float
     penalty_z0: float
     penalty_z0_se: float
@@ -105,21 +114,22 @@ def collapse_panel(
         post: q for N sequences, at least 2.
         scores: Of `evaluate(model, post, batch)`, mode `oracle`, for the same sequences.
         n_layers: L, for the KL by layer: thoughts belong to layers in equal blocks.
-        draws: S, draws per sequence for the mutual information. Its cost is S N N densities.
+        draws: S, draws per sequence for the mutual information. Its cost is S N N densities of z;
+            for families with correlated thoughts as many again of every thought and layer.
         seed: Of these draws.
 
     Raises:
         InputError: if scores and posterior do not belong together, or there is one sequence only.
     """
     _check(post, scores, n_layers)
-    n = len(post)
-    device = post.ids.device
-    with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), device):
-        mean, variance = _moments(post)
-        information, error = _mutual_information(post, draws)
-        by_thought = _kl_of_moments(mean, variance, post.prior).mean(0).sum(-1)
+    n, n_thoughts = len(post), post.prior.event_shape[0]
+    layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
+    with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
+        found = mutual_information(post, layers, draws)
+        mean = moments(post)[0]
+        by_block, kind = kl_by_block(post, [*blocks(n_thoughts, n_thoughts), *layers])
     kl = scores["kl"].values.astype(np.float64)
-    per_thought = by_thought.double().cpu().numpy()
+    kl_blocks = by_block.mean(0).cpu().numpy()
     active = int((mean.double().var(0) >= ACTIVE_VARIANCE).sum())
     z0, z0_se = _paired(scores, "nll_z0")
     shuffled, shuffled_se = _paired(scores, "nll_shuffled")
@@ -129,14 +139,20 @@ def collapse_panel(
         kl=float(kl.mean()),
         kl_se=_standard_error(kl),
         kl_estimator=post.kl_estimator,
-        kl_per_thought=per_thought,
-        kl_per_layer=np.empty(0) if n_layers is None else per_thought.reshape(n_layers, -1).sum(1),
+        kl_per_thought=kl_blocks[:n_thoughts],
+        kl_per_layer=kl_blocks[n_thoughts:],
+        kl_per_block_kind=kind,
         active_units=active,
         n_units=mean[0].numel(),
-        mutual_information=information,
-        mutual_information_se=error,
+        mutual_information=found.total[0],
+        mutual_information_se=found.total[1],
         mutual_information_cap=math.log(n),
-        kl_aggregate=float(kl.mean()) - information,
+        mutual_information_per_thought=found.thoughts[0].double().numpy(),
+        mutual_information_per_thought_se=found.thoughts[1].double().numpy(),
+        mutual_information_per_layer=found.layers[0].double().numpy(),
+        mutual_information_per_layer_se=found.layers[1].double().numpy(),
+        mutual_information_per_block_kind=found.kind,
+        kl_aggregate=float(kl.mean()) - found.total[0],
         penalty_z0=z0,
         penalty_z0_se=z0_se,
         penalty_shuffled=shuffled,
@@ -157,43 +173,6 @@ def _check(post: Posterior, scores: xr.Dataset, n_layers: int | None) -> None:
     thoughts = post.prior.event_shape[0]
     if n_layers is not None and thoughts % n_layers:
         raise InputError(f"{thoughts} thoughts cannot belong to {n_layers} layers in equal blocks")
-
-
-def _moments(post: Posterior) -> tuple[Tensor, Tensor]:
-    """Mean and marginal variance of each dimension, (B, K, D) each."""
-    try:
-        return post.distribution.mean, post.distribution.variance
-    except NotImplementedError:
-        z = post.sample(_MOMENT_DRAWS)
-        return z.mean(0), z.var(0)
-
-
-def _kl_of_moments(mean: Tensor, variance: Tensor, prior: TorchDistribution) -> Tensor:
-    """KL from normals with these moments to a factorised normal prior, by dimension (B, K, D).
-
-    Among all q with given moments the factorised normal has the highest entropy, and the cross
-    entropy to a factorised normal depends on moments alone: so this never exceeds KL(q || prior).
-    """
-    if not (isinstance(prior, Independent) and isinstance(prior.base_dist, Normal)):
-        return torch.full_like(mean, torch.nan)
-    ratio = variance / prior.variance
-    shift = (mean - prior.mean).square() / prior.variance
-    return 0.5 * (ratio + shift - 1.0 - ratio.log())
-
-
-def _mutual_information(post: Posterior, draws: int) -> tuple[float, float]:
-    """mean_i E_{z ~ q_i}[log q_i(z) - log mean_j q_j(z)] and its Monte Carlo standard error."""
-    if not post.has_density:
-        return math.nan, math.nan
-    n = len(post)
-    z = post.sample(draws)
-    gains = []
-    for i in range(n):  # one sequence at a time, so that memory grows with S N and not S N N
-        log_q = post.log_prob(z[:, i, None]).double()  # (S, N): draws of q_i under every q_j
-        gains.append(log_q[:, i] - (log_q.logsumexp(1) - math.log(n)))
-    gain = torch.stack(gains, dim=1)
-    error = gain.var(0).sum().div(draws).sqrt() / n if draws > 1 else torch.tensor(math.nan)
-    return float(gain.mean()), float(error)
 
 
 def _paired(scores: xr.Dataset, control: str) -> tuple[float, float]:
@@ -232,16 +211,39 @@ def format_panel(panel: CollapsePanel) -> str:
         f"  {'active units':<19} {panel.active_units:>8} of {panel.n_units:<6} "
         f"dimensions whose mean varies by {ACTIVE_VARIANCE} or more"
     )
-    # Marginal moments miss what dimensions say together.
-    least = "at least " if panel.kl_per_thought.sum() < 0.999 * panel.kl else ""
-    if panel.kl_per_layer.size:
-        lines.append(f"  {'KL by layer':<19} {least}{_numbers(panel.kl_per_layer)}")
-    lines.append(f"  {'KL by thought':<19} {least}{_numbers(panel.kl_per_thought)}")
+    lines += _by_block(panel)
     if panel.uses_thoughts:
         verdict = "yes: another sequence's thoughts hurt by more than two standard errors"
     else:
         verdict = "not shown: another sequence's thoughts hurt by less than two standard errors"
     return "\n".join([*lines, f"  {verdict}"])
+
+
+def _by_block(panel: CollapsePanel) -> list[str]:
+    """KL and mutual information of layers and thoughts, with what kind of numbers they are."""
+    lines = []
+    least = "at least " if panel.kl_per_block_kind == "at least" else ""
+    # Parts by themselves miss what they say together.
+    lean = panel.kl_per_thought.sum() < 0.999 * panel.kl and math.isfinite(panel.kl)
+    note = "  (each alone; together at least their sum)" if lean and not least else ""
+    for name, values in (("layer", panel.kl_per_layer), ("thought", panel.kl_per_thought)):
+        if values.size:
+            lines.append(f"  {f'KL by {name}':<19} {least}{_numbers(values)}{note}")
+            note = ""
+    least = "at least " if panel.mutual_information_per_block_kind == "at least" else ""
+    for name, values, errors in (
+        (
+            "layer", panel.mutual_information_per_layer, panel.mutual_information_per_layer_se,
+        ),
+        (
+            "thought", panel.mutual_information_per_thought,
+            panel.mutual_information_per_thought_se,
+        ),
+    ):  # fmt: skip
+        if values.size and np.isfinite(values).all():
+            worst = f"  (+- {errors.max():.2f} or less)"
+            lines.append(f"  {f'MI by {name}':<19} {least}{_numbers(values)}{worst}")
+    return lines
 
 
 def _how(panel: CollapsePanel) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
 from ltm_pyro.inference.guides import build_guide
+from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.random import seeded
 from ltm_pyro.inference.schedules import fast_reach, kl_floor_per_sequence
 from ltm_pyro.models.cross_entropy import CHUNK_ELEMENTS
@@ -35,6 +36,8 @@ class CostReport:
     Attributes:
         preset: Its name.
         n_weights: Weights of the decoder, the tied embedding counted once.
+        n_prior_weights: Weights of a learned prior; its operations are not counted, being few
+            beside the decoder's.
         n_local: Dimensions of z per sequence, K D.
         fast_steps: T_fast.
         flops_forward: One complete pass through the decoder.
@@ -54,6 +57,7 @@ class CostReport:
 
     preset: str
     n_weights: int
+    n_prior_weights: int
     n_local: int
     fast_steps: int
     flops_forward: float
@@ -94,23 +98,28 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
         InputError: for an unknown guide family or option.
     """
     model = config.model
+    guide_start, n_prior = _guide_start_and_prior_weights(config)
     if start_log_variance is None:
-        start_log_variance = _start_log_variance(config)
+        start_log_variance = guide_start
     forward = _forward_flops(model)
     below = _attend_flops(model)
-    rescored = _rescored_flops(model, config.batch_size)
+    # Particles are further rows of the batch for everything that depends on z.
+    particles = build_objective(config.objective, **config.objective_options).particles
+    rows = config.batch_size * particles
+    rescored = _rescored_flops(model, rows)
     fast_step = forward - below + _fast_backward_flops(model) + rescored
     # With fixed noise every step averages M draws, and the end is scored once more on them.
-    draws = config.fast.fixed_draws if config.fast.noise == "fixed" else 1
+    draws = particles * (config.fast.fixed_draws if config.fast.noise == "fixed" else 1)
     fast_loop = below + config.fast.steps * draws * fast_step
     if config.fast.noise == "fixed":
         fast_loop += draws * (forward - below)
-    slow_step = forward + _slow_backward_flops(model) + rescored
+    slow_step = particles * (forward + _slow_backward_flops(model) + rescored)
     n_weights = count_weights(model)
     n_local = model.n_thoughts * model.thought_dim
     return CostReport(
         preset=config.preset,
         n_weights=n_weights,
+        n_prior_weights=n_prior,
         n_local=n_local,
         fast_steps=config.fast.steps,
         flops_forward=forward,
@@ -119,9 +128,9 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
         flops_slow_step=slow_step,
         flops_training_step=fast_loop + slow_step,
         flops_paper=paper_flops_per_token(model, config.fast),
-        activation_bytes=activation_bytes(model, config.batch_size),
-        activation_bytes_fast=activation_bytes(model, config.batch_size, fast=True),
-        weight_bytes=_PER_WEIGHT * n_weights,
+        activation_bytes=activation_bytes(model, rows),
+        activation_bytes_fast=activation_bytes(model, rows, fast=True),
+        weight_bytes=_PER_WEIGHT * (n_weights + n_prior),
         start_log_variance=start_log_variance,
         fast_reach=fast_reach(config.fast),
         kl_floor_per_token=0.0
@@ -130,12 +139,14 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
     )
 
 
-def _start_log_variance(config: FitConfig) -> float | None:
-    """Asks the guide itself, built for a decoder as small as can be with thoughts of this shape."""
+def _guide_start_and_prior_weights(config: FitConfig) -> tuple[float | None, int]:
+    """Asks guide and prior, built with a decoder as small as can be for thoughts of this shape."""
     small = replace(config.model, vocab_size=1, width=2, n_heads=1, mlp_hidden=1)
     with seeded(0, torch.device("cpu")):
         model = LatentThoughtModel(small)
-        return build_guide(config.guide, model, **config.guide_options).start_log_variance
+        guide = build_guide(config.guide, model, **config.guide_options)
+    n_prior = sum(p.numel() for p in model.thought_prior.parameters())
+    return guide.start_log_variance, n_prior
 
 
 def count_weights(model: ModelConfig) -> int:
@@ -301,6 +312,7 @@ def format_cost(report: CostReport) -> str:
     paper = report.flops_training_step / report.flops_paper
     rows = [
         ("weights", f"{report.n_weights / 1e6:.2f} M"),
+        *([("weights of the prior", f"{report.n_prior_weights:,}")] * (report.n_prior_weights > 0)),
         ("dimensions of z per sequence", f"{report.n_local:,}"),
         ("forward", f"{_flops(report.flops_forward)} per token"),
         (f"fast loop, {report.fast_steps} steps", f"{_flops(report.flops_fast_loop)} per token"),

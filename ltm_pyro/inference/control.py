@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.dual_rate import Metrics, TrainingData
+from ltm_pyro.inference.dual_rate import Metrics
 from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
+from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 

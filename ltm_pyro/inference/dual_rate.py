@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -35,25 +35,40 @@ from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.objectives import (
     KLWeight,
     TermRecorder,
+    build_objective,
+    describe,
     differentiable,
+    kl_estimator,
+    over_particles,
     quiet_about_nan,
 )
-from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
+from ltm_pyro.inference.training_data import RowsOf, TrainingData
+from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 
 Metrics = dict[str, float]
 
 
-class TrainingData(Protocol):
-    """Where `fit` takes its batches: any `SequenceSet`."""
+@dataclass(frozen=True)
+class _SlowLoss:
+    """What a slow step descends, and what it reports.
 
-    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """The batch of one slow step, a pure function of its arguments."""
-        ...
+    Attributes:
+        descended: In nats, summed over the batch.
+        objective: The part of it that is the objective at the fitted q.
+        nll: (B,) -log p(x | z), every input token shown.
+        kl: (B,).
+    """
+
+    descended: Tensor
+    objective: Tensor
+    nll: Tensor
+    kl: Tensor
 
 
 class DualRateSVI:
@@ -64,8 +79,8 @@ class DualRateSVI:
         guide: The local posterior family.
         fast: The fast clock.
         slow: The slow clock.
-        elbo: Any Pyro ELBO object; `TraceMeanField_ELBO()` by default, which uses the KL in closed
-            form where there is one. One with several particles serves too.
+        elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
+            object. By default `elbo`, which uses the KL in closed form where the guide has one.
         seed: Of all random numbers.
         persistent: Keep local parameters per sequence id and start each visit from them.
 
@@ -81,7 +96,7 @@ class DualRateSVI:
         guide: LocalGuide,
         fast: Fast | None = None,
         slow: Slow | None = None,
-        elbo: ELBO | None = None,
+        elbo: ELBO | str | None = None,
         seed: int = 0,
         persistent: bool = False,
     ) -> None:
@@ -89,7 +104,8 @@ class DualRateSVI:
         self.guide = guide
         self.fast = fast or Fast()
         self.slow = slow or Slow()
-        self.elbo = differentiable(elbo if elbo is not None else TraceMeanField_ELBO())
+        elbo = "elbo" if elbo is None else elbo
+        self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
         self.seed = seed
         self.store = LocalStore() if persistent else None
@@ -100,6 +116,7 @@ class DualRateSVI:
         # What the caller has frozen stays frozen.
         parameters = [p for p in slow_parameters if p.requires_grad]
         self.clock = SlowClock(parameters, self.slow, spare=embedding_weights(model, guide))
+        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
 
     def infer(
         self,
@@ -133,7 +150,18 @@ class DualRateSVI:
         ordered = batch.select(order)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
         result, _ = self._fit_local(ordered, steps, noise, 1.0, record=True, warm=warm_start)
-        return self._posterior(batch, torch.argsort(order), result)
+        with torch.no_grad():  # a learned prior as it stands now
+            prior = self.model.prior()
+        return fitted_posterior(
+            self.guide,
+            prior,
+            batch,
+            torch.argsort(order),
+            trace=result.trace,
+            own_draw_elbo=result.own_draw_elbo,
+            objective=describe(self.elbo),
+            objective_kl=kl_estimator(self.elbo, self.model, self.guide),
+        )
 
     def step(self, batch: Batch) -> Metrics:
         """A fast loop, then one slow step on fresh draws.
@@ -142,8 +170,9 @@ class DualRateSVI:
         is then log p(x | z = 0), exact as long as cross-attention is at its zero start.
 
         Returns:
-            `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1),
-            `elbo_per_token`, `objective` (with the KL weight, per sequence), `kl_weight`,
+            `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1, no word
+            dropout: the plain ELBO, whatever is descended), `elbo_per_token`, `objective` (what was
+            descended, with its KL weight and word dropout, nats per sequence), `kl_weight`,
             `lr_fast` (of the first fast step; 0 without a fast loop), `lr_slow`, `grad_norm_fast`,
             `grad_norm_slow` (of the loss per token, before clipping), `fast_gain` (rise of the
             objective over the fast loop, nats per sequence), `tokens_per_second`, `seconds`, and
@@ -159,27 +188,28 @@ class DualRateSVI:
         now, total = self.slow_step, self.horizon
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
         n_tokens = batch.n_tokens.sum()
+        shown = self.word_dropout(batch, now)
         result, moments = FastResult(*torch.zeros(3, device=batch.device)), None
         if total is None or thoughts_joined(self.slow, now, total):
-            result, moments = self._fast_loop(batch, weight)
-            value, nll, kl = self._slow_loss(batch, weight)
+            result, moments = self._fast_loop(shown, weight)
+            loss = self._slow_loss(batch, shown, weight)
         else:
-            value, nll, kl = self._thoughtless_loss(batch)
-        norm = self._slow_gradient(batch, value / n_tokens, nll + kl)
+            loss = self._thoughtless_loss(batch, shown)
+        norm = self._slow_gradient(batch, loss.descended / n_tokens, loss.nll + loss.kl)
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
-        if self.store is not None and moments is not None:
+        if self.store is not None and moments is not None and moments.params:
             self.store.scatter(batch.ids, {**self.guide.rows(), **moments.state()})
         self.slow_step += 1
         seconds = time.perf_counter() - began
-        elbo = -float(nll.mean() + kl.mean())
+        elbo = -float(loss.nll.mean() + loss.kl.mean())
         row = {
             "step": float(self.slow_step),
             "elbo": elbo,
-            "nll": float(nll.mean()),
-            "kl": float(kl.mean()),
+            "nll": float(loss.nll.mean()),
+            "kl": float(loss.kl.mean()),
             "elbo_per_token": elbo * len(batch) / float(n_tokens),
-            "objective": -float(value.detach()) / len(batch),
+            "objective": -float(loss.objective.detach()) / len(batch),
             "kl_weight": weight,
             "lr_fast": 0.0 if moments is None else learning_rate(self.fast, 0, self.fast.steps),
             "lr_slow": lr,
@@ -236,6 +266,50 @@ class DualRateSVI:
                     on_step(row)
         return self.metrics[first:]
 
+    def fit_guide(
+        self,
+        data: TrainingData | Batch,
+        steps: int,
+        batch_size: int = 16,
+        *,
+        progress: bool = True,
+    ) -> list[Metrics]:
+        """Slow steps on the guide's shared parameters alone: an encoder's, a flow's network.
+
+        Model, clocks and metrics stay as they are; the slow schedules run over these steps, with
+        KL weight 1. A persistent fit keeps local parameters from visit to visit here too, in a
+        store of their own. Does nothing for a family that shares no parameters.
+
+        Args:
+            data: Sequences to fit on; of a single `Batch`, random rows are taken.
+            steps: Slow steps.
+            batch_size: B.
+            progress: Show a progress bar on stderr.
+
+        Returns:
+            The metrics of these steps.
+
+        Raises:
+            InputError: if `steps` or `batch_size` is not above 0.
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        if not self.guide.shared_parameters():
+            return []
+        source = RowsOf(data) if isinstance(data, Batch) else data
+        slow = replace(self.slow, thoughts_start=0.0, kl_start=1.0, word_dropout=0.0)
+        with frozen(self.model.parameters()):
+            # With the model frozen, a clock of its own finds the guide's parameters alone.
+            alone = DualRateSVI(
+                self.model,
+                self.guide,
+                self.fast,
+                slow,
+                elbo=self.elbo,
+                seed=self.seed,
+                persistent=self.store is not None,
+            )
+            return alone.fit(source, steps, batch_size, progress=progress)
+
     def _fit_local(
         self,
         batch: Batch,
@@ -249,7 +323,7 @@ class DualRateSVI:
         """Resets the guide for `batch` and runs the fast loop with everything else frozen."""
         self.guide.reset(batch)
         optimizer = local_optimizer(self.guide, self.fast)
-        if self.store is not None and warm:
+        if self.store is not None and warm and self.guide.local_parameters():
             fresh = {**self.guide.rows(), **optimizer.state()}
             stored = self.store.gather(batch.ids, fresh)
             self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
@@ -278,24 +352,35 @@ class DualRateSVI:
         except NonFiniteError as error:
             raise NonFiniteError(error.ids, self.slow_step) from None
 
-    def _slow_loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss at the fitted q on fresh draws; nll (B,) and kl (B,) there."""
+    def _slow_loss(self, batch: Batch, shown: Batch, weight: float) -> _SlowLoss:
+        """At the fitted q on fresh draws; `shown` is the batch after word dropout."""
         noise = derive_seed(self.seed, Stream.SLOW, self.slow_step)
         with (
             frozen(self.guide.local_parameters().values()),
             seeded(noise, batch.device),
             quiet_about_nan(),
-            TermRecorder() as recorder,
             KLWeight(weight),
         ):
-            value = self.loss(batch)
-        return value, *sequence_terms(recorder, self.guide, self.model.prior())
+            with TermRecorder() as recorder:
+                objective = self.loss(shown)
+            nll, kl = sequence_terms(recorder, self.guide, self.model.prior())
+            with frozen(self.model.parameters()):
+                extra = self.guide.shared_loss(self.loss, shown)
+        if shown is not batch:
+            nll = self._nll(recorder.thoughts(), batch)
+        return _SlowLoss(objective if extra is None else objective + extra, objective, nll, kl)
 
-    def _thoughtless_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _thoughtless_loss(self, batch: Batch, shown: Batch) -> _SlowLoss:
         """The same before thoughts join: -log p(x | z = 0), no KL."""
         z = self.guide.anchor.new_zeros((len(batch), *self.model.thought_shape))
-        nll = -self.model.log_likelihood(z, batch)
-        return nll.sum(), nll.detach(), torch.zeros_like(nll)
+        losses = -self.model.log_likelihood(z, shown)
+        nll = losses.detach() if shown is batch else self._nll([z], batch)
+        return _SlowLoss(losses.sum(), losses.sum(), nll, torch.zeros_like(nll))
+
+    @torch.no_grad()
+    def _nll(self, thoughts: list[Tensor], batch: Batch) -> Tensor:
+        """-log p(x | z) per sequence, (B,), mean over given draws."""
+        return over_particles([-self.model.log_likelihood(z, batch) for z in thoughts])
 
     def _slow_gradient(self, batch: Batch, loss: Tensor, rows: Tensor) -> Tensor:
         """Writes the slow gradient of `loss` and returns its norm.
@@ -313,32 +398,3 @@ class DualRateSVI:
             self.clock.discard()
             raise NonFiniteError([], self.slow_step)
         return norm
-
-    def _posterior(self, batch: Batch, place: Tensor, result: FastResult) -> Posterior:
-        """What the guide holds, rows moved back to the batch's own order."""
-        self.guide.load_rows(self.guide.rows(place))
-        for p in self.guide.local_parameters().values():
-            p.requires_grad_(False)  # the posterior is an answer, not something to differentiate
-        prior = self.model.prior()
-        trace = result.trace
-        with torch.no_grad():
-            return Posterior(
-                distribution=self.guide.posterior(),
-                prior=prior,
-                ids=batch.ids,
-                mask=batch.mask,
-                family=self.guide.family,
-                has_density=self.guide.has_density,
-                parameters=self.guide.rows(),
-                trace=None
-                if trace is None
-                else replace(
-                    trace,
-                    elbo=trace.elbo[:, place],
-                    nll=trace.nll[:, place],
-                    kl=trace.kl[:, place],
-                    grad_norm=trace.grad_norm[:, place],
-                ),
-                closed_form_kl=self.guide.kl(prior),
-                own_draw_elbo=None if result.own_draw_elbo is None else result.own_draw_elbo[place],
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import KLWeight, TermRecorder, quiet_about_nan
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.random import seeded
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate
-
-Loss = Callable[[Batch], Tensor]
-"""-ELBO of a batch, summed over its sequences, in nats."""
 
 
 @contextmanager

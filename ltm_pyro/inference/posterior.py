@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.inference.guides.base import LocalGuide
 
 KL_DRAWS = 256
 """Draws for a KL that has no closed form."""
@@ -18,7 +21,8 @@ class FastTrace:
 
     Attributes:
         elbo: (T_fast, B) ELBO estimates in nats at the parameters before each step, at the draws
-            that the step used, KL weight 1. Noisy; with `noise="fixed"` not a bound.
+            that the step used, KL weight 1, whatever the objective. Noisy; with `noise="fixed"`
+            not a bound.
         nll: (T_fast, B) its reconstruction part, -log p(x | z).
         kl: (T_fast, B) its KL part.
         lr: (T_fast,) learning rates.
@@ -30,6 +34,11 @@ class FastTrace:
     kl: Tensor
     lr: Tensor
     grad_norm: Tensor
+
+    def rows(self, index: Tensor) -> FastTrace:
+        """The sequences at `index`, in that order."""
+        moved = {name: getattr(self, name)[:, index] for name in ("elbo", "nll", "kl", "grad_norm")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Posterior:
         closed_form_kl: (B,) KL(q || prior), where the family has a closed form.
         own_draw_elbo: (B,) with `noise="fixed"`: the ELBO on the draws that fitted q. NOT a bound;
             `score_on_own_draws` shows it beside the honest value.
+        objective: What q was fitted by, with its options, e.g. `elbo(particles=1)`; empty for a q
+            that no objective fitted.
+        objective_kl: How the objective got its KL: `analytic`, `monte_carlo`, `none` for a point
+            mass, `unknown` for an ELBO object of another's making.
     """
 
     distribution: TorchDistribution
@@ -60,6 +73,8 @@ class Posterior:
     trace: FastTrace | None = None
     closed_form_kl: Tensor | None = None
     own_draw_elbo: Tensor | None = None
+    objective: str = ""
+    objective_kl: str = "unknown"
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -80,7 +95,7 @@ class Posterior:
 
     @property
     def kl_estimator(self) -> str:
-        """`analytic`, or `monte_carlo` where the family has no closed form."""
+        """Of `kl`: `analytic`, or `monte_carlo` where the family has no closed form."""
         return "monte_carlo" if self.closed_form_kl is None and self.has_density else "analytic"
 
     def kl(self) -> Tensor:
@@ -95,3 +110,46 @@ class Posterior:
             return self.closed_form_kl
         z = self.sample(KL_DRAWS)
         return (self.log_prob(z) - self.prior.log_prob(z)).mean(0)
+
+
+def fitted_posterior(
+    guide: LocalGuide,
+    prior: TorchDistribution,
+    batch: Batch,
+    place: Tensor,
+    *,
+    trace: FastTrace | None = None,
+    own_draw_elbo: Tensor | None = None,
+    objective: str = "",
+    objective_kl: str = "unknown",
+) -> Posterior:
+    """What the guide holds as an answer, nothing to differentiate; the guide's rows are moved.
+
+    Args:
+        guide: Holds the B rows of `batch` in another order.
+        prior: p(z).
+        batch: The sequences in the order of the answer.
+        place: (B,) where each of them stands in the guide, the trace and `own_draw_elbo`.
+        trace: The fast loop's course.
+        own_draw_elbo: See `Posterior`.
+        objective: See `Posterior`.
+        objective_kl: See `Posterior`.
+    """
+    guide.reorder(place)
+    for p in guide.local_parameters().values():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        return Posterior(
+            distribution=guide.posterior(),
+            prior=prior,
+            ids=batch.ids,
+            mask=batch.mask,
+            family=guide.family,
+            has_density=guide.has_density,
+            parameters=guide.rows(),
+            trace=None if trace is None else trace.rows(place),
+            closed_form_kl=guide.kl(prior),
+            own_draw_elbo=None if own_draw_elbo is None else own_draw_elbo[place],
+            objective=objective,
+            objective_kl=objective_kl,
+        )

@@ -18,6 +18,10 @@ class Stream(IntEnum):
     SCORE = 3
     SAMPLE = 4
     INITIAL = 5
+    BATCH = 6
+    MCMC = 7
+    CALIBRATE = 8
+    DROPOUT = 9
 
 
 def derive_seed(seed: int, stream: Stream, step: int = 0) -> int:

@@ -41,7 +41,7 @@ class RowAdam:
         self.betas = betas
         self.eps = eps
         self.memory = memory
-        first = next(iter(params.values()))
+        first = next(iter(params.values()), torch.zeros(0))
         # At least single precision: counts in bfloat16 would stop at 256.
         dtype = torch.promote_types(first.dtype, torch.float32)
         self.steps = torch.zeros(len(first), device=first.device, dtype=dtype)

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Slow
 from ltm_pyro.inference.schedules import learning_rate
+from ltm_pyro.models.priors.base import ThoughtPrior
 
 
 def embedding_weights(*parts: object) -> list[nn.Parameter]:
-    """The embeddings in these modules: decay would make them forget rare tokens."""
+    """The embeddings in these modules: decay would make them forget rare tokens.
+
+    And what a learned prior spares itself, see `ThoughtPrior.undecayed_parameters`.
+    """
     modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    return [p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()]
+    embeddings = [p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()]
+    priors = [p for m in modules if isinstance(m, ThoughtPrior) for p in m.undecayed_parameters()]
+    return embeddings + priors
 
 
 class SlowClock:

@@ -81,15 +81,21 @@ class Decoder(nn.Module):
         positions = torch.arange(start, stop, device=self.bos.device)
         return rotary_angles(positions, self.config.width // self.config.n_heads)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H)."""
+    def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H).
+
+        Where `hidden` (B, T) is true the next position reads BOS instead of the token: a vector of
+        the right size that tells nothing. Zeros would meet the norms at their singular point.
+        """
         rows = tokens.shape[0]
         shifted = self.embedding(tokens[:, :-1])
+        if hidden is not None:
+            shifted = torch.where(hidden[:, :-1, None], self.bos, shifted)
         return torch.cat((self.bos.expand(rows, 1, -1), shifted), dim=1)
 
-    def trunk(self, tokens: Tensor) -> Tensor:
+    def trunk(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Everything below the first cross-attention, (B, T) to (B, T, H); free of z."""
-        h = self.embed(tokens)
+        h = self.embed(tokens, hidden)
         return self._blocks()[0].attend(h, self._angles(0, tokens.shape[1]))
 
     def thought_keys(self, z: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
-from ltm_pyro.models.priors import StandardNormal
+from ltm_pyro.models.priors import ThoughtPrior, build_prior
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,30 @@ class PreparedBatch(Batch):
     trunk: Tensor = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class HiddenInputs(Batch):
+    """A batch whose decoder inputs are in part hidden: true in `hidden` (B, T), nothing read."""
+
+    hidden: Tensor = None  # type: ignore[assignment]
+
+    def to(self, device: torch.device | str) -> HiddenInputs:
+        """The same batch on another device."""
+        return self._with(super().to(device), self.hidden.to(device))
+
+    def select(self, index: Tensor | slice) -> HiddenInputs:
+        """The rows at `index`, in that order."""
+        return self._with(super().select(index), self.hidden[index])
+
+    @staticmethod
+    def _with(batch: Batch, hidden: Tensor) -> HiddenInputs:
+        return HiddenInputs(batch.x, batch.mask, batch.ids, hidden)
+
+
 class LatentThoughtModel(nn.Module):
     """Prior and decoder, called as a Pyro model with sites `z` and `x`.
 
     Args:
-        config: Shapes.
+        config: Shapes, and which prior.
 
     Example:
         >>> model = LatentThoughtModel.from_preset("nano", vocab_size=256)
@@ -49,8 +68,11 @@ class LatentThoughtModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.thought_prior = StandardNormal(config.n_thoughts, config.thought_dim)
+        # The decoder first: its initial weights are then the same under every prior.
         self.decoder = Decoder(config)
+        self.thought_prior: ThoughtPrior = build_prior(
+            config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
+        )
         self._fast_score: Callable[..., Tensor] = self.decoder.score
 
     @classmethod
@@ -105,7 +127,14 @@ class LatentThoughtModel(nn.Module):
         with pyro.plate(PLATE, len(batch), dim=-1):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
+        if batch.x is not None and self._prior_learns():
+            self.thought_prior.observe(z.detach())
         return x
+
+    def _prior_learns(self) -> bool:
+        """Whether this is a slow step: in fast loops, scores and simulations weights are frozen."""
+        weights = self.thought_prior.parameters()
+        return torch.is_grad_enabled() and any(p.requires_grad for p in weights)
 
     def likelihood(self, z: Tensor, batch: Batch) -> TokenSequence:
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""
@@ -129,7 +158,8 @@ class LatentThoughtModel(nn.Module):
         if isinstance(batch, PreparedBatch) and tokens is batch.x:
             trunk = batch.trunk
         else:
-            trunk = self.decoder.trunk(tokens.reshape(-1, tokens.shape[-1]))
+            shown = batch if tokens is batch.x else None
+            trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown)
             trunk = trunk.view(*tokens.shape, -1)
         rows = z.reshape(-1, *z.shape[-2:])
         if len(lead) > 1:
@@ -142,8 +172,21 @@ class LatentThoughtModel(nn.Module):
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """The batch with the part below the first cross-attention computed once."""
-        trunk = self.decoder.trunk(batch.observed)
+        trunk = self._trunk(batch.observed, batch)
         return PreparedBatch(batch.x, batch.mask, batch.ids, trunk)
+
+    def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
+        """The decoder's trunk, with the inputs hidden that `batch` hides."""
+        if isinstance(batch, HiddenInputs):
+            return self.decoder.trunk(tokens, batch.hidden)
+        return self.decoder.trunk(tokens)
+
+    def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
+        """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
+
+        Every token is still scored.
+        """
+        return HiddenInputs(batch.x, batch.mask, batch.ids, hidden)
 
     def check(self, batch: Batch) -> None:
         """Refuses tokens that the decoder has no row for, and sequences that are too long.

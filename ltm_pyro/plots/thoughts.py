@@ -62,7 +62,7 @@ def thought_intervals(
                     prior.isel(thought=column).values.ravel(),
                 )
             name = f"sequence {z['sequence'].values[row]}"
-            grid[row, 0].set_ylabel(f"{name}\nz (prior s.d.)")
+            grid[row, 0].set_ylabel(f"{name}\nz")
         for column in range(columns):
             grid[0, column].set_title(str(z["thought"].values[column]))
             grid[-1, column].set_xlabel("dimension")

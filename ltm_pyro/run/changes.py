@@ -8,7 +8,7 @@ from typing import Any
 from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.errors import InputError
 
-_OPEN = ("options", "guide_options")
+_OPEN = ("options", "guide_options", "objective_options", "prior_options")
 """Settings whose keys are free: a key left out is a difference too."""
 
 

@@ -29,6 +29,7 @@ from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
+from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import refuse_changes
@@ -88,6 +89,7 @@ class Run:
             self.guide,
             fast=config.fast,
             slow=config.slow,
+            elbo=build_objective(config.objective, **config.objective_options),
             seed=config.seed,
             persistent=config.persistent,
         )
@@ -130,7 +132,7 @@ class Run:
         shared = {
             name: value
             for name, value in self.guide.state_dict().items()
-            if not name.startswith("local.")
+            if not name.startswith(("local.", "inputs."))
         }
         tensors = {
             **put("model.", self.model.state_dict()),

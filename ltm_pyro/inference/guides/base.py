@@ -19,6 +19,23 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.models.base import PLATE, SITE_Z, LatentModel
 
+Loss = Callable[[Batch], Tensor]
+"""-ELBO of a batch, summed over its sequences, in nats."""
+
+
+class Rows(nn.Module):
+    """Tensors with one row per sequence that are data, not parameters: an encoder's tokens."""
+
+    def load(self, rows: dict[str, Tensor]) -> None:
+        """Replaces everything by `rows`, each (B, ...)."""
+        self._buffers.clear()
+        for name, value in rows.items():
+            self.register_buffer(name, value.detach())
+
+    def values(self) -> dict[str, Tensor]:
+        """The rows by name."""
+        return dict(self.named_buffers())
+
 
 class LocalGuide(nn.Module, ABC):
     """q(z_i; phi_i) for each sequence i of a batch, called as a Pyro guide with site `z`.
@@ -27,6 +44,10 @@ class LocalGuide(nn.Module, ABC):
 
     Args:
         model: Gives (K, D), device and dtype; it is not kept.
+
+    Attributes:
+        local: The local parameters phi_i, each (B, ...), moved by the fast clock.
+        inputs: What an encoder reads of each sequence, each (B, ...); empty for most families.
     """
 
     family: ClassVar[str] = ""
@@ -42,10 +63,15 @@ class LocalGuide(nn.Module, ABC):
         prior_mean = model.prior().sample().new_zeros(())
         self.register_buffer("anchor", prior_mean, persistent=False)
         self.local = nn.ParameterDict()
+        self.inputs = Rows()
 
     @abstractmethod
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
-        """Fresh local parameters by name, each (B, ...)."""
+        """Fresh local parameters by name, each (B, ...); none for a family without."""
+
+    def initial_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the family reads of each sequence, by name, each (B, ...)."""
+        return {}
 
     @abstractmethod
     def posterior(self) -> TorchDistribution:
@@ -64,7 +90,8 @@ class LocalGuide(nn.Module, ABC):
         return None
 
     def reset(self, batch: Batch) -> None:
-        """Allocates fresh local parameters for the B rows of `batch`."""
+        """Allocates fresh local parameters for the B rows of `batch`, and takes up its inputs."""
+        self.inputs.load(self.initial_inputs(batch))
         self.load_rows(self.initial_rows(batch))
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
@@ -80,16 +107,26 @@ class LocalGuide(nn.Module, ABC):
             for name, p in self.local.items()
         }
 
+    def reorder(self, index: Tensor) -> None:
+        """Moves the rows at `index` to places 0, 1, ..., parameters and inputs alike."""
+        self.inputs.load({name: value[index] for name, value in self.inputs.values().items()})
+        self.load_rows(self.rows(index))
+
+    @property
+    def n_rows(self) -> int:
+        """B: sequences that the guide holds; 0 before `reset`."""
+        rows = [*self.local.values(), *self.inputs.values().values()]
+        return len(rows[0]) if rows else 0
+
     def forward(self, batch: Batch) -> Tensor:
         """The Pyro guide: one site `z` in the plate of sequences.
 
         Raises:
             InputError: if the guide was not reset for this batch.
         """
-        rows = next(iter(self.local.values())).shape[0] if self.local else 0
-        if rows != len(batch):
+        if self.n_rows != len(batch):
             raise InputError(
-                f"the guide holds {rows} sequences and the batch {len(batch)}: "
+                f"the guide holds {self.n_rows} sequences and the batch {len(batch)}: "
                 "call guide.reset(batch) first"
             )
         with pyro.plate(PLATE, len(batch), dim=-1):
@@ -105,12 +142,25 @@ class LocalGuide(nn.Module, ABC):
         local = {id(p) for p in self.local.values()}
         return [p for p in self.parameters() if id(p) not in local]
 
+    def shared_loss(self, loss: Loss, batch: Batch) -> Tensor | None:
+        """What the slow clock also descends, for the shared parameters alone.
+
+        Args:
+            loss: Summed -ELBO at whatever the guide holds when it is called; decoder frozen.
+            batch: The batch that the guide holds.
+        """
+        return None
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Takes local rows as they come: a batch's size is part of the state, not of the guide."""
-        start = f"{prefix}local."
-        rows = {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-        if rows:
-            self.load_rows({k: v.to(self.anchor) for k, v in rows.items()})
+        """Takes rows as they come: a batch's size is part of the state, not of the guide."""
+        local, inputs = (
+            {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
+            for start in (f"{prefix}local.", f"{prefix}inputs.")
+        )
+        if inputs:
+            self.inputs.load({k: v.to(self.anchor.device) for k, v in inputs.items()})
+        if local:
+            self.load_rows({k: v.to(self.anchor) for k, v in local.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

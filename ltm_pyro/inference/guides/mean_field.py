@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.models.base import LatentModel
 
@@ -53,8 +53,5 @@ class MeanField(LocalGuide):
         return dist.Normal(self.local["loc"], scale).to_event(2)
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """Closed form against a factorised normal prior, (B,)."""
-        if not (isinstance(prior, Independent) and isinstance(prior.base_dist, Normal)):
-            return None
-        posterior = self.posterior()
-        return kl_divergence(posterior, prior.expand(posterior.batch_shape))
+        """Closed form against a factorised normal or an autoregressive prior, (B,)."""
+        return independent_normal_kl(self.posterior(), prior)

@@ -1,14 +1,17 @@
-"""Priors over thought vectors."""
+"""The prior that nothing is learned of: z ~ N(0, I)."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
+
+from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 
 
-class StandardNormal(nn.Module):
+@register_prior("standard_normal")
+class StandardNormal(ThoughtPrior):
     """z ~ N(0, I): K thought vectors of D independent dimensions.
 
     Calling it gives the distribution, with batch shape () and event shape (K, D).
@@ -17,8 +20,7 @@ class StandardNormal(nn.Module):
     zero: Tensor
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
-        super().__init__()
-        self.shape = (n_thoughts, thought_dim)
+        super().__init__(n_thoughts, thought_dim)
         # A buffer, so that the distribution is made where the model lives.
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 

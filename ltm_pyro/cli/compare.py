@@ -1,0 +1,147 @@
+"""`ltm-pyro compare`: guide families on the held-out text of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from ltm_pyro.diagnostics.compare import Comparison
+
+_DESCRIPTION = """\
+Fit several guide families to the same held-out sequences of a run, its decoder
+fixed, each at the same cost in decoder evaluations, and tell what the errors
+allow: which posterior is closer, by how much, and how far to trust it.
+
+Writes comparison.csv (one row per guide), comparison.nc (every sequence) and
+comparison.png into the run folder.
+"""
+_EXAMPLES = """\
+ltm-pyro compare runs/demo --guides mean_field,low_rank,full_rank
+ltm-pyro compare runs/demo --guides mean_field,low_rank:rank=4,flow --reference hmc
+ltm-pyro compare runs/demo --guides amortized,semi_amortized --budget 256
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro compare`; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}: must be 0 or more")
+    guides = parse_guides(options.guides)
+
+    from ltm_pyro.data.split import SPLITS
+    from ltm_pyro.diagnostics.compare import compare
+    from ltm_pyro.inference.objectives import build_objective
+    from ltm_pyro.run.files import refuse_protected
+    from ltm_pyro.run.scoring import json_value, spread
+
+    if options.split not in SPLITS:
+        raise unknown_name("split", options.split, SPLITS)
+    fitted = open_run(options.run, options.device)
+    refuse_protected(fitted.folder)
+    corpus, config = fitted.corpus(), fitted.config
+    count = config.eval_sequences if options.sequences is None else options.sequences
+    # The run's own encoder or flow has been trained; another of its family would start anew.
+    own = fitted.guide if fitted.guide.shared_parameters() else None
+    batch = spread(getattr(corpus, options.split), count)
+    if config.compile:
+        fitted.model.compile_fast_loop()
+    comparison = compare(
+        fitted.model,
+        batch,
+        [own if own is not None and name == own.family else name for name in guides],
+        options={name: given for name, given in guides.items() if given},
+        budget=config.eval_fast_steps if options.budget is None else options.budget,
+        draws=config.eval_draws if options.draws is None else options.draws,
+        fast=config.fast,
+        elbo=build_objective(config.objective, **config.objective_options),
+        train=corpus.train,
+        reference=options.reference,
+        subset=min(options.subset, len(batch)),
+        reference_options={"warmup": options.reference_draws, "draws": options.reference_draws},
+        gaps=not options.no_gaps,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
+    )
+    files = _write(fitted.folder, comparison)
+    if options.json:
+        print(json.dumps(json_value(comparison.as_dict()), ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"{comparison}\n\n{files}")
+    return 130 if comparison.interrupted else 0
+
+
+def parse_guides(text: str) -> dict[str, dict[str, Any]]:
+    """Families with their options: `low_rank:rank=4:init_log_variance=-1,flow` by family.
+
+    Raises:
+        InputError: for what is not of this form, or a family named twice.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for part in text.split(","):
+        name, *options = (piece.strip() for piece in part.split(":"))
+        if not name:
+            raise InputError(f"guides is {text!r}: write families like mean_field,low_rank:rank=4")
+        if name in out:
+            raise InputError(f"guide {name!r} is named twice: give each once")
+        out[name] = {}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not (key and equals and value):
+                raise InputError(f"{option!r} is no option of {name!r}: write it as rank=4")
+            out[name][key] = yaml.safe_load(value)
+    return out
+
+
+def _parser() -> Parser:
+    parser = Parser("compare", "RUN --guides A,B [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    add_run(parser)
+    parser.add_argument(
+        "--guides", type=str, default="mean_field,low_rank,full_rank",
+        help="families, the first is the baseline; options as low_rank:rank=4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", type=str, help="hmc or mala: posterior draws to hold q against"
+    )
+    parser.add_argument(
+        "--reference_draws", type=int, default=100, help="draws per chain, after as many of warmup"
+    )
+    parser.add_argument(
+        "--subset", type=int, default=5,
+        help="sequences for the costly parts: the reference, and the fits of twice the length",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=int,
+        help="decoder evaluations per sequence for each guide (default: the run's eval_fast_steps)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-gaps",
+        action="store_true",
+        help="leave out the second fits, twice as long, that tell the truncation gap",
+    )
+    add_scoring(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _write(folder: Path, comparison: Comparison) -> str:
+    """Writes table, Dataset and figure; returns a line on each."""
+    import xarray as xr
+
+    from ltm_pyro import plots
+    from ltm_pyro.export import save_datatree
+    from ltm_pyro.run.files import write_atomic
+
+    write_atomic(folder / "comparison.csv", comparison.frame.to_csv().encode())
+    save_datatree(xr.DataTree(dataset=comparison.dataset), folder / "comparison.nc")
+    plots.save_figure(plots.guide_comparison(comparison), folder / "comparison.png")
+    return "\n".join(f"wrote {folder / f'comparison.{kind}'}" for kind in ("csv", "nc", "png"))

@@ -1,0 +1,66 @@
+"""Posterior draws from a Markov chain as the measure of guides' means and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltm_pyro.inference.mcmc import MCMCDraws
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+
+MOMENT_DRAWS = 1000
+"""Draws of q for its moments: their error, 3 % of a scale, is below what is worth telling."""
+
+
+def against_reference(
+    reference: MCMCDraws, posts: Sequence[Posterior], seed: int
+) -> dict[str, Any]:
+    """How far each guide's means and scales are from the reference's, per sequence.
+
+    Args:
+        reference: Draws for these sequences, or for some of them.
+        posts: One posterior per guide.
+        seed: Of the draws from q.
+
+    Returns:
+        `reference_mean_error` (guide, sequence): root mean square over dimensions of the difference
+        of means, in units of the reference's scale. `reference_scale_ratio` (guide, sequence):
+        geometric mean over dimensions of q's scale over the reference's; below 1, q is too narrow.
+        `reference_rhat`, `reference_ess` (sequence). What was not sampled, and what belongs
+        to chains that disagree, is `nan`.
+    """
+    ids = posts[0].ids
+    place = {i: row for row, i in enumerate(ids.tolist())}
+    rows = torch.tensor([place[i] for i in reference.ids.tolist()], device=ids.device)
+    bad = torch.isin(reference.ids.cpu(), torch.tensor(reference.unreliable, dtype=torch.long))
+    shape = (len(posts), len(ids))
+    errors, ratios = np.full(shape, np.nan), np.full(shape, np.nan)
+    for guide, post in enumerate(posts):
+        mean, scale = _moments(post, seed)
+        shift = (mean[rows] - reference.mean) / reference.scale
+        ratio = (scale[rows] / reference.scale).log().flatten(1).mean(1).exp()
+        shift, ratio = shift.square().flatten(1).mean(1).sqrt().cpu(), ratio.cpu()
+        shift[bad], ratio[bad] = torch.nan, torch.nan
+        errors[guide, rows.cpu()], ratios[guide, rows.cpu()] = shift, ratio
+    dims = ("guide", "sequence")
+    out: dict[str, Any] = {
+        "reference_mean_error": (dims, errors),
+        "reference_scale_ratio": (dims, ratios),
+    }
+    for name, value in (("rhat", reference.rhat), ("ess", reference.ess)):
+        column = np.full(len(ids), np.nan)
+        column[rows.cpu()] = value.cpu()
+        out[f"reference_{name}"] = ("sequence", column)
+    return out
+
+
+def _moments(post: Posterior, seed: int) -> tuple[Tensor, Tensor]:
+    """Means and scales of q, (B, K, D) each."""
+    with seeded(derive_seed(seed, Stream.SCORE, 1), post.ids.device):
+        z = post.sample(MOMENT_DRAWS)
+    return z.mean(0), z.std(0)

@@ -1,0 +1,291 @@
+"""Were there enough fast steps? Answered for each sequence, in nats, against Monte Carlo noise.
+
+The ELBO that a fast loop prints has one draw per step: its noise hides the gain of a step, and a
+learning rate that is far too small looks as flat as a loop that has arrived. So the loop is run
+again for fewer and for more steps, each q is scored on fresh draws, the same for all of them, and
+what could still be gained is looked for twice:
+
+    gain_doubling     ELBO(q after 2 T steps) - ELBO(q after T)      the same recipe, for longer
+    gain_other_rate   ELBO(q_T led on at a rate of our own) - ELBO(q_T)
+
+Because both sides of a difference share their draws, its error is far below that of either side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from pyro.infer import ELBO
+from torch import Tensor
+
+from ltm_pyro.config import Fast
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.fast_loop import local_optimizer
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+
+Floats = NDArray[np.float64]
+
+ENOUGH, NOT_ENOUGH, CANNOT_TELL = "enough", "not enough", "cannot tell"
+CONFIDENCE = 3.0
+"""Standard errors between a gain and the tolerance before a verdict is given: for a gain right at
+the tolerance, one sequence in 700 gets a wrong one."""
+MIN_DRAWS = 16
+"""Below it a standard error is itself too uncertain for the verdict's error rate to hold."""
+_PROBE_STEPS, _PROBE_RATE = 64, 0.1
+"""At the rate of the probe, falling to 0, 64 steps of Adam reach about three prior scales."""
+
+
+def objective_draws(
+    model: LatentModel, post: Posterior, batch: Batch, draws: int, seed: int = 0
+) -> Tensor:
+    """Log p(x | z_s) + log p(z_s) - log q(z_s) at fresh z_s ~ q: the mean over s is the ELBO.
+
+    Two posteriors of one family get the same noise from the same seed, as far as the family draws
+    by reparametrisation, so that differences of these values are far less noisy than the values.
+    Without a closed-form KL on purpose: near p(z | x) these are nearly constant.
+
+    Args:
+        model: Prior and likelihood.
+        post: q for the sequences of `batch`, in the same order. A point mass has no density: its
+            log q is left out, and the values are the log joint.
+        batch: The sequences.
+        draws: S.
+        seed: Of the draws.
+
+    Returns:
+        (S, B) float64, nats.
+    """
+    batch = batch.to(model.device)
+    prepared = model.prepare(batch)
+    with torch.no_grad():
+        with seeded(derive_seed(seed, Stream.SCORE, 1), batch.device):
+            z = post.sample(draws)
+        log_lik = torch.stack([model.log_likelihood(draw, prepared).double() for draw in z])
+        value = log_lik + post.prior.log_prob(z).double()
+        return value - post.log_prob(z).double() if post.has_density else value
+
+
+def mean_and_error(draws: Tensor) -> tuple[Floats, Floats]:
+    """Mean of (S, B) draws and its standard error, (B,) each."""
+    error = draws.std(0) / math.sqrt(len(draws))
+    return draws.mean(0).cpu().numpy(), error.cpu().numpy()
+
+
+def continue_from(
+    svi: DualRateSVI,
+    rows: dict[str, Tensor],
+    batch: Batch,
+    fast: Fast,
+    *,
+    guide: LocalGuide | None = None,
+    elbo: ELBO | None = None,
+) -> Posterior:
+    """A fast loop of its own clock that starts at given local parameters; `svi` is left alone.
+
+    Args:
+        svi: Gives model, guide, objective and seed.
+        rows: Local parameters, (B, ...) by name, in the order of `batch`.
+        batch: The sequences.
+        fast: The clock.
+        guide: The family of `rows`; that of `svi` by default.
+        elbo: The objective; that of `svi` by default.
+    """
+    guide = svi.guide if guide is None else guide
+    elbo = svi.elbo if elbo is None else elbo
+    loop = DualRateSVI(svi.model, guide, fast, svi.slow, elbo=elbo, seed=svi.seed, persistent=True)
+    batch = batch.to(svi.model.device)
+    guide.load_rows(rows)
+    assert loop.store is not None
+    loop.store.scatter(batch.ids, {**rows, **local_optimizer(guide, fast).state()})
+    return loop.infer(batch, warm_start=True)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A gain held against a tolerance.
+
+    Attributes:
+        verdict: (B,) `enough`, `not enough` or `cannot tell`.
+        draws_needed: (B,) draws at which the answer would be clear; the draws in use where it is,
+            infinite where the gain equals the tolerance.
+    """
+
+    verdict: NDArray[np.str_]
+    draws_needed: Floats
+
+
+def judge(gain: Floats, error: Floats, tolerance: float, draws: int) -> Judged:
+    """Whether a gain is below or above the tolerance, by `CONFIDENCE` standard errors.
+
+    Args:
+        gain: (B,) nats that more steps would bring.
+        error: (B,) Monte Carlo standard errors.
+        tolerance: Nats that nobody would miss.
+        draws: S behind `error`.
+    """
+    distance = np.abs(gain - tolerance)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        needed = np.ceil(draws * np.square(CONFIDENCE * error / distance))
+    clear = CONFIDENCE * error < distance
+    side = np.where(gain < tolerance, ENOUGH, NOT_ENOUGH)
+    return Judged(np.where(clear, side, CANNOT_TELL), np.where(clear, float(draws), needed))
+
+
+def fast_convergence(
+    svi: DualRateSVI,
+    batch: Batch,
+    *,
+    steps: int | None = None,
+    draws: int = 256,
+    tolerance: float = 0.1,
+    seed: int = 0,
+) -> xr.Dataset:
+    """The course of the ELBO over fast steps, and whether they were enough, per sequence.
+
+    The loop is run anew for 0, T/4, T/2, T and 2 T steps, each with its whole schedule and the
+    noise of `svi`, and led on from T at a rate of our own. The verdict holds the larger of the two
+    gains against the tolerance: `enough` if both are below it by `CONFIDENCE` standard errors, `not
+    enough` if one is above it by as many, `cannot tell` otherwise. It costs about
+    4 T + max(T, 64) fast steps and 6 S passes of the decoder.
+
+    Args:
+        svi: The recipe that is judged. Its model, clocks and store are left alone.
+        batch: The sequences.
+        steps: T, the fast clock's own by default.
+        draws: S, fresh draws per checkpoint.
+        tolerance: Nats per sequence that may be left on the table.
+        seed: Of the draws.
+
+    Returns:
+        Dataset over `checkpoint` (steps done) and `sequence`, nats: `objective`, `objective_se`;
+        `behind`, `behind_se`: the same minus its value at T, on common draws. Per sequence:
+        `gain_doubling`, `gain_other_rate`, `gain_per_step` (over the second half of the loop), each
+        with `_se`; `noise_per_draw`, the standard deviation of one draw of the ELBO at T;
+        `verdict`; `remedy`: `none`, `more steps`, `another rate` (doubling would bring little, the
+        other rate more) or `more draws`; `draws_needed`.
+
+        Attributes: `steps`, `draws`, `tolerance`, `share_enough`, `share_not_enough`,
+        `share_cannot_tell`, `sentence`, and `objective_kind`, which is the log joint for a point
+        mass and else the ELBO, whatever the fast loop itself maximises.
+
+    Raises:
+        InputError: for a family without local parameters, or a number out of range.
+    """
+    steps = svi.fast.steps if steps is None else steps
+    _check(steps, draws, tolerance)
+    batch = batch.to(svi.model.device)
+    done = sorted({0, steps // 4, steps // 2, steps, 2 * steps})
+    values, last = [], None
+    for count in done:
+        post = svi.infer(batch, count)
+        if not svi.guide.local_parameters():
+            raise InputError(
+                f"{svi.guide.family!r} has no local parameters, so no fast loop that could be too "
+                "short: see its amortisation gap in gap_decomposition"
+            )
+        values.append(objective_draws(svi.model, post, batch, draws, seed))
+        last = post if count == steps else last
+    assert last is not None
+    probe = Fast(steps=max(steps, _PROBE_STEPS), lr=_PROBE_RATE, final_fraction=0.0)
+    led_on = continue_from(svi, last.parameters, batch, probe)
+    other = objective_draws(svi.model, led_on, batch, draws, seed)
+    data = _columns(done, values, other, steps, batch)
+    _add_verdict(data, tolerance, draws)
+    data.attrs.update(
+        steps=steps,
+        draws=draws,
+        seed=seed,
+        tolerance=tolerance,
+        guide=last.family,
+        objective_kind="elbo" if last.has_density else "log joint: a point mass has no ELBO",
+    )
+    data.attrs["sentence"] = _sentence(data)
+    return data
+
+
+def _check(steps: int, draws: int, tolerance: float) -> None:
+    if steps < 1:
+        raise InputError(f"steps is {steps}: a fast loop to judge has at least 1")
+    if draws < MIN_DRAWS:
+        raise InputError(f"draws is {draws}: a verdict needs at least {MIN_DRAWS}")
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise InputError(f"tolerance is {tolerance}: must be a number of nats above 0")
+
+
+def _columns(
+    done: list[int], values: list[Tensor], other: Tensor, steps: int, batch: Batch
+) -> xr.Dataset:
+    """All numbers of `fast_convergence`, in nats."""
+    at = values[done.index(steps)]
+    half = values[done.index(steps // 2)]
+    level = [mean_and_error(v) for v in values]
+    behind = [mean_and_error(v - at) for v in values]
+    data = xr.Dataset(coords={"checkpoint": done, "sequence": batch.ids.cpu().numpy()})
+    for name, pairs in (("objective", level), ("behind", behind)):
+        for ending, column in zip(("", "_se"), zip(*pairs, strict=True), strict=True):
+            data[name + ending] = (("checkpoint", "sequence"), np.stack(column))
+    per_step = (at - half) / (steps - steps // 2)
+    for name, draw in (
+        ("gain_doubling", values[-1] - at),
+        ("gain_other_rate", other - at),
+        ("gain_per_step", per_step),
+    ):
+        mean, error = mean_and_error(draw)
+        data[name], data[f"{name}_se"] = ("sequence", mean), ("sequence", error)
+    data["noise_per_draw"] = ("sequence", at.std(0).cpu().numpy())
+    for values_of in data.data_vars.values():
+        values_of.attrs["units"] = "nats"
+    return data
+
+
+def _add_verdict(data: xr.Dataset, tolerance: float, draws: int) -> None:
+    longer, other = (
+        judge(data[name].values, data[f"{name}_se"].values, tolerance, draws)
+        for name in ("gain_doubling", "gain_other_rate")
+    )
+    either = (longer.verdict == NOT_ENOUGH) | (other.verdict == NOT_ENOUGH)
+    both = (longer.verdict == ENOUGH) & (other.verdict == ENOUGH)
+    verdict = np.where(either, NOT_ENOUGH, np.where(both, ENOUGH, CANNOT_TELL))
+    remedy = np.where(longer.verdict == NOT_ENOUGH, "more steps", "another rate")
+    remedy = np.where(either, remedy, np.where(both, "none", "more draws"))
+    needed = np.maximum(longer.draws_needed, other.draws_needed)
+    needed = np.where(verdict == CANNOT_TELL, needed, float(draws))
+    data["verdict"] = ("sequence", verdict)
+    data["remedy"] = ("sequence", remedy)
+    data["draws_needed"] = ("sequence", needed, {"units": "draws"})
+    for name in (ENOUGH, NOT_ENOUGH, CANNOT_TELL):
+        data.attrs[f"share_{name.replace(' ', '_')}"] = float((verdict == name).mean())
+
+
+def _sentence(data: xr.Dataset) -> str:
+    """The answer for all sequences together, in words."""
+    n, steps, tolerance = data.sizes["sequence"], data.attrs["steps"], data.attrs["tolerance"]
+    verdict, remedy = data["verdict"].values, data["remedy"].values
+    enough, short = int((verdict == ENOUGH).sum()), int((verdict == NOT_ENOUGH).sum())
+    parts = [f"{steps} fast steps are enough for {enough} of {n} sequences (within {tolerance:g})"]
+    if short:
+        lost = np.maximum(data["gain_doubling"].values, data["gain_other_rate"].values)
+        more, rate = int((remedy == "more steps").sum()), int((remedy == "another rate").sum())
+        median = float(np.median(lost[verdict == NOT_ENOUGH]))
+        why = [f"{more} gain by more steps"] * (more > 0)
+        why += [f"{rate} only at another learning rate"] * (rate > 0)
+        parts.append(
+            f"not enough for {short} ({', '.join(why)}; median {median:.2g} nats still to be had)"
+        )
+    if enough + short < n:
+        needed = float(np.median(data["draws_needed"].values[verdict == CANNOT_TELL]))
+        about = f"about {needed:,.0f}" if needed < 1e6 else "more than a million"
+        parts.append(
+            f"for {n - enough - short} this noise does not tell (typically needs {about} draws)"
+        )
+    return "; ".join(parts) + "."

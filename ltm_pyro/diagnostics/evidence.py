@@ -1,0 +1,313 @@
+"""Log evidence log p(x) per sequence: bounds from below, and a bracket where both sides exist.
+
+    importance_bound    log mean_s p(x, z_s) / q(z_s)            <= log p(x) in expectation
+    annealed_bound      the same with annealing between q and p  <= log p(x) in expectation, tighter
+    evidence_bracket    and from an exact posterior draw back    >= log p(x) in expectation
+
+An exact posterior draw is at hand where the model itself wrote the sequences from known thoughts
+(bidirectional Monte Carlo: Grosse, Ghahramani & Adams 2015, arXiv 1511.02543).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
+from ltm_pyro.inference.mcmc.target import check_count, setting
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.simulation import Simulated
+
+SCHEDULES = ("adaptive", "sigmoid", "linear")
+WIDE = 1.0
+"""Nats between the two sides of a bracket above which it is flagged."""
+
+FEW_WEIGHTS = 0.25
+"""Share of chains, as effective sample size of their weights, below which a bound is flagged."""
+
+
+def importance_bound(
+    model: LatentModel,
+    post: Posterior,
+    batch: Batch,
+    draws: int = 1000,
+    *,
+    rows: int = 512,
+    seed: int = 0,
+) -> xr.Dataset:
+    """The importance-weighted bound from many draws, in pieces so that memory stays small.
+
+    Args:
+        model: Prior and likelihood.
+        post: q for the sequences of `batch`, in the same order.
+        batch: B sequences.
+        draws: S, fresh draws per sequence, at least `psis.MIN_DRAWS` so that k-hat is known.
+        rows: Draws times sequences scored together: bounds memory, whatever S.
+        seed: Of the draws.
+
+    Returns:
+        Dataset over `sequence`: `iw_bound`, `iw_bound_se` in nats; `khat`; `ess`, the weights'
+        effective number; `reliable`, whether k-hat is below its threshold at S draws. Where it is
+        not, the bound still is one, but it is loose and its standard error too small; the
+        attribute `flags` says so.
+
+    Raises:
+        InputError: for too few draws, a point mass, or a posterior of other sequences.
+    """
+    check_count("draws", draws, MIN_DRAWS, "since k-hat is fitted to the largest weights")
+    check_count("rows", rows, 1, "draws times sequences")
+    if not post.has_density:
+        raise InputError(
+            f"a {post.family!r} guide is a point mass: importance weights need a density"
+        )
+    piece = max(1, rows // len(batch))
+    parts = []
+    with setting(model, batch, post) as place:
+        for number, first in enumerate(range(0, draws, piece)):
+            count = min(piece, draws - first)
+            with seeded(derive_seed(seed, Stream.SCORE, 1 + number), model.device):
+                z = post.sample(count)
+            parts.append((place.log_joint(z)[0].double() - post.log_prob(z).double()).cpu())
+    log_weights = torch.cat(parts)
+    bound = _log_mean(log_weights)
+    khat = pareto_khat(log_weights.numpy())
+    limit = khat_threshold(draws)
+    reliable = khat <= limit
+    data = _dataset(
+        batch,
+        {
+            "iw_bound": (bound.value, "nats"),
+            "iw_bound_se": (bound.error, "nats"),
+            "ess": (bound.ess, "draws"),
+            "khat": (khat, "1"),
+            "reliable": (reliable, "1"),
+        },
+    )
+    flags = []
+    if not reliable.all():
+        flags.append(
+            f"{int((~reliable).sum())} of {len(batch)} sequences have k-hat above {limit:.2f} "
+            f"(ids {_some(data, ~reliable)}): their bound is loose and its standard error too "
+            "small; use annealed_bound"
+        )
+    data.attrs = {"draws": draws, "seed": seed, "guide": post.family, "flags": "; ".join(flags)}
+    return data
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How annealing runs, checked."""
+
+    chains: int
+    rungs: int | None
+    schedule: str
+    max_leapfrog: int
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
+        check_count("chains", self.chains, 2, "since the standard error compares them")
+        check_count("max_leapfrog", self.max_leapfrog, 1, "gradients per transition")
+        if self.rungs is not None:
+            check_count("rungs", self.rungs, 2, "temperatures between the start and the posterior")
+
+
+def annealed_bound(
+    model: LatentModel,
+    batch: Batch,
+    *,
+    start: Posterior | None = None,
+    chains: int = 32,
+    rungs: int | None = None,
+    schedule: str = "adaptive",
+    max_leapfrog: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Annealed importance sampling: a lower bound on log p(x) in expectation (Neal 2001).
+
+    Chains walk by HMC from `start` to p(z | x). Pilot runs with random numbers of their own choose
+    temperatures, preconditioners and step sizes, which are then frozen.
+
+    Args:
+        model: Prior and likelihood; its weights are neither changed nor differentiated.
+        batch: B sequences.
+        start: A guide's posterior for these sequences, or `None` for the prior. The closer it is,
+            the fewer rungs are needed.
+        chains: Independent chains per sequence whose weights are averaged.
+        rungs: Temperatures; by default as many as the pilot finds the way to be long.
+        schedule: `adaptive`, each sequence's rungs equally far apart as weights count; `sigmoid`
+            or `linear`, the same temperatures for all.
+        max_leapfrog: Gradients per transition at most.
+        seed: The same seed gives the same answer; torch's global generator is left alone.
+        progress: Show a progress bar.
+
+    Returns:
+        Dataset over `sequence`: `lower`, `lower_se` in nats, and `lower_ess`, the effective number
+        of the chains' weights.
+
+    Raises:
+        InputError: for a bad option, or a start that is a point mass or of other sequences.
+    """
+    return _anneal(
+        model, batch, start, None, _Options(chains, rungs, schedule, max_leapfrog, seed, progress)
+    )
+
+
+def evidence_bracket(
+    model: LatentModel,
+    simulated: Simulated,
+    *,
+    start: Posterior | None = None,
+    chains: int = 32,
+    rungs: int | None = None,
+    schedule: str = "adaptive",
+    max_leapfrog: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Log p(x) from both sides, on sequences that the model wrote (Grosse et al. 2015).
+
+    Args:
+        model: The model that wrote them.
+        simulated: Of `simulate(model, n)`: sequences, and the thoughts they were made from.
+        start: As in `annealed_bound`.
+        chains: As there, in each direction.
+        rungs: As there.
+        schedule: As there.
+        max_leapfrog: As there.
+        seed: As there.
+        progress: As there.
+
+    Returns:
+        Dataset over `sequence`, nats: `lower`, `lower_se`, `upper`, `upper_se`, `width` (upper
+        minus lower), and `lower_ess`, `upper_ess`. Each side is a bound in expectation, so with
+        few chains `width` can be a little below 0. `upper_se` is given the exact draw.
+
+    Raises:
+        InputError: as in `annealed_bound`; or if there is not one thought per sequence.
+    """
+    shape = (len(simulated.batch), *model.thought_shape)
+    if simulated.z.shape != shape:
+        raise InputError(
+            f"simulated.z is {tuple(simulated.z.shape)}: must be {shape}, the thoughts that each "
+            "sequence was made from"
+        )
+    options = _Options(chains, rungs, schedule, max_leapfrog, seed, progress)
+    return _anneal(model, simulated.batch, start, simulated.z, options)
+
+
+def _anneal(
+    model: LatentModel, batch: Batch, start: Posterior | None, exact: Tensor | None, how: _Options
+) -> xr.Dataset:
+    """One direction, or both where exact draws (B, K, D) are given."""
+
+    def random(purpose: int) -> Any:
+        return seeded(derive_seed(how.seed, Stream.MCMC, purpose), model.device)
+
+    with setting(model, batch, start) as place:
+        with random(1):
+            annealer = Annealer(place, how.max_leapfrog)
+            ladder = _ladder(annealer.pilot(), how)
+        length = (len(ladder.beta) - 1) * (1 if exact is None else 2)
+        with tqdm(total=length, disable=not how.progress, desc="anneal", unit="rung") as bar:
+            with random(2):
+                lower = _log_mean(annealer.forward(ladder, how.chains, bar.update).cpu())
+            columns = {
+                "lower": (lower.value, "nats"),
+                "lower_se": (lower.error, "nats"),
+                "lower_ess": (lower.ess, "chains"),
+            }
+            weak = lower.ess < FEW_WEIGHTS * how.chains
+            if exact is not None:
+                with random(3):
+                    z = exact.to(place.scale).flatten(-2)
+                    back = annealer.backward(ladder, z, how.chains, bar.update)
+                inverse = _log_mean(-back.cpu())
+                columns["upper"] = (-inverse.value, "nats")
+                columns["upper_se"] = (inverse.error, "nats")
+                columns["upper_ess"] = (inverse.ess, "chains")
+                columns["width"] = (-inverse.value - lower.value, "nats")
+                weak = weak | (inverse.ess < FEW_WEIGHTS * how.chains)
+    data = _dataset(batch, columns)
+    data.attrs = {
+        "start": "prior" if start is None else start.family,
+        "chains": how.chains,
+        "rungs": len(ladder.beta) - 1,
+        "schedule": how.schedule,
+        "seed": how.seed,
+        "gradient_evaluations_per_sequence": annealer.pilot_cost
+        + how.chains * annealer.target.evaluations,
+        "flags": "; ".join(_annealing_flags(data, weak.numpy())),
+    }
+    return data
+
+
+def _ladder(pilot: Ladder, how: _Options) -> Ladder:
+    rungs = rungs_needed(pilot) if how.rungs is None else how.rungs
+    if how.schedule == "adaptive":
+        return refine(pilot, rungs)
+    return fixed(how.schedule, pilot, rungs)
+
+
+def _annealing_flags(data: xr.Dataset, weak: np.ndarray) -> list[str]:
+    flags, n = [], data.sizes["sequence"]
+    if weak.any():
+        flags.append(
+            f"{int(weak.sum())} of {n} sequences rest on few chains' weights (ids "
+            f"{_some(data, weak)}): their standard errors are too small; more rungs"
+        )
+    if "width" in data:
+        wide = data["width"].values > WIDE
+        if wide.any():
+            flags.append(
+                f"{int(wide.sum())} of {n} brackets are wider than {WIDE:g} nat (ids "
+                f"{_some(data, wide)}): more rungs or chains, or start from a guide"
+            )
+    return flags
+
+
+@dataclass(frozen=True)
+class _LogMean:
+    value: Tensor
+    error: Tensor
+    ess: Tensor
+
+
+def _log_mean(log_weights: Tensor) -> _LogMean:
+    """Log mean of weights (S, B), its standard error by the delta method, and the weights' ESS."""
+    top = log_weights.amax(0)
+    weight = (log_weights - torch.where(top.isfinite(), top, 0.0)).exp()
+    n, mean = len(weight), weight.mean(0)
+    value = log_weights.logsumexp(0) - math.log(n)
+    ess = weight.sum(0).square() / weight.square().sum(0)
+    return _LogMean(value, weight.std(0) / (math.sqrt(n) * mean), ess)
+
+
+def _dataset(batch: Batch, columns: dict[str, tuple[Any, str]]) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            name: ("sequence", np.asarray(value), {"units": units})
+            for name, (value, units) in columns.items()
+        },
+        coords={"sequence": batch.ids.cpu().numpy()},
+    )
+
+
+def _some(data: xr.Dataset, rows: np.ndarray) -> str:
+    ids = data["sequence"].values[rows].tolist()
+    return ", ".join(str(i) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")

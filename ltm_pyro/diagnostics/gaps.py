@@ -1,0 +1,356 @@
+"""Where the nats between an ELBO and the evidence went, sequence by sequence.
+
+    log p(x) - ELBO(q)  =  approximation   log p(x) - ELBO(best q of the family)
+                        +  truncation      ELBO(best q) - ELBO(q after T fast steps)
+
+and for an encoder without local steps, whose q was never fitted to its sequence,
+
+    log p(x) - ELBO(q)  =  approximation  +  amortisation     ELBO(best q) - ELBO(encoder's q)
+
+(Cremer, Li & Duvenaud 2018, equations 5 to 7). The best q of the family, with whatever it
+shares between sequences as it stands, is that of a long fast loop of our own with several draws per
+step, which starts where the judged loop ended; whether it has arrived is checked by a second loop
+after it. All ELBOs of one sequence share their draws, so differences are precise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from ltm_pyro.config import Fast
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.convergence import (
+    ENOUGH,
+    MIN_DRAWS,
+    Floats,
+    continue_from,
+    judge,
+    mean_and_error,
+    objective_draws,
+)
+from ltm_pyro.diagnostics.psis import pareto_khat
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.guides.base import LocalGuide, build_guide
+from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.models.base import LatentModel
+
+_PARTICLES = 8
+"""Draws per step of the long loop."""
+_LONG_RATE, _CHECK_RATE = 0.05, 0.01
+"""Peak learning rates of the long loop and of the one that checks it; both fall to 0."""
+
+COMPONENTS = ("approximation", "truncation", "amortisation")
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What stands for log p(x), (B,) each where it is an array.
+
+    Attributes:
+        value: Nats.
+        draws: (S, B) its linearised dependence on the draws that the ELBOs share; zeros where none.
+        error: Standard error from elsewhere.
+        kind: In words.
+        exact: Whether `value` is log p(x) itself and not a lower bound.
+        upper: An upper bound and its standard error, where there is one.
+    """
+
+    value: Floats
+    draws: Tensor
+    error: Floats
+    kind: str
+    exact: bool
+    upper: tuple[Floats, Floats] | None = None
+
+
+def gap_decomposition(
+    svi: DualRateSVI,
+    batch: Batch,
+    *,
+    steps: int | None = None,
+    converged_steps: int = 400,
+    draws: int = 512,
+    evidence: Literal["exact"] | xr.Dataset | None = None,
+    tolerance: float = 0.1,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Splits log p(x) - ELBO(q) of each sequence into its causes.
+
+    Estimates are differences of Monte Carlo means and are never clipped: a component that is really
+    0 comes out negative half of the time, by about its error.
+
+    Args:
+        svi: The recipe that is judged. Its model and clocks are left alone; the sequences are
+            inferred anew, from the guide's own start.
+        batch: The sequences.
+        steps: T of the judged loop; the fast clock's own by default.
+        converged_steps: Steps of the long loop, and again of the loop that checks it.
+        draws: S, fresh draws per sequence, the same for every q.
+        evidence: `"exact"` asks the model (`log_evidence`). A Dataset with `lower` and `lower_se`,
+            possibly `upper` and `upper_se`, in nats, for the same sequences: of `annealed_bound` or
+            `evidence_bracket`. By default the exact value where the model has one, else the
+            importance-weighted bound of the converged q.
+        tolerance: Nats of further gain below which the long loop counts as converged.
+        seed: Of the draws.
+
+    Returns:
+        Dataset over `sequence`, nats: `elbo` (of the judged q), `elbo_converged`, `evidence`;
+        `approximation`, and `truncation` or `amortisation`, which add up to `total`, each with its
+        Monte Carlo standard error `_se`; `still_gaining`, `still_gaining_se`: what the checking
+        loop added; `converged`: whether that is below `tolerance` beyond doubt; `khat` of the
+        converged q. For a guide that starts from an encoder and goes on from there also
+        `encoder_gap` and `refined`: what its encoder alone would lose, and how much of that its
+        local steps win back. With an upper bound also `approximation_upper` and `total_upper`.
+
+        Attributes: `components`; `evidence_kind`; `approximation_is`, `exact` or `at least`, which
+        holds for `total` as well; `share_converged`; numbers and names of this call.
+
+    Raises:
+        InputError: for a point mass, an encoder whose family has no local counterpart, evidence
+            that is missing or about other sequences, or a number out of range.
+    """
+    _check(svi.model, converged_steps, draws, evidence)
+    batch = batch.to(svi.model.device)
+    judged = svi.infer(batch, steps)
+    if not judged.has_density:
+        raise InputError(
+            f"{judged.family!r} is a point mass: its ELBO is minus infinity, there is no gap to "
+            "split; fast_convergence judges its fast loop"
+        )
+    amortised = not svi.guide.local_parameters()
+    refines_encoder = not amortised and bool(svi.guide.inputs.values())
+    long, checked = _converge(svi, judged, batch, converged_steps)
+    value = {
+        name: objective_draws(svi.model, post, batch, draws, seed)
+        for name, post in (("judged", judged), ("long", long), ("best", checked))
+    }
+    if refines_encoder:
+        value["encoder"] = objective_draws(svi.model, svi.infer(batch, 0), batch, draws, seed)
+    given = _evidence(svi.model, batch, value["best"], evidence)
+    data = _columns(batch, value, given, "amortisation" if amortised else "truncation")
+    judged_gain = judge(
+        data["still_gaining"].values, data["still_gaining_se"].values, tolerance, draws
+    )
+    data["converged"] = ("sequence", judged_gain.verdict == ENOUGH)
+    data["khat"] = ("sequence", pareto_khat(value["best"].cpu().numpy()), {"units": "1"})
+    data.attrs = {
+        "components": ["approximation", "amortisation" if amortised else "truncation"],
+        "evidence_kind": given.kind,
+        "approximation_is": "exact" if given.exact else "at least",
+        "share_converged": float(data["converged"].mean()),
+        "guide": judged.family,
+        "steps": _steps_taken(svi, steps),
+        "converged_steps": 2 * converged_steps,
+        "draws": draws,
+        "seed": seed,
+        "tolerance": tolerance,
+        "negative_values": "a gap that is 0 comes out negative half of the time, by its error",
+    }
+    return data
+
+
+def _steps_taken(svi: DualRateSVI, steps: int | None) -> int:
+    """T; 0 for a family without local parameters."""
+    if not svi.guide.local_parameters():
+        return 0
+    return svi.fast.steps if steps is None else steps
+
+
+def _check(
+    model: LatentModel, converged_steps: int, draws: int, evidence: xr.Dataset | str | None
+) -> None:
+    if converged_steps < 1:
+        raise InputError(f"converged_steps is {converged_steps}: must be 1 or more")
+    if draws < MIN_DRAWS:
+        raise InputError(f"draws is {draws}: a gap needs at least {MIN_DRAWS}")
+    if isinstance(evidence, xr.Dataset):
+        if missing := {"lower", "lower_se"} - set(evidence.data_vars):
+            raise InputError(f"evidence has no {' and no '.join(sorted(missing))} (nats)")
+    elif evidence not in ("exact", None):
+        raise InputError(f"evidence is {evidence!r}: must be 'exact', a Dataset or None")
+    elif evidence == "exact" and not hasattr(model, "log_evidence"):
+        raise InputError(
+            f"{type(model).__name__} has no exact log evidence: give the Dataset of "
+            "annealed_bound or evidence_bracket, or leave evidence out"
+        )
+
+
+def _converge(
+    svi: DualRateSVI, judged: Posterior, batch: Batch, steps: int
+) -> tuple[Posterior, Posterior]:
+    """The best q of the family by a long loop from `judged`, and the same led on once more."""
+    guide, rows = svi.guide, judged.parameters
+    if not guide.local_parameters():
+        guide, rows = _local_counterpart(svi.model, judged)
+    guide.reset(batch)
+    # Where the family holds p(z | x), the second objective has no gradient noise left there; far
+    # away the first one has less.
+    found = []
+    for objective, rate in (("elbo", _LONG_RATE), ("stl", _CHECK_RATE)):
+        fast = Fast(steps=steps, lr=rate, final_fraction=0.0)
+        elbo = _several_draws(objective, judged)
+        found.append(continue_from(svi, rows, batch, fast, guide=guide, elbo=elbo))
+        rows = found[-1].parameters
+    return found[0], found[1]
+
+
+def _local_counterpart(
+    model: LatentModel, judged: Posterior
+) -> tuple[LocalGuide, dict[str, Tensor]]:
+    """A guide with local parameters that starts as the encoder's q, for factorised normals."""
+    q: Any = judged.distribution
+    if not (isinstance(q, Independent) and isinstance(q.base_dist, Normal)):
+        raise InputError(
+            f"the encoder of {judged.family!r} gives a {type(q).__name__}: its amortisation gap "
+            "is known for factorised normals, which have a family to optimise locally"
+        )
+    rows = {"loc": q.mean.detach(), "log_variance": q.variance.log().detach()}
+    return build_guide("mean_field", model), rows
+
+
+def _several_draws(objective: str, judged: Posterior) -> ELBO:
+    """An estimator of the ELBO with several particles that the family can run."""
+    if judged.distribution.has_rsample:
+        return build_objective(objective, particles=_PARTICLES)
+    return TraceMeanField_ELBO(num_particles=_PARTICLES)
+
+
+def _evidence(
+    model: LatentModel, batch: Batch, best: Tensor, evidence: xr.Dataset | str | None
+) -> _Evidence:
+    """What `evidence` asks for, as numbers. `best`: (S, B) log weights of the converged q."""
+    none = torch.zeros_like(best)
+    if isinstance(evidence, xr.Dataset):
+        if not np.array_equal(evidence["sequence"].values, batch.ids.cpu().numpy()):
+            raise InputError(
+                "evidence is about other sequences than the batch, or in another order"
+            )
+        lower, error = (evidence[name].values.astype(np.float64) for name in ("lower", "lower_se"))
+        if "upper" not in evidence:
+            return _Evidence(lower, none, error, "lower bound, given", exact=False)
+        blank = np.zeros_like(lower)
+        upper_se = evidence["upper_se"].values if "upper_se" in evidence else blank
+        upper = (evidence["upper"].values.astype(np.float64), upper_se.astype(np.float64))
+        return _Evidence(lower, none, error, "bracket, given", exact=False, upper=upper)
+    if hasattr(model, "log_evidence"):
+        exact = model.log_evidence(batch).double().cpu().numpy()
+        return _Evidence(exact, none, np.zeros_like(exact), "exact", exact=True)
+    bound = best.logsumexp(0) - math.log(len(best))
+    weights = torch.exp(best - bound)  # mean 1: the first-order effect of a draw on the bound
+    kind = f"importance-weighted lower bound, {len(best)} draws of the converged q"
+    value = bound.cpu().numpy()
+    return _Evidence(value, weights, np.zeros_like(value), kind, exact=False)
+
+
+def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: str) -> xr.Dataset:
+    """All columns in nats; the two components add up to the total by construction."""
+    judged, best = value["judged"], value["best"]
+    pairs = {
+        "elbo": mean_and_error(judged),
+        "elbo_converged": mean_and_error(best),
+        "evidence": (given.value, np.hypot(mean_and_error(given.draws)[1], given.error)),
+        "approximation": _gap(given, best),
+        second: mean_and_error(best - judged),
+        "total": _gap(given, judged),
+        "still_gaining": mean_and_error(best - value["long"]),
+    }
+    if "encoder" in value:
+        pairs["encoder_gap"] = mean_and_error(best - value["encoder"])
+        pairs["refined"] = mean_and_error(judged - value["encoder"])
+    if given.upper is not None:
+        upper, error = given.upper
+        for name in ("approximation", "total"):
+            mean, se = mean_and_error(best if name == "approximation" else judged)
+            pairs[f"{name}_upper"] = (upper - mean, np.hypot(error, se))
+    data = xr.Dataset(coords={"sequence": batch.ids.cpu().numpy()})
+    for name, (mean, error) in pairs.items():
+        data[name] = ("sequence", mean, {"units": "nats"})
+        data[f"{name}_se"] = ("sequence", error, {"units": "nats"})
+    return data
+
+
+def _gap(given: _Evidence, draws: Tensor) -> tuple[Floats, Floats]:
+    """Evidence minus an ELBO, with the error of the difference."""
+    error = mean_and_error(given.draws - draws)[1]
+    return given.value - mean_and_error(draws)[0], np.hypot(error, given.error)
+
+
+def gap_means(gaps: xr.Dataset) -> xr.Dataset:
+    """Means over sequences of the gaps and their total.
+
+    Returns:
+        Dataset over `component`, nats per sequence: `mean`; `mc_se`, its Monte Carlo error given
+        these sequences; `sampling_se`, the error of having these and not other sequences.
+    """
+    names = [*gaps.attrs["components"], "total"]
+    n = gaps.sizes["sequence"]
+    values = np.stack([gaps[name].values for name in names])
+    errors = np.stack([gaps[f"{name}_se"].values for name in names])
+    spread = values.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.full(len(names), np.nan)
+    columns = {
+        "mean": values.mean(1),
+        "mc_se": np.sqrt(np.square(errors).sum(1)) / n,
+        "sampling_se": spread,
+    }
+    return xr.Dataset(
+        {key: ("component", value, {"units": "nats"}) for key, value in columns.items()},
+        coords={"component": names},
+    )
+
+
+_REMEDIES = {
+    "approximation": "the family is too narrow: a richer guide can win these",
+    "truncation": "the fast loop stopped early: more fast steps or a better rate win these",
+    "amortisation": "the encoder misses its own family's best: local steps win these",
+}
+
+
+def format_gaps(gaps: xr.Dataset) -> str:
+    """The mean gaps as text for the terminal, each with its errors and what would close it."""
+    means, kind = gap_means(gaps), gaps.attrs["approximation_is"]
+    lines = [
+        f"Where the nats went: {gaps.attrs['guide']}, {gaps.attrs['steps']} fast steps "
+        f"({gaps.sizes['sequence']} sequences, nats per sequence)"
+    ]
+    for name in means["component"].values:
+        row = means.sel(component=name)
+        least = "at least " if kind == "at least" and name in ("approximation", "total") else ""
+        meaning = _REMEDIES.get(str(name), f"log p(x) - ELBO; log p(x): {_named(gaps)}")
+        lines.append(
+            f"  {name:<14} {least:>9}{float(row['mean']):>8.3f} +- {float(row['mc_se']):<7.3f} "
+            f"{meaning}"
+        )
+    largest = str(
+        max(gaps.attrs["components"], key=lambda c: float(means["mean"].sel(component=c)))
+    )
+    lines.append(f"  most of it is {largest}{_doubts(gaps)}")
+    return "\n".join(lines)
+
+
+def _named(gaps: xr.Dataset) -> str:
+    return str(gaps.attrs["evidence_kind"])
+
+
+def _doubts(gaps: xr.Dataset) -> str:
+    """What the reader must know before acting on the means."""
+    out = ""
+    short = int((~gaps["converged"].values).sum())
+    if short:
+        out += (
+            f"; for {short} of {gaps.sizes['sequence']} sequences it is not shown that the long "
+            "loop arrived: there approximation is perhaps less, and the other gap more"
+        )
+    if (gaps["total"].values < -3 * gaps["total_se"].values).any():
+        out += "; a total far below 0 means that this evidence is too low"
+    return out

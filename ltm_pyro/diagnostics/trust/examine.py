@@ -1,0 +1,166 @@
+"""Every question that can be put to a posterior without knowing the truth, asked together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+import ltm_pyro
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
+from ltm_pyro.diagnostics.trust.draws import Joint, draw
+from ltm_pyro.diagnostics.trust.drift import drift_flags
+from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row_flags
+from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
+from ltm_pyro.diagnostics.trust.weights import weight_flags
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+
+FALSE_ALARM_RATE = 0.01
+"""Chance that the exact posterior is flagged by anything, over all sequences and questions."""
+
+QUESTIONS = 16
+"""Questions that share it: gap, tails, rows, mass, log joint, and four moments thrice, or fewer."""
+
+LEAST_DRAWS = 100
+
+
+def diagnose(
+    model: LatentModel,
+    post: Posterior,
+    batch: Batch,
+    *,
+    draws: int = 1000,
+    steps: int = 10,
+    chains: int = 32,
+    rungs: int = 64,
+    seed: int = 0,
+) -> Diagnosis:
+    """Looks for evidence that q(z_i) is not p(z_i | x_i).
+
+    Five sources, none of which needs the truth:
+    - `weights`: k-hat of p(x, z) / q(z), the gap between ELBO and importance-weighted bound, and
+      q's moments against the weighted ones where k-hat allows. Blind to modes that q misses; a q
+      that is too wide has a small k-hat.
+    - `score`: what grad log p(x, z) at q's draws implies about mean, scale and correlations; sees
+      them at their full size. Blind to missed modes, and to tails.
+    - `drift`: whether the draws move when Metropolis-adjusted steps are taken from them. Sees cut
+      tails; sees shifts and scales only as far as the steps go. Blind to missed modes.
+    - `annealing`: whether annealing from the prior finds more mass. Sees missed modes, if it gets
+      there at all: with too few rungs it stays silent, and `left_out` says so.
+    - `rows`: whether another sequence's posterior does better than a sequence's own.
+
+    An estimate is flagged where it is off by more than a tolerance and its error together. The
+    tolerances are 0.15 scales for means, a fifth of the variance, 0.2 for correlations, 0.1 nats
+    for the gap: a fit within them is let pass. Errors allow for all sequences and dimensions, so
+    that the exact posterior is flagged in about one of a hundred calls. Passing proves nothing: a
+    mode that annealing does not reach either, or an error below the tolerances, stays unseen.
+
+    Args:
+        model: Prior, of any kind, and likelihood. It is asked for `draws` * (1 + `steps`)
+            gradients per sequence, and for about 4 * `chains` * `rungs` more by the annealing.
+        post: q; it needs draws and a density, and no closed form.
+        batch: The sequences, in the posterior's order.
+        draws: S per sequence.
+        steps: Of the drift; 0 leaves it out.
+        chains: Of the annealing, per sequence; 0 leaves it out.
+        rungs: Temperatures of the annealing.
+        seed: Of all random numbers.
+
+    Returns:
+        Data over `sequence`, flags with reasons, `passed`, and a text. A point mass gets one flag.
+
+    Raises:
+        InputError: if the posterior is of other sequences, or there are too few draws.
+    """
+    if draws < LEAST_DRAWS or steps < 0 or chains < 0 or chains == 1 or rungs < 1:
+        raise InputError(
+            f"draws={draws}, steps={steps}, chains={chains}, rungs={rungs}: draws must be "
+            f"{LEAST_DRAWS} or more, steps 0 or more, chains 0 or 2 or more, rungs 1 or more"
+        )
+    batch = batch.to(model.device)
+    model.check(batch)
+    if not torch.equal(post.ids.to(batch.device), batch.ids):
+        raise InputError(
+            "the posterior and the batch hold other sequences, or in another order: "
+            "their ids must be equal"
+        )
+    ids = batch.ids.cpu().numpy()
+    attrs: dict[str, Any] = {
+        "guide": post.family,
+        "draws": draws,
+        "steps": steps,
+        "seed": seed,
+        "ltm_pyro_version": ltm_pyro.__version__,
+    }
+    left_out = _left_out(len(batch), steps, chains)
+    if not post.has_density:
+        return Diagnosis(xr.Dataset(coords={"sequence": ids}, attrs=attrs), [_point_mass(ids)])
+    court = Court(ids, FALSE_ALARM_RATE / QUESTIONS)
+    shape = model.thought_shape
+    target = Joint(model, batch)
+    with seeded(derive_seed(seed, Stream.CALIBRATE), batch.device):
+        drawn = draw(target, post, draws)
+        unfit = _not_finite(drawn.log_joint, drawn.log_q, ids)
+        if unfit is not None:
+            return Diagnosis(xr.Dataset(coords={"sequence": ids}, attrs=attrs), [unfit])
+        start = drawn.state.z.unflatten(-1, shape)
+        answers = [
+            weight_flags(drawn, court, shape),
+            score_flags(drawn, score_moments(drawn), court, shape),
+        ]
+        if steps:
+            answers.append(drift_flags(target, post, drawn, steps, court, shape))
+        if len(batch) > 1:
+            answers.append(row_flags(target, start, drawn.log_q, court))
+    if chains:
+        weights = answers[0][1]
+        iw = weights["iw_bound"][1], weights["iw_bound_se"][1]
+        answers.append(annealing_flags(model, batch, iw, court, chains, rungs, seed))
+        silent = int((answers[-1][1]["annealed_bound_se"][1] > RELIABLE).sum())
+        if silent:
+            left_out["annealing"] = (
+                f"of {silent} of {len(batch)} sequences: one chain carries their estimate; give "
+                "more rungs or chains"
+            )
+    columns = {name: value for _, some in answers for name, value in some.items()}
+    data = xr.Dataset(columns, coords={"sequence": ids}, attrs=attrs)
+    return Diagnosis(data, [flag for flags, _ in answers for flag in flags], left_out)
+
+
+def _left_out(rows: int, steps: int, chains: int) -> dict[str, str]:
+    """Questions that are not asked in this call, with the reason."""
+    out = {}
+    if not steps:
+        out["drift"] = "steps is 0"
+    if not chains:
+        out["annealing"] = "chains is 0, so a missed mode stays unseen"
+    if rows < 2:
+        out["rows"] = "there is one sequence only"
+    return out
+
+
+def _point_mass(ids: np.ndarray) -> Flag:
+    return Flag(
+        "density", "point mass", tuple(ids.tolist()),
+        "this posterior is a point mass: it has no density and no spread, so there is nothing to "
+        "diagnose, and its draws are no draws from the posterior; use it as a mode, or fit "
+        "another family",
+    )  # fmt: skip
+
+
+def _not_finite(log_joint: torch.Tensor, log_q: torch.Tensor, ids: np.ndarray) -> Flag | None:
+    """A flag for sequences where a draw of q has no finite density."""
+    bad = ~(log_joint.isfinite() & log_q.isfinite()).all(0).cpu().numpy()
+    if not bad.any():
+        return None
+    return Flag(
+        "density", "not finite", tuple(ids[bad].tolist()),
+        f"log p(x, z) or log q(z) of draws of sequence {ids[bad][0]} is not finite: q reaches "
+        "where the model has no density, or has diverged; look at its parameters",
+    )  # fmt: skip

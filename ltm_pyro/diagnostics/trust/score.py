@@ -1,0 +1,228 @@
+"""What the gradient of log p(x, z) says at q's own draws.
+
+If q is the posterior, then for its mean m (Stein's identities; Gorham & Mackey 2015, section 2)
+
+    E_q[grad log p(x, z)] = 0        and        E_q[(z - m) grad log p(x, z)^T] = -I.
+
+The regression of the gradient on z over q's draws says by how much q would have to change:
+grad = g - P (z - m) names a posterior of precision P and mean m + P^-1 g. Where p(z | x) is normal
+that is the posterior itself, whatever q is. Where it is not, the identities still hold for the
+right q; but they also hold for the best normal q, however heavy the posterior's tails are, so tails
+have to be asked about in other ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltm_pyro.diagnostics.trust.diagnosis import (
+    Court,
+    Flag,
+    Floats,
+    Verdict,
+    column,
+    dimension_name,
+)
+from ltm_pyro.diagnostics.trust.draws import Draws
+
+GROUPS = 40
+"""Groups of draws for the jackknife, which gives the errors."""
+
+MOST_DIMENSIONS = 64
+"""Above it, and below `DRAWS_PER_DIMENSION` draws for each, dimensions are looked at one by one."""
+
+DRAWS_PER_DIMENSION = 10
+
+SHIFT, VARIANCE, CORRELATION = 0.15, 0.2, 0.2
+"""Tolerances: shift in q's scales, share of the variance (a scale off by a tenth), correlation."""
+
+FROZEN = 0.05
+"""A scale below this share of the posterior's is called frozen."""
+
+Columns = dict[str, tuple[str, Floats, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What q's draws imply about the posterior, relative to q. Each with its standard error.
+
+    Attributes:
+        shift: (B, M) posterior mean minus q's, in q's scales.
+        variance: (B, M) q's variance over the posterior's, minus 1.
+        correlation: (B, pairs) posterior's minus q's; `None` where dimensions were looked at alone.
+    """
+
+    shift: tuple[Floats, Floats]
+    variance: tuple[Floats, Floats]
+    correlation: tuple[Floats, Floats] | None
+    df: float
+
+
+def score_moments(draws: Draws) -> Moments:
+    """The moments of the posterior that the gradients imply."""
+    S, _, M = draws.u.shape
+    joint = 1 < M <= MOST_DIMENSIONS and DRAWS_PER_DIMENSION * M <= S
+    groups = max(2, min(GROUPS, S // 5))
+    edges = [len(part) for part in torch.arange(S).chunk(groups)]
+    parts = [
+        _sums(u, h, joint) for u, h in zip(draws.u.split(edges), draws.h.split(edges), strict=True)
+    ]
+    stacked = [torch.stack(some) for some in zip(*parts, strict=True)]
+    totals = [some.sum(0) for some in stacked]
+    whole = _implied(*totals, joint=joint)
+    left_out = [
+        _implied(
+            *(total - some[g] for total, some in zip(totals, stacked, strict=True)), joint=joint
+        )
+        for g in range(len(edges))
+    ]
+    answers = []
+    for name, value in enumerate(whole):
+        without = torch.stack([each[name] for each in left_out])
+        spread = (without - without.mean(0)).square().mean(0) * (len(edges) - 1)
+        answers.append((value.cpu().numpy(), spread.sqrt().cpu().numpy()))
+    return Moments(
+        answers[0], answers[1], answers[2] if len(answers) > 2 else None, df=len(edges) - 1
+    )
+
+
+def _sums(u: Tensor, h: Tensor, joint: bool) -> tuple[Tensor, ...]:
+    """Count and sums of u, h, u u^T, u h^T over draws: all that the estimates need."""
+    count = u.new_tensor(len(u))
+    if joint:
+        uu, uh = torch.einsum("sbi,sbj->bij", u, u), torch.einsum("sbi,sbj->bij", u, h)
+    else:
+        uu, uh = (u * u).sum(0), (u * h).sum(0)
+    return count, u.sum(0), h.sum(0), uu, uh
+
+
+def _implied(
+    count: Tensor, su: Tensor, sh: Tensor, suu: Tensor, suh: Tensor, *, joint: bool
+) -> list[Tensor]:
+    """Shift, q's variance over the posterior's minus 1, and differences of correlations."""
+    mean_u, mean_h = su / count, sh / count
+    if not joint:
+        variance = suu / count - mean_u**2
+        identity = -(suh / count - mean_u * mean_h)  # E[(z - m) grad] = -1 in each dimension
+        # Where log p is not concave along a dimension the identity is all that can be said.
+        precision = identity / variance.clamp_min(1e-12)
+        shift = mean_h / torch.where(precision > 0.05, precision, torch.ones_like(precision))
+        return [shift, identity - 1.0]
+    covariance = suu / count - mean_u[..., :, None] * mean_u[..., None, :]
+    cross = -(suh / count - mean_u[..., :, None] * mean_h[..., None, :])
+    eye = torch.eye(su.shape[-1], dtype=su.dtype, device=su.device)
+    # A dimension in which q does not vary says nothing; this keeps it from spoiling the others.
+    stuck = covariance.diagonal(dim1=-2, dim2=-1) <= 0
+    covariance = covariance + torch.diag_embed(stuck.to(eye))
+    cross = cross + torch.diag_embed(stuck.to(eye))
+    precision = torch.linalg.solve(covariance, cross)
+    precision = 0.5 * (precision + precision.mT)
+    values, vectors = torch.linalg.eigh(precision)
+    concave = values[..., :1] > 0
+    inverse = (vectors / torch.where(concave, values, torch.ones_like(values))[..., None, :]) @ (
+        vectors.mT
+    )
+    posterior = torch.where(concave[..., None], inverse, eye)
+    shift = (posterior @ mean_h[..., None]).squeeze(-1)
+    own = covariance.diagonal(dim1=-2, dim2=-1)
+    identity = cross.diagonal(dim1=-2, dim2=-1)
+    implied = posterior.diagonal(dim1=-2, dim2=-1)
+    variance = torch.where(concave, own / implied, identity) - 1.0
+    upper = torch.triu_indices(len(eye), len(eye), 1, device=eye.device)
+    difference = torch.where(
+        concave[..., None],
+        _correlation(posterior) - _correlation(covariance),
+        torch.zeros_like(eye),
+    )
+    return [shift, variance, difference[..., upper[0], upper[1]]]
+
+
+def _correlation(covariance: Tensor) -> Tensor:
+    scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    return covariance / (scale[..., :, None] * scale[..., None, :])
+
+
+def score_flags(
+    draws: Draws, moments: Moments, court: Court, shape: tuple[int, int]
+) -> tuple[list[Flag], Columns]:
+    """What the implied moments say against q."""
+    flags = moment_flags("score", moments, court, shape)
+    stuck = draws.frozen.cpu().numpy()
+    if stuck.any():
+        rows = np.flatnonzero(stuck.any(1))
+        name = dimension_name(int(np.argmax(stuck[rows[0]])), shape)
+        flags.append(
+            Flag(
+                "score", "frozen", tuple(court.ids[rows].tolist()),
+                f"q does not vary at all in {name} of sequence {court.ids[rows[0]]}: a dimension "
+                "was never fitted, or its scale underflowed; fit it again from the prior's scale",
+            )
+        )  # fmt: skip
+    shift, variance = moments.shift[0], moments.variance[0]
+    worst = np.take_along_axis(shift, np.abs(shift).argmax(1)[:, None], 1)[:, 0]
+    ratio = np.sqrt(np.maximum(variance + 1.0, 0.0))
+    return flags, {
+        "score_shift": column(worst, "scales of q"),
+        "score_scale_least": column(ratio.min(1), "posterior scales"),
+        "score_scale_most": column(ratio.max(1), "posterior scales"),
+    }
+
+
+def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, int]) -> list[Flag]:
+    """Flags for shifts, scales and correlations that are off."""
+    flags = []
+    if found := court.judge(*moments.shift, SHIFT, moments.df):
+        where = dimension_name(found.column, shape)
+        side = "below" if found.effect > 0 else "above"
+        sentence = (
+            f"q's mean of {where} lies {abs(found.effect):.2f} +- {found.error:.2f} of its scales "
+            f"{side} the {_what(source)} ({found.whose}): the fit has not converged, or q belongs "
+            "to something else; run more fast steps and check the order of the sequences"
+        )
+        flags.append(Flag(source, "shift", found.sequences, sentence))
+    if found := court.judge_above(-moments.variance[0], moments.variance[1], VARIANCE, moments.df):
+        flags.append(_scale_flag(source, found, -found.effect, shape))
+    if found := court.judge_above(*moments.variance, VARIANCE, moments.df):
+        flags.append(_scale_flag(source, found, found.effect, shape))
+    if moments.correlation is not None and (
+        found := court.judge(*moments.correlation, CORRELATION, moments.df)
+    ):
+        upper = np.triu_indices(shape[0] * shape[1], 1)
+        pair = [dimension_name(int(index[found.column]), shape) for index in upper]
+        sentence = (
+            f"the {_what(source)} correlation of {pair[0]} and {pair[1]} less q's is "
+            f"{found.effect:+.2f} +- {found.error:.2f} ({found.whose}): q ignores or misstates a "
+            "correlation; use a family that has one (low_rank, full_rank, flow)"
+        )
+        flags.append(Flag(source, "correlation", found.sequences, sentence))
+    return flags
+
+
+def _scale_flag(source: str, found: Verdict, effect: float, shape: tuple[int, int]) -> Flag:
+    where = dimension_name(found.column, shape)
+    ratio = float(np.sqrt(max(effect + 1.0, 0.0)))
+    # The ratio's own error is half the variance's, relatively.
+    error = found.error / (2 * max(ratio, FROZEN))
+    if effect > 0:
+        problem, remedy = "wide", "fit longer, from a smaller starting variance"
+    elif ratio < FROZEN:
+        problem, remedy = "frozen", "q gives this dimension no freedom: fit it again from the prior"
+    else:
+        problem, remedy = (
+            "narrow",
+            "intervals from q are too short; fit longer or in a richer family",
+        )
+    sentence = (
+        f"q's scale of {where} is {ratio:.2f} +- {error:.2f} times the {_what(source)} "
+        f"({found.whose}): {'too large' if effect > 0 else 'too small'}; {remedy}"
+    )
+    return Flag(source, problem, found.sequences, sentence)
+
+
+def _what(source: str) -> str:
+    """Whose moments q's are held against."""
+    return "moved draws'" if source == "drift" else "posterior's"

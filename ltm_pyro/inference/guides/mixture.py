@@ -1,0 +1,98 @@
+"""Mixture posterior: q(z_i) = sum_c w_ic N(loc_ic, diag(exp(log_variance_ic)))."""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.gaussian_kl import gaussian_kl
+from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.normal_mixture import NormalMixture
+
+START = 1.0
+"""Distance of each component's mean from the prior's at the start: 0.5 nats of KL at the most,
+however many dimensions share it."""
+WEIGHT_RATE = 0.1
+"""Log weights move at this fraction of the other parameters' pace. At full pace the first component
+to find a mode takes nearly all the weight before the other has found its own, and keeps it."""
+
+
+@register_guide("mixture")
+class Mixture(LocalGuide):
+    """Mixture of diagonal normals per sequence, for posteriors of several modes.
+
+    Weights are learned while components overlap. A reparametrised draw cannot pass between modes
+    that have parted, so the weights then stay as they are, near equal where that happened early.
+    Between modes of unequal mass this costs something, at most log C nats.
+
+    Args:
+        model: The model.
+        components: C.
+        init_log_variance: Where the components' log variances start. 0 is the standard normal
+            prior's.
+
+    Local parameters: `logits` (B, C), the log weights before normalisation in units of
+    `WEIGHT_RATE`; `loc` and `log_variance` (B, C, K, D).
+
+    Raises:
+        InputError: if `components` is not a whole number above 0.
+    """
+
+    def __init__(
+        self, model: LatentModel, components: int = 2, init_log_variance: float = 0.0
+    ) -> None:
+        if not isinstance(components, int) or isinstance(components, bool) or components < 1:
+            what = "zero mixture components" if components == 0 else f"components is {components!r}"
+            raise InputError(f"{what}: a mixture has a whole number of them, 1 or more")
+        if not math.isfinite(init_log_variance):
+            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
+        super().__init__(model)
+        self.components = components
+        self.init_log_variance = float(init_log_variance)
+
+    @property
+    def start_log_variance(self) -> float:
+        """Where the components' log variances start."""
+        return self.init_log_variance
+
+    def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Equal weights and variances, means apart; the same for every row."""
+        rows = len(batch)
+        shape = (rows, self.components, *self.thought_shape)
+        return {
+            "logits": self.anchor.new_zeros(rows, self.components),
+            "loc": self._means().expand(shape),
+            "log_variance": self.anchor.new_full(shape, self.init_log_variance),
+        }
+
+    def _means(self) -> Tensor:
+        """(C, K, D) points around 0 at distance `START` or less, their mean 0.
+
+        Components that start alike stay alike. The directions are random, so that none is special
+        to a model, and drawn from a generator of their own, so that they are always the same.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.components, *self.thought_shape)
+        means = torch.randn(shape, generator=generator, dtype=torch.float64)
+        means = means - means.mean(0)
+        length = means.square().sum((1, 2)).max().sqrt()
+        return (START * means / length.clamp(min=1e-12)).to(self.anchor)
+
+    def posterior(self) -> TorchDistribution:
+        """q(z): batch shape (B,), event shape (K, D)."""
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        return NormalMixture(WEIGHT_RATE * self.local["logits"], self.local["loc"], scale)
+
+    def kl(self, prior: TorchDistribution) -> Tensor | None:
+        """None but for one component: the entropy of a mixture has no closed form."""
+        if self.components > 1:
+            return None
+        q = self.posterior()
+        return gaussian_kl(dist.Normal(q.mean, q.stddev).to_event(2), prior)

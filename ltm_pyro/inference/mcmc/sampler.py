@@ -1,0 +1,114 @@
+"""Reference draws from p(z | x): HMC, MALA and unadjusted Langevin, batched over sequences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tqdm.auto import tqdm
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.mcmc.draws import MCMCDraws
+from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
+from ltm_pyro.inference.mcmc.target import check_count, setting
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+
+MAX_LEAPFROG = 32
+MIN_DRAWS = 20
+MIN_WARMUP = 50
+
+
+def sample_posterior(
+    model: LatentModel,
+    batch: Batch,
+    kernel: str = "hmc",
+    *,
+    start: Posterior | None = None,
+    chains: int = 4,
+    warmup: int = 400,
+    draws: int = 1000,
+    mass: str = "auto",
+    step_size: float | None = None,
+    max_leapfrog: int = MAX_LEAPFROG,
+    seed: int = 0,
+    progress: bool = False,
+) -> MCMCDraws:
+    """Draws from p(z | x) of every sequence, with one accept decision per chain and sequence.
+
+    Chains start at independent draws of `start` and are preconditioned with its scale. During
+    warmup, and never after it, step size (dual averaging) and mass are adapted per sequence, from
+    all its chains together.
+
+    Args:
+        model: Prior and likelihood; its weights are neither changed nor differentiated.
+        batch: B sequences.
+        kernel: `hmc`; `mala`, one leapfrog step per draw; or `ula`, MALA without the accept
+            decision, the ablation of Kong et al. (2025): biased, and labelled so.
+        start: A guide's posterior for these sequences, or `None` for the prior.
+        chains: Independent starts per sequence, at least 2.
+        warmup: Steps per chain that adapt and are not kept.
+        draws: S, steps per chain that are kept.
+        mass: `diagonal` or `dense`, learned in warmup; `auto`, dense up to 64
+            dimensions; or `start`, the start's variances as they are.
+        step_size: In units of the mass's scale; adapted by default.
+        max_leapfrog: Gradients per HMC draw at most.
+        seed: The same seed gives the same draws; torch's global generator is left alone.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: for a bad option, or a start that does not belong to the batch.
+    """
+    _check_options(kernel, chains, warmup, draws, mass, step_size, max_leapfrog)
+    how = KERNELS[kernel]
+    with (
+        setting(model, batch, start) as place,
+        seeded(derive_seed(seed, Stream.MCMC), model.device),
+        tqdm(total=warmup + draws, disable=not progress, desc=kernel, unit="step") as bar,
+    ):
+        mover = Mover(place, how, chains, step_size, max_leapfrog)
+        mover.warm_up(warmup, mass, step_size is None, bar.update)
+        kept, accepts = [], []
+        for _ in range(draws):
+            accepts.append(mover.step(warm=True).accept)
+            kept.append(mover.state)
+            bar.update()
+    return MCMCDraws(
+        z=torch.stack([s.z for s in kept], 1).unflatten(-1, model.thought_shape),
+        log_joint=torch.stack([s.terms[0] for s in kept], 1),
+        ids=place.batch.ids,
+        kernel=kernel,
+        start="prior" if start is None else start.family,
+        accept=torch.stack(accepts).mean((0, 1)),
+        step_size=mover.step_size,
+        gradient_evaluations=chains * mover.target.evaluations,
+        warmup=warmup,
+        seed=seed,
+        mass=mass,
+    )
+
+
+def _check_options(
+    kernel: str,
+    chains: int,
+    warmup: int,
+    draws: int,
+    mass: str,
+    step_size: float | None,
+    max_leapfrog: int,
+) -> None:
+    if kernel not in KERNELS:
+        raise unknown_name("kernel", kernel, KERNELS)
+    if mass not in MASSES:
+        raise unknown_name("mass", mass, MASSES)
+    check_count("chains", chains, 2, "since R-hat compares independent starts")
+    check_count("draws", draws, MIN_DRAWS, "since R-hat compares halves of each chain")
+    check_count("max_leapfrog", max_leapfrog, 1, "gradients per draw")
+    if step_size is None:
+        check_count("warmup", warmup, MIN_WARMUP, "to adapt the step size, or give step_size")
+    else:
+        check_count("warmup", warmup, 0, "steps")
+        if not (step_size > 0 and math.isfinite(step_size)):
+            raise InputError(f"step_size is {step_size}: must be a finite number above 0")

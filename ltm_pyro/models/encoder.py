@@ -1,0 +1,219 @@
+"""Encoders: networks that read a sequence and answer with numbers for each of its thoughts.
+
+    tokens: embed -> n x [RMSNorm -> self-attention, RMSNorm -> SwiGLU] -> K queries cross-attend
+    reals:  (x * mask, mask) -> linear map + two-layer perceptron
+
+Only what the mask shows enters. The last linear map starts at zero, and so does every answer.
+Shapes: B rows, T positions, H width, K thoughts, D thought width.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltm_pyro.errors import InputError
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.layers import SwiGLU, rotary_angles, rotate
+from ltm_pyro.models.linear_gaussian import LinearGaussian
+
+
+def build_encoder(
+    model: LatentModel, answers: int, width: int | None = None, layers: int = 2
+) -> nn.Module:
+    """The encoder for a model's kind of sequences.
+
+    Args:
+        model: Tells what a sequence is: tokens (`LatentThoughtModel`) or reals (`LinearGaussian`).
+        answers: Numbers per dimension of a thought.
+        width: H; by default the decoder's for tokens, and 64 for reals.
+        layers: Transformer layers for tokens; hidden layers for reals.
+
+    Returns:
+        A module `(x (B, T), mask (B, T)) -> (B, K, answers * D)`.
+
+    Raises:
+        InputError: for a size out of range, or a model of another kind.
+    """
+    for name, size in (("encoder width", width), ("encoder layers", layers)):
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if size is not None and not whole:
+            raise InputError(f"{name} is {size!r}: must be a whole number, 1 or more")
+    thoughts, dim = model.thought_shape
+    if isinstance(model, LatentThoughtModel):
+        config = model.config
+        width = config.width if width is None else width
+        if width % (2 * config.n_heads):
+            raise InputError(
+                f"encoder width {width} with the decoder's {config.n_heads} heads: must be a "
+                f"multiple of {2 * config.n_heads}"
+            )
+        return TokenEncoder(
+            config.vocab_size, width, config.n_heads, layers, thoughts, answers * dim
+        )
+    if isinstance(model, LinearGaussian):
+        return VectorEncoder(len(model.W), width or 64, layers, thoughts, answers * dim)
+    raise InputError(
+        f"no encoder for a {type(model).__name__}: amortised guides read the tokens of a "
+        "LatentThoughtModel or the reals of a LinearGaussian; use a guide with local parameters"
+    )
+
+
+def _start(*linear: nn.Linear) -> None:
+    """Unit variance through products."""
+    for module in linear:
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from every query to every visible key, in both directions.
+
+    Args:
+        width: H.
+        n_heads: Heads.
+        depth: Layers of the network: residual branches start that much smaller.
+    """
+
+    def __init__(self, width: int, n_heads: int, depth: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        _start(self.query, self.key_value, self.out)
+        with torch.no_grad():
+            self.out.weight.mul_((2 * depth) ** -0.5)
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        visible: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, Q, H) and (B, T, H) to (B, Q, H).
+
+        Args:
+            queries: What asks.
+            keys: What is asked.
+            visible: (B, T) bool, at least one true per row.
+            angles: Rotary angles of T positions, where queries and keys have positions.
+        """
+        rows = len(queries)
+        q = self.query(queries).view(rows, queries.shape[1], self.n_heads, -1).transpose(1, 2)
+        k, v = (
+            part.view(rows, keys.shape[1], self.n_heads, -1).transpose(1, 2)
+            for part in self.key_value(keys).chunk(2, dim=-1)
+        )
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None])
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over all visible positions, then SwiGLU; each after RMSNorm, each residual."""
+
+    def __init__(self, width: int, n_heads: int, depth: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.RMSNorm(width)
+        self.attention = Attention(width, n_heads, depth)
+        self.norm_mlp = nn.RMSNorm(width)
+        self.mlp = SwiGLU(width, 2 * width)
+        _start(self.mlp.gate_up, self.mlp.down)
+        with torch.no_grad():
+            self.mlp.down.weight.mul_((2 * depth) ** -0.5)
+
+    def forward(self, h: Tensor, visible: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        normed = self.norm_attention(h)
+        h = h + self.attention(normed, normed, visible, angles)
+        return h + self.mlp(self.norm_mlp(h))
+
+
+class TokenEncoder(nn.Module):
+    """Bidirectional Transformer over tokens, read out by one learned query per thought.
+
+    Args:
+        vocab_size: V.
+        width: H, a multiple of twice the heads.
+        n_heads: Attention heads.
+        layers: Transformer layers.
+        thoughts: K.
+        outputs: Numbers per thought.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, n_heads: int, layers: int, thoughts: int, outputs: int
+    ) -> None:
+        super().__init__()
+        self.head_dim = width // n_heads
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight)
+        # Stands before the first token and is always visible: no row is ever empty.
+        self.start = nn.Parameter(torch.randn(width))
+        self.layers = nn.ModuleList(EncoderLayer(width, n_heads, layers) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.queries = nn.Embedding(thoughts, width)
+        self.pool = Attention(width, n_heads, 1)
+        self.norm_mlp = nn.RMSNorm(width)
+        self.mlp = SwiGLU(width, 2 * width)
+        _start(self.mlp.gate_up, self.mlp.down)
+        self.norm_head = nn.RMSNorm(width)
+        self.head = nn.Linear(width, outputs)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Tokens and mask, (B, T) each, to (B, K, outputs)."""
+        rows = len(x)
+        h = torch.cat((self.start.expand(rows, 1, -1), self.embedding(x)), dim=1)
+        visible = F.pad(mask, (1, 0), value=True)
+        positions = torch.arange(h.shape[1], device=h.device)
+        angles = rotary_angles(positions, self.head_dim)
+        for layer in self.layers:
+            h = layer(h, visible, angles)
+        q = self.queries.weight.expand(rows, -1, -1)
+        q = q + self.pool(q, self.norm(h), visible)
+        q = q + self.mlp(self.norm_mlp(q))
+        return self.head(self.norm_head(q))
+
+
+class VectorEncoder(nn.Module):
+    """Linear map plus perceptron over real vectors.
+
+    The linear map is there because a linear-Gaussian posterior's mean is linear in x.
+
+    Args:
+        inputs: Dx.
+        width: Hidden units.
+        layers: Hidden layers.
+        thoughts: K.
+        outputs: Numbers per thought.
+    """
+
+    def __init__(self, inputs: int, width: int, layers: int, thoughts: int, outputs: int) -> None:
+        super().__init__()
+        self.thoughts = thoughts
+        self.linear = nn.Linear(2 * inputs, thoughts * outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        sizes = [2 * inputs, *[width] * layers]
+        hidden = [
+            part
+            for before, after in itertools.pairwise(sizes)
+            for part in (nn.Linear(before, after), nn.SiLU())
+        ]
+        self.hidden = nn.Sequential(*hidden)
+        self.head = nn.Linear(width, thoughts * outputs, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Reals and mask, (B, Dx) each, to (B, K, outputs)."""
+        seen = torch.cat((x * mask, mask.to(x.dtype)), dim=-1)
+        answer = self.linear(seen) + self.head(self.hidden(seen))
+        return answer.unflatten(-1, (self.thoughts, -1))

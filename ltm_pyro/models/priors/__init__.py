@@ -1,0 +1,18 @@
+"""Priors over thought vectors, fixed or learned; one family per file, registered by name."""
+
+from ltm_pyro.models.priors.autoregressive import AutoregressivePrior
+from ltm_pyro.models.priors.base import ThoughtPrior, build_prior, prior_names, register_prior
+from ltm_pyro.models.priors.flow import FlowPrior
+from ltm_pyro.models.priors.mixture import MixturePrior
+from ltm_pyro.models.priors.standard_normal import StandardNormal
+
+__all__ = [
+    "AutoregressivePrior",
+    "FlowPrior",
+    "MixturePrior",
+    "StandardNormal",
+    "ThoughtPrior",
+    "build_prior",
+    "prior_names",
+    "register_prior",
+]

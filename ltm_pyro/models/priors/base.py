@@ -1,0 +1,117 @@
+"""What a prior over thoughts is. One family per file, registered by name.
+
+To add a family: subclass `ThoughtPrior`, make the distribution in `forward`, decorate with
+`@register_prior("name")`. Its weights are then learned on the slow clock, saved in checkpoints and
+sampled by generation, and the contract test in `tests/test_priors.py` runs over it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from ltm_pyro.errors import InputError, unknown_name
+
+
+class ThoughtPrior(nn.Module, ABC):
+    """p(z): K thought vectors of D dimensions, the same for all sequences.
+
+    Args:
+        n_thoughts: K.
+        thought_dim: D.
+
+    Attributes:
+        shape: (K, D).
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init__(self, n_thoughts: int, thought_dim: int) -> None:
+        super().__init__()
+        self.shape = (n_thoughts, thought_dim)
+
+    @abstractmethod
+    def forward(self) -> TorchDistribution:
+        """The prior of one sequence's thoughts: batch shape (), event shape (K, D).
+
+        Made without gradients, it carries none and keeps its values when the weights move on.
+        """
+
+    def named_values(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """What has been learned, for export: name to dimensions and values.
+
+        The dimensions `thought` and `dim` are those of z.
+        """
+        return {}
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Weights that weight decay must leave alone: those for which 0 is no special place."""
+        return []
+
+    def observe(self, z: Tensor) -> None:
+        """Shown the draws z ~ q(z_i), (..., K, D), of each slow step that learns the prior.
+
+        Gradients need nothing of this; a family that takes its start from the data keeps them.
+        """
+
+
+_FAMILIES: dict[str, type[ThoughtPrior]] = {}
+P = TypeVar("P", bound=type[ThoughtPrior])
+
+
+def register_prior(name: str) -> Callable[[P], P]:
+    """Class decorator: makes a prior known to `build_prior` under `name`."""
+
+    def add(cls: P) -> P:
+        cls.family = name
+        _FAMILIES[name] = cls
+        return cls
+
+    return add
+
+
+def prior_names() -> tuple[str, ...]:
+    """Names of all registered priors."""
+    return tuple(sorted(_FAMILIES))
+
+
+def build_prior(name: str, n_thoughts: int, thought_dim: int, **options: Any) -> ThoughtPrior:
+    """A prior of the family `name`, with fresh weights from torch's global generator.
+
+    Args:
+        name: A registered family, e.g. `"mixture"`.
+        n_thoughts: K.
+        thought_dim: D.
+        **options: Options of the family.
+
+    Raises:
+        InputError: for an unknown family or option (the nearest name is offered), or a value out
+            of range.
+    """
+    if name not in _FAMILIES:
+        raise unknown_name("prior", str(name), _FAMILIES)
+    cls = _FAMILIES[name]
+    fixed = ("self", "n_thoughts", "thought_dim")
+    known = [p for p in inspect.signature(cls.__init__).parameters if p not in fixed]
+    for option in options:
+        if option not in known:
+            if not known:
+                raise InputError(f"prior {name!r} has no options: leave {option!r} out")
+            raise unknown_name(f"option of prior {name!r}", str(option), known)
+    return cls(n_thoughts, thought_dim, **options)
+
+
+def whole_number(name: str, value: object, at_least: int) -> int:
+    """`value` as it is, if it is a whole number of `at_least` or more.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise InputError(f"{name} is {value!r}: must be a whole number, {at_least} or more")
+    return value

@@ -1,0 +1,144 @@
+"""Rank plots of simulation-based calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from ltm_pyro.errors import InputError
+from ltm_pyro.plots.style import BLUE, GREY, INK, RED, Floats, house_figure
+
+_LEVEL = 0.99
+_MOST_PANELS = 12
+_ENVELOPE_SIMULATIONS = 2_000
+
+
+def rank_plot(
+    calibration: xr.Dataset, quantities: Sequence[str] | None = None, *, ecdf: bool = False
+) -> Figure:
+    """Ranks of the truth among posterior draws, one panel per quantity.
+
+    Args:
+        calibration: Of `sbc`.
+        quantities: Which ones; by default the log densities and the dimensions with the smallest
+            p-values, twelve in all at most.
+        ecdf: Draw the distribution function of the ranks less that of uniform ones, with a band
+            that holds for the whole curve at once (Saeilynoja, Buerkner & Vehtari 2022), instead of
+            a histogram, whose band holds for each bin.
+
+    Raises:
+        InputError: if a quantity is not in the dataset, or this is no dataset of `sbc`.
+    """
+    if "rank" not in calibration:
+        raise InputError("rank_plot draws the dataset of sbc, which has ranks; this one has none")
+    names = _chosen(calibration) if quantities is None else list(quantities)
+    unknown = [name for name in names if name not in calibration["quantity"].values]
+    if unknown or not names:
+        raise InputError(f"quantities {unknown or names}: name some that the dataset has")
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    with house_figure(
+        (max(6.5, 2.9 * columns), 1.1 + 2.2 * rows), _caption(calibration, ecdf)
+    ) as f:
+        grid = f.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        bands = _bands(calibration, ecdf)
+        for axes, name in zip(grid.flat, names, strict=False):
+            _panel(axes, calibration.sel(quantity=name), bands, ecdf)
+            axes.set_title(f"{name}   p = {float(calibration['p_value'].sel(quantity=name)):.2g}")
+        for axes in grid.flat[len(names) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("excess over uniform\n(share)" if ecdf else "replications\nper bin")
+        for axes in grid[-1]:
+            axes.set_xlabel(f"rank of the truth\n(0 to {calibration.attrs['draws']})")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        f.legend(handles, labels, loc="outside upper right", ncols=len(labels), borderaxespad=0.6)
+    return f
+
+
+def _chosen(calibration: xr.Dataset) -> list[str]:
+    """The log densities, then dimensions from the least uniform on."""
+    order = calibration["quantity"].values[np.argsort(calibration["p_value"].values)]
+    joint = [name for name in calibration["quantity"].values if not name.startswith("z[")]
+    rest = [name for name in order if name.startswith("z[")]
+    return [str(name) for name in (joint + rest)[:_MOST_PANELS]]
+
+
+def _bands(calibration: xr.Dataset, ecdf: bool) -> tuple[Floats, Floats]:
+    """Lower and upper limits under uniform ranks, per bin or per rank."""
+    n, draws = calibration.attrs["replications"], calibration.attrs["draws"]
+    if not ecdf:
+        share = calibration["expected"].values / n
+        tail = (1 - _LEVEL) / 2
+        return stats.binom.ppf(tail, n, share), stats.binom.isf(tail, n, share)
+    # Pointwise limits of a level so strict that a whole uniform curve stays inside with _LEVEL.
+    cdf = np.arange(1, draws + 1) / (draws + 1)
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(n, np.full(draws + 1, 1 / (draws + 1)), size=_ENVELOPE_SIMULATIONS)
+    below = counts.cumsum(1)[:, :-1]
+    tails = 2 * np.minimum(stats.binom.cdf(below, n, cdf), stats.binom.sf(below - 1, n, cdf))
+    strict = np.quantile(tails.min(1), 1 - _LEVEL)
+    low, high = stats.binom.ppf(strict / 2, n, cdf), stats.binom.isf(strict / 2, n, cdf)
+    return low / n - cdf, high / n - cdf
+
+
+def _panel(axes: Axes, one: xr.Dataset, bands: tuple[Floats, Floats], ecdf: bool) -> None:
+    low, high = bands
+    draws = one.attrs["draws"]
+    if ecdf:
+        rank = np.arange(draws)
+        share = np.bincount(one["rank"].values, minlength=draws + 1) / one.attrs["replications"]
+        curve = share.cumsum()[:-1] - (rank + 1) / (draws + 1)
+        axes.fill_between(
+            rank, low, high, step="mid", color=GREY, alpha=0.3, lw=0, label=f"uniform, {_LEVEL:.0%}"
+        )
+        axes.step(rank, curve, where="mid", color=BLUE, label="ranks")
+        axes.axhline(0, color=INK, lw=1.0, ls="--", label="calibrated")
+        return
+    bins = one.attrs["bins"]
+    edges = np.arange(bins + 1) * (draws + 1) / bins - 0.5
+    count = one["count"].values
+    out = (count < low) | (count > high)
+    axes.stairs(
+        high, edges, baseline=low, fill=True, color=GREY, alpha=0.3, label=f"uniform, {_LEVEL:.0%}"
+    )
+    width = 0.92 * np.diff(edges)
+    centre = (edges[1:] + edges[:-1]) / 2
+    for chosen, color, label in ((~out, BLUE, "ranks"), (out, RED, "outside the band")):
+        axes.bar(
+            centre,
+            np.where(chosen, count, 0),
+            width,
+            color=color,
+            alpha=0.75,
+            label=label,
+            zorder=1,
+        )
+    axes.axhline(float(one["expected"].mean()), color=INK, lw=1.0, ls="--", label="calibrated")
+
+
+def _caption(calibration: xr.Dataset, ecdf: bool) -> str:
+    n, p = calibration.attrs["replications"], calibration.attrs["p_value"]
+    verdict = (
+        "nothing speaks against calibration" if p > 0.01 else "the posterior is not calibrated"
+    )
+    shapes = (
+        "A curve that leaves the band is evidence: an S that rises first, scale too small; one "
+        "that falls first, too large; a single bow, shifted."
+        if ecdf
+        else "Ranks piled up at both ends: scale too small; in the middle: too large; at one end: "
+        "shifted. About one bin in a hundred leaves its band by chance."
+    )
+    return (
+        f"Ranks of the thoughts that {n} sequences were made from, among "
+        f"{calibration.attrs['draws']} posterior draws each; uniform if the posterior is right. "
+        f"{shapes} For log densities, high ranks mean draws less probable than the truth. All "
+        f"{calibration.sizes['quantity']} quantities together: p = {p:.2g} (chi-square, "
+        f"Bonferroni), {verdict}."
+    )
