@@ -26,6 +26,7 @@ _HOME = {
     "build_guide": "ltm_pyro.inference.guides",
     "register_guide": "ltm_pyro.inference.guides",
     "guide_families": "ltm_pyro.inference.guides",
+    "check_guide": "ltm_pyro.inference.guides.contract",
     "DualRateSVI": "ltm_pyro.inference.dual_rate",
     "Posterior": "ltm_pyro.inference.posterior",
     "generate": "ltm_pyro.inference.generation",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.guides import build_guide as build_guide
     from ltm_pyro.inference.guides import guide_families as guide_families
     from ltm_pyro.inference.guides import register_guide as register_guide
+    from ltm_pyro.inference.guides.contract import check_guide as check_guide
     from ltm_pyro.inference.mcmc import sample_posterior as sample_posterior
     from ltm_pyro.inference.objectives import build_objective as build_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior

@@ -31,10 +31,12 @@ def pareto_khat(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Use `ltm_pyro.diagnostics.psis.pareto_khat`, which settles the degenerate cases first.
     """
-    if not is_modern():
-        _, found = _import("arviz").psislw(log_weights.T.copy())
-    else:
-        found = [_modern_khat(column) for column in log_weights.T]
+    # Weights hundreds of nats apart overflow where ArviZ smooths them, which is not used here.
+    with np.errstate(over="ignore"):
+        if not is_modern():
+            _, found = _import("arviz").psislw(log_weights.T.copy())
+        else:
+            found = [_modern_khat(column) for column in log_weights.T]
     khat = np.array(found, dtype=np.float64)
     khat[np.isnan(khat)] = np.inf  # 1.x where the tail is tied, for which 0.23 says inf
     return khat

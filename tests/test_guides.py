@@ -14,7 +14,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from known_models import make_language_model, make_oracle, make_tokens
-from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from tolerances import EXACT, MC
@@ -27,12 +26,14 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import (
     LocalGuide,
+    MeanField,
     base,
     build_guide,
     guide_families,
     register_guide,
 )
-from ltm_pyro.models.base import PLATE, LatentModel
+from ltm_pyro.inference.guides.contract import CONTRACT, check_guide
+from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 
 TRUNCATION = 0.01
@@ -93,152 +94,10 @@ def case(request: pytest.FixtureRequest) -> tuple[LatentModel, Batch]:
     return oracle, Batch(x, ids=torch.tensor([7, 3, 9, 1]))
 
 
-def _moved(family: str, model: LatentModel, batch: Batch) -> LocalGuide:
-    """A guide away from its start, rows unlike each other."""
-    guide = build_guide(family, model)
-    guide.reset(batch)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in guide.parameters():
-            p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return guide
-
-
-def check_shapes(family: str, model: LatentModel, batch: Batch) -> None:
-    guide, rows = _moved(family, model, batch), len(batch)
-    assert guide.family == family
-    assert guide.n_rows == rows
-    assert all(len(p) == rows for p in guide.local_parameters().values())
-    assert guide.local_parameters() or guide.shared_parameters()
-    q = guide.posterior()
-    assert q.batch_shape == (rows,)
-    assert q.event_shape == model.thought_shape
-    z = q.rsample(torch.Size([3]))
-    assert z.shape == (3, rows, *model.thought_shape)
-    assert z.dtype == torch.float64
-    assert q.log_prob(z).shape == (3, rows)
-    assert q.mean.shape == (rows, *model.thought_shape)
-    guide.reset(batch.select(slice(1)))
-    assert guide.posterior().batch_shape == (1,)
-
-
-def check_every_parameter_gets_a_gradient(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    TraceMeanField_ELBO()(model, guide)(batch).backward()
-    for name, p in guide.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-        # Each row of a local parameter moves.
-        moves = p.grad.flatten(1) if name.startswith("local.") else p.grad.flatten()[None]
-        assert bool((moves != 0).any(1).all()), name
-
-
-def check_sites_match_the_model(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    q = poutine.trace(guide).get_trace(batch)
-    p = poutine.trace(model).get_trace(batch)
-    assert [name for name in q.stochastic_nodes if name != PLATE] == ["z"]
-    for trace in (p, q):
-        z = trace.nodes["z"]
-        assert [(f.name, f.dim, f.size) for f in z["cond_indep_stack"]] == [(PLATE, -1, len(batch))]
-    assert p.nodes["z"]["fn"].event_shape == q.nodes["z"]["fn"].event_shape
-    assert p.nodes["x"]["is_observed"]
-
-
-def check_log_prob_agrees_with_pyros_trace(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    trace = poutine.trace(guide).get_trace(batch)
-    trace.compute_log_prob()
-    z = trace.nodes["z"]
-    EXACT.assert_close(guide.posterior().log_prob(z["value"]), z["unscaled_log_prob"])
-
-
-def check_rows_are_independent(family: str, model: LatentModel, batch: Batch) -> None:
-    order = torch.tensor([2, 0, 3, 1])
-    # One guide for both, so that shared parameters are the same, and away from their start.
-    svi = DualRateSVI(model, _moved(family, model, batch), Fast(steps=5))
-    straight = svi.infer(batch)
-    shuffled = svi.infer(batch.select(order))
-    for name, value in straight.parameters.items():
-        EXACT.assert_close(shuffled.parameters[name], value[order])
-    EXACT.assert_close(shuffled.mean, straight.mean[order])
-    assert torch.equal(shuffled.ids, straight.ids[order])
-    if straight.has_density:
-        z = straight.sample(3)
-        EXACT.assert_close(shuffled.log_prob(z[:, order]), straight.log_prob(z)[:, order])
-
-
-def check_no_row_reads_another(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    second = guide.posterior().rsample()[1].sum() + guide.posterior().mean[1].sum()
-    local = list(guide.local_parameters().values())
-    gradients = torch.autograd.grad(second, local, allow_unused=True) if local else ()
-    for p, g in zip(local, gradients, strict=True):
-        if g is not None:
-            g = g.clone()
-            g[1] = 0
-            assert not g.any(), p.shape
-
-
-def check_state_dict_round_trip(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    fresh = build_guide(family, model)
-    fresh.load_state_dict(guide.state_dict())
-    assert fresh.state_dict().keys() == guide.state_dict().keys()
-    for name, value in guide.state_dict().items():
-        assert torch.equal(fresh.state_dict()[name], value), name
-    assert fresh(batch).shape == guide(batch).shape
-    assert torch.equal(fresh.posterior().mean, guide.posterior().mean)
-    # One that holds other rows already takes these.
-    other = build_guide(family, model)
-    other.reset(batch.select(slice(2)))
-    other.load_state_dict(guide.state_dict())
-    assert torch.equal(other.posterior().mean, guide.posterior().mean)
-
-
-def check_reset_is_eager_and_repeats(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = build_guide(family, model)
-    with pytest.raises(InputError, match="reset"):
-        guide(batch)
-    guide.reset(batch)
-    start = guide.rows()
-    assert guide.n_rows == len(batch)
-    guide.reset(batch)
-    assert guide.rows().keys() == start.keys()
-    for name, value in guide.rows().items():
-        assert torch.equal(value, start[name])
-    with pytest.raises(InputError, match="holds 4 sequences and the batch 2"):
-        guide(batch.select(slice(2)))
-
-
-def check_parameters_are_local_or_shared(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    local = {id(p) for p in guide.local_parameters().values()}
-    shared = {id(p) for p in guide.shared_parameters()}
-    assert local.isdisjoint(shared)
-    assert local | shared == {id(p) for p in guide.parameters()}
-
-
-def check_closed_form_kl(family: str, model: LatentModel, batch: Batch) -> None:
-    guide = _moved(family, model, batch)
-    kl = guide.kl(model.prior())
-    if kl is None:
-        return
-    assert kl.shape == (len(batch),)
-    q, draws = guide.posterior(), 4000
-    z = q.sample(torch.Size([draws]))
-    terms = q.log_prob(z) - model.prior().log_prob(z)
-    error = terms.std(0) / draws**0.5
-    MC.assert_close(terms.mean(0).detach(), error.detach(), kl.detach(), draws=draws)
-
-
-CONTRACT = [value for name, value in list(globals().items()) if name.startswith("check_")]
-
-
-@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("clause", CONTRACT)
 @pytest.mark.parametrize("family", guide_families())
-def test_contract(family: str, check: Callable[..., None], case: tuple[LatentModel, Batch]) -> None:
-    check(family, *case)
+def test_contract(family: str, clause: str, case: tuple[LatentModel, Batch]) -> None:
+    CONTRACT[clause](family, *case)
 
 
 @pytest.mark.parametrize("family", guide_families())
@@ -287,8 +146,7 @@ def test_another_packages_family_meets_the_contract(case: tuple[LatentModel, Bat
 
     try:
         assert set(guide_families()) == {*known, "laplace_marginals"}
-        for check in CONTRACT:
-            check("laplace_marginals", *case)
+        check_guide("laplace_marginals", *case)
         model, batch = case
         post = DualRateSVI(model, build_guide("laplace_marginals", model), Fast(steps=3)).infer(
             batch
@@ -297,6 +155,52 @@ def test_another_packages_family_meets_the_contract(case: tuple[LatentModel, Bat
         assert post.kl().isfinite().all()
     finally:
         del base._FAMILIES["laplace_marginals"]
+
+
+class Broken(MeanField):
+    """A mean field with one thing wrong at a time, told by its name."""
+
+    def posterior(self) -> TorchDistribution:
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        loc = self.local["loc"]
+        if self.family == "reads_others":
+            loc = loc + loc.mean(0)
+        if self.family == "no_gradient":
+            scale = scale.detach()
+        return dist.Normal(loc, scale).to_event(2)
+
+    def kl(self, prior: TorchDistribution) -> Tensor | None:
+        closed = super().kl(prior)
+        return closed + 1.0 if self.family == "wrong_kl" and closed is not None else closed
+
+    def reset(self, batch: Batch) -> None:
+        super().reset(batch)
+        if self.family == "random_start":
+            self.load_rows({n: torch.randn_like(p) for n, p in self.rows().items()})
+
+
+@pytest.mark.parametrize(
+    ("family", "clause"),
+    [
+        ("reads_others", "no_row_reads_another"),
+        ("no_gradient", "every_parameter_gets_a_gradient"),
+        ("wrong_kl", "closed_form_kl"),
+        ("random_start", "reset_is_eager_and_repeats"),
+    ],
+)
+def test_a_broken_family_breaks_its_clause(family: str, clause: str) -> None:
+    oracle = make_oracle()
+    register_guide(family)(type(family, (Broken,), {}))
+    try:
+        with torch.random.fork_rng(devices=[]), pytest.raises(AssertionError):
+            CONTRACT[clause](family, oracle, oracle.simulate(4))
+        with torch.random.fork_rng(devices=[]), pytest.raises(AssertionError) as caught:
+            check_guide(family, oracle, oracle.simulate(4))
+        assert f"guide {family!r} breaks" in caught.value.__notes__[0]
+    finally:
+        del base._FAMILIES[family]
+    with pytest.raises(InputError, match="at least 3 to permute"):
+        check_guide("mean_field", oracle, oracle.simulate(2))
 
 
 def test_unknown_names_offer_the_nearest() -> None:

@@ -108,3 +108,8 @@ def test_arviz_and_matplotlib_are_imported_only_where_they_are_used() -> None:
         "sys.exit('arviz' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_hundreds_of_nats_apart_are_unreliable_without_a_warning() -> None:
+    log_weights = -np.linspace(0.0, 60.0, 200)[:, None] ** 2
+    assert pareto_khat(log_weights)[0] > 5.0
