@@ -111,5 +111,6 @@ def test_arviz_and_matplotlib_are_imported_only_where_they_are_used() -> None:
 
 
 def test_weights_hundreds_of_nats_apart_are_unreliable_without_a_warning() -> None:
-    log_weights = -np.linspace(0.0, 60.0, 200)[:, None] ** 2
-    assert pareto_khat(log_weights)[0] > 5.0
+    # One of many seeds at which ArviZ 0.23 overflows.
+    log_weights = 2000.0 * np.random.default_rng(160).normal(size=(200, 1))
+    assert pareto_khat(log_weights)[0] > 100.0
