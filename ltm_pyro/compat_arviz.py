@@ -31,15 +31,29 @@ def pareto_khat(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Use `ltm_pyro.diagnostics.psis.pareto_khat`, which settles the degenerate cases first.
     """
-    # Weights hundreds of nats apart overflow where ArviZ smooths them, which is not used here.
-    with np.errstate(over="ignore"):
-        if not is_modern():
-            _, found = _import("arviz").psislw(log_weights.T.copy())
-        else:
-            found = [_modern_khat(column) for column in log_weights.T]
+    try:
+        found = _khats(log_weights)
+    except FloatingPointError:
+        found = [_khat_or_inf(column[:, None]) for column in log_weights.T]
     khat = np.array(found, dtype=np.float64)
     khat[np.isnan(khat)] = np.inf  # 1.x where the tail is tied, for which 0.23 says inf
     return khat
+
+
+def _khats(log_weights: NDArray[np.float64]) -> Any:
+    # Where weights are hundreds of nats apart the fit can overflow, and then answers 1/3.
+    with np.errstate(over="raise", invalid="raise"):
+        if not is_modern():
+            return _import("arviz").psislw(log_weights.T.copy())[1]
+        return [_modern_khat(column) for column in log_weights.T]
+
+
+def _khat_or_inf(log_weights: NDArray[np.float64]) -> float:
+    """K-hat of one column (S, 1), `inf` where the fit overflows."""
+    try:
+        return float(np.squeeze(_khats(log_weights)))
+    except FloatingPointError:
+        return float("inf")
 
 
 def _modern_khat(log_weights: NDArray[np.float64]) -> float:
