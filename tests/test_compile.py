@@ -77,3 +77,6 @@ def test_compiled_and_eager_loops_agree() -> None:
     expected = infer(model, batch)
     model.compile_fast_loop()
     EXACT.assert_close(infer(model, batch).mean, expected.mean)
+    draws = ltm.sample_posterior(model, batch, start=infer(model, batch), warmup=50, draws=20)
+    eager = model.log_likelihood(draws.z[0, 0], batch) + model.prior().log_prob(draws.z[0, 0])
+    EXACT.assert_close(draws.log_joint[0, 0].float(), eager.detach())

@@ -53,8 +53,6 @@ def run(arguments: list[str]) -> int:
     # The run's own encoder or flow has been trained; another of its family would start anew.
     own = fitted.guide if fitted.guide.shared_parameters() else None
     batch = spread(getattr(corpus, options.split), count)
-    if config.compile:
-        fitted.model.compile_fast_loop()
     comparison = compare(
         fitted.model,
         batch,
@@ -68,6 +66,7 @@ def run(arguments: list[str]) -> int:
         reference=options.reference,
         subset=min(options.subset, len(batch)),
         reference_options={"warmup": options.reference_draws, "draws": options.reference_draws},
+        compile_reference=config.compile,
         gaps=not options.no_gaps,
         seed=options.seed,
         progress=sys.stderr.isatty(),
@@ -116,7 +115,7 @@ def _parser() -> Parser:
         "--reference_draws", type=int, default=100, help="draws per chain, after as many of warmup"
     )
     parser.add_argument(
-        "--subset", type=int, default=5,
+        "--subset", type=int, default=4,
         help="sequences for the costly parts: the reference, and the fits of twice the length",
     )  # fmt: skip
     parser.add_argument(

@@ -30,6 +30,7 @@ from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SCORES = ("elbo", "elbo_se", "iw_bound", "iw_bound_se", "khat", "kl", "nll_given_z", "log_joint")
 LONGER = 2
@@ -84,6 +85,7 @@ def compare(
     reference: str | None = None,
     subset: int | None = None,
     reference_options: dict[str, Any] | None = None,
+    compile_reference: bool = False,
     gaps: bool = True,
     seed: int = 0,
     progress: bool = False,
@@ -115,6 +117,8 @@ def compare(
         subset: Sequences, evenly spread, for the costly parts: the reference and the longer fits
             of `gaps`. All by default.
         reference_options: Options of `sample_posterior`, e.g. `{"draws": 500}`.
+        compile_reference: Compile the likelihood of a `LatentThoughtModel` for the chains; the fits
+            are too short to earn the half minute that each shape of a batch costs.
         gaps: Also fit each guide for `LONGER` times its steps, to tell how much of the distance is
             due to the short loop. These fits are not part of the budget.
         seed: Of everything random.
@@ -150,6 +154,8 @@ def compare(
             fits.append(_fit(label, guide, model, batch, sampled, settings))
         if reference is not None:
             start = _svi(model, build_guide("mean_field", model), settings, budget).infer(sampled)
+            if compile_reference and isinstance(model, LatentThoughtModel):
+                model.compile_fast_loop()
             found = sample_posterior(
                 model,
                 sampled,

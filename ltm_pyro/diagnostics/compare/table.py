@@ -285,8 +285,8 @@ def _reference_note(data: xr.Dataset) -> str:
     if not bad:
         return f"{text}, no sequence above {RHAT_LIMIT}."
     return (
-        f"{text}; {bad} of them are above {RHAT_LIMIT}: their chains do not agree, so they are "
-        "left out of the reference's columns. Sample longer."
+        f"{text}; {bad} above {RHAT_LIMIT}, whose chains do not agree: left out of the reference's "
+        "columns. Sample longer."
     )
 
 

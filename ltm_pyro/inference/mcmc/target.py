@@ -82,9 +82,12 @@ class Target:
         with torch.enable_grad():
             leaf = z.detach().unflatten(-1, self.shape).requires_grad_()
             values = self.terms(leaf)
+            # Terms may share what comes before the last of them, and a compiled likelihood, which
+            # is in the last, must not be retained.
+            last = len(values) - 1
             gradients = [
-                torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0].flatten(-2)
-                for value in values
+                torch.autograd.grad(value.sum(), leaf, retain_graph=i < last)[0].flatten(-2)
+                for i, value in enumerate(values)
             ]
         terms = torch.stack([value.detach().double() for value in values])
         return State(z, terms, torch.stack(gradients))
