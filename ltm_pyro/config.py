@@ -14,6 +14,8 @@ from ltm_pyro.errors import InputError, unknown_name
 
 ScheduleName = Literal["constant", "cosine", "warmup_cosine"]
 SCHEDULES: tuple[str, ...] = ("constant", "cosine", "warmup_cosine")
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 Multiplier = Callable[[int, int], float]
 """A schedule of one's own: (step, total) -> factor on the learning rate."""
 
