@@ -50,13 +50,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="up to 10^5 rows, fewer repetitions")
     parser.add_argument("--folder", type=Path, help="where to put the stores (2.4 GB)")
     parser.add_argument("--eager", action="store_true", help="a step without the compiler")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of rows")
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     repeats = 21 if arguments.quick else 51
     if arguments.rows is not None:
         print(json.dumps(measure(arguments.rows, repeats, arguments.folder, arguments.eager)))
         return
-    rows = [in_child(n, arguments) for n in (QUICK if arguments.quick else SIZES)]
+    sizes = arguments.sizes or (QUICK if arguments.quick else SIZES)
+    rows = [in_child(n, arguments) for n in sizes]
     print("\n".join(table(rows)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"versions": versions(), "sizes": rows}, indent=2))
@@ -76,9 +78,9 @@ def measure(n: int, repeats: int, folder: Path, eager: bool) -> dict[str, Any]:
     """Makes a store of `n` rows in `folder` and times it."""
     svi, guide, batch = nano(eager)
     before = peak_bytes()
-    make_store(folder, n, svi, guide)
+    last = make_store(folder, n, svi, guide)
     began = time.perf_counter()
-    store = MappedStore(folder, 1)
+    store = MappedStore(folder, last)
     opening = time.perf_counter() - began
     generator = torch.Generator().manual_seed(0)
 
@@ -98,7 +100,7 @@ def measure(n: int, repeats: int, folder: Path, eager: bool) -> dict[str, Any]:
         warm += [timed(visit) for _ in range(5)]
         steps.append(timed(lambda: svi.step(batch)))
     checkpoints = []
-    for step in range(2, 5):
+    for step in range(last + 1, last + 4):
         for _ in range(CHECKPOINT_BATCHES):
             visit()
         checkpoints.append(timed(lambda s=step: (store.prepare(s), store.publish(s))))
@@ -137,8 +139,8 @@ def nano(eager: bool) -> tuple[DualRateSVI, LocalGuide, Batch]:
     return svi, build_guide("mean_field", model), batch
 
 
-def make_store(folder: Path, n: int, svi: DualRateSVI, guide: LocalGuide) -> None:
-    """A store with `n` rows at slow step 1, filled in some other order than that of the ids."""
+def make_store(folder: Path, n: int, svi: DualRateSVI, guide: LocalGuide) -> int:
+    """A store with `n` rows, in some other order than that of the ids; its slow step."""
     for name, data in new_store_files(B).items():
         (folder / name).write_bytes(data)
     store = MappedStore(folder, 0)
@@ -149,9 +151,11 @@ def make_store(folder: Path, n: int, svi: DualRateSVI, guide: LocalGuide) -> Non
     for start in range(0, n, FILL):
         ids = torch.arange(start, min(start + FILL, n)) * odd % n
         store.scatter(ids, {name: value[: len(ids)] for name, value in rows.items()})
-    store.prepare(1)
-    store.publish(1)
+        if start // FILL % 4 == 3 or start + FILL >= n:
+            store.prepare(store.step + 1)
+            store.publish(store.step + 1)
     store.close()
+    return store.step
 
 
 def draw(n: int, generator: torch.Generator) -> Tensor:

@@ -174,10 +174,12 @@ class Run:
         self.svi.slow_step = step
         self.svi.metrics = self.metrics_file.read(step)
 
-    def open_rows(self, step: int) -> None:
+    def open_rows(self, step: int, rank: int = 0, world: int = 1) -> None:
         """Takes up the local parameters on disk as they were at slow step `step`."""
         if self.config.persistent:
-            self.svi.store = MappedStore(self.folder / STORE, step, owner=self.label)
+            self.svi.store = MappedStore(
+                self.folder / STORE, step, owner=self.label, rank=rank, world=world
+            )
 
     def _load_with_rows(self) -> Checkpoint:
         """The checkpoint, and the local parameters of its step, which a fit may be replacing."""
