@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO
@@ -31,7 +31,7 @@ from ltm_pyro.inference.fast_loop import (
     sequence_terms,
 )
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.objectives import (
     KLWeight,
     TermRecorder,
@@ -82,7 +82,8 @@ class DualRateSVI:
         elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
             object. By default `elbo`, which uses the KL in closed form where the guide has one.
         seed: Of all random numbers.
-        persistent: Keep local parameters per sequence id and start each visit from them.
+        persistent: Keep local parameters per sequence id, in memory, and start each visit from
+            them; a run folder keeps them on disk (`MappedStore`).
 
     Attributes:
         metrics: One row per slow step; see `step`.
@@ -108,7 +109,7 @@ class DualRateSVI:
         self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
         self.seed = seed
-        self.store = LocalStore() if persistent else None
+        self.store: RowStore | None = LocalStore() if persistent else None
         self.slow_step = 0
         self.horizon: int | None = None
         self.metrics: list[Metrics] = []
@@ -255,9 +256,12 @@ class DualRateSVI:
         if self.horizon is None:
             self.horizon = self.slow_step + steps
         first = len(self.metrics)
+        # Stored rows need sequences that keep to their lane of the batch, and so to its process.
+        lanes: dict[str, Any] = {} if self.store is None else {"lanes": True}
         with tqdm(total=steps, disable=not progress, desc="fit", unit="step") as bar:
             for _ in range(steps):
-                row = self.step(data.training_batch(self.slow_step, batch_size, self.seed))
+                batch = data.training_batch(self.slow_step, batch_size, self.seed, **lanes)
+                row = self.step(batch)
                 bar.update()
                 bar.set_postfix(
                     elbo_per_token=f"{row['elbo_per_token']:.3f}", kl=f"{row['kl']:.1f}"

@@ -2,7 +2,8 @@
 
     config.json      settings, versions, what the corpus was; written once
     tokenizer.json   all there is to the tokenizer
-    checkpoint/      weights, AdamW's moments, persistent local parameters, and how far the fit is
+    checkpoint/      weights, AdamW's moments, and how far the fit is
+    store/           persistent local parameters with their moments, one row per sequence
     metrics.csv      one row per slow step
     control/         the same for the decoder without thoughts
 
@@ -29,11 +30,12 @@ from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
+from ltm_pyro.inference.mapped_store import MappedStore, new_store_files
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import refuse_changes
-from ltm_pyro.run.checkpoint import Checkpoint, check_names, put, take
+from ltm_pyro.run.checkpoint import ATTEMPTS, Checkpoint, check_names, put, take
 from ltm_pyro.run.files import (
     damaged,
     json_bytes,
@@ -48,13 +50,8 @@ from ltm_pyro.run.metrics import MetricsFile
 
 FORMAT = 1
 """Raised when a run folder's layout changes."""
-CONFIG, TOKENIZER, CHECKPOINT, METRICS, CONTROL = (
-    "config.json",
-    "tokenizer.json",
-    "checkpoint",
-    "metrics.csv",
-    "control",
-)
+CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
+CHECKPOINT, STORE, CONTROL = "checkpoint", "store", "control"
 
 
 class Run:
@@ -138,7 +135,6 @@ class Run:
             **put("model.", self.model.state_dict()),
             **put("guide.", shared),
             **put("adamw.", self.svi.clock.state()),
-            **put("store.", {} if self.svi.store is None else self.svi.store.state()),
         }
         return Checkpoint(tensors, self._state(self.svi.slow_step))
 
@@ -149,7 +145,13 @@ class Run:
             InputError: if it cannot be written; the one before is then still whole.
         """
         self.metrics_file.sync()
+        store, step = self.svi.store, self.svi.slow_step
+        # The checkpoint decides which rows count: see `ltm_pyro.inference.mapped_store`.
+        if isinstance(store, MappedStore):
+            store.prepare(step)
         checkpoints.save(self.folder / CHECKPOINT, self.checkpoint())
+        if isinstance(store, MappedStore):
+            store.publish(step)
 
     @property
     def metrics_file(self) -> MetricsFile:
@@ -162,17 +164,39 @@ class Run:
         Raises:
             InputError: if it is damaged, or belongs to other settings.
         """
-        saved = checkpoints.load(self.folder / CHECKPOINT, self.label)
+        saved = self._load_with_rows()
         step = self._checked_step(saved)
         weights, shared = take(saved.tensors, "model."), take(saved.tensors, "guide.")
         check_names(self.model.state_dict(), weights, self.label)
         self.model.load_state_dict(weights)
         self.guide.load_state_dict(shared)
         self.svi.clock.load(take(saved.tensors, "adamw."))
-        if self.svi.store is not None:
-            self.svi.store.load(take(saved.tensors, "store."))
         self.svi.slow_step = step
         self.svi.metrics = self.metrics_file.read(step)
+
+    def open_rows(self, step: int, rank: int = 0, world: int = 1) -> None:
+        """Takes up the local parameters on disk as they were at slow step `step`."""
+        if self.config.persistent:
+            self.svi.store = MappedStore(
+                self.folder / STORE, step, owner=self.label, rank=rank, world=world
+            )
+
+    def _load_with_rows(self) -> Checkpoint:
+        """The checkpoint, and the local parameters of its step, which a fit may be replacing."""
+        for attempt in range(ATTEMPTS):
+            saved = checkpoints.load(self.folder / CHECKPOINT, self.label)
+            if self.config.persistent and take(saved.tensors, "store."):
+                raise InputError(
+                    f"{self.label} keeps its local parameters in the checkpoint, as older versions "
+                    "did: use the version that wrote it, or fit anew"
+                )
+            try:
+                self.open_rows(self._checked_step(saved))
+                break
+            except InputError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        return saved
 
     def control(self) -> AutoregressiveFit:
         """The control, as far as it has been fitted; see `ltm_pyro.inference.control`.
@@ -276,7 +300,11 @@ def create_run(
         TOKENIZER: tokenizer,
         **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
     }
+    if config.persistent:
+        rows = new_store_files(config.batch_size)
+        files |= {f"{STORE}/{name}": data for name, data in rows.items()}
     _replace_folder(folder, files)
+    run.open_rows(0)
     return run
 
 
