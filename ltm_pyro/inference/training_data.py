@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.random import Stream, derive_seed
 
 
@@ -16,6 +17,25 @@ class TrainingData(Protocol):
     def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
         """The batch of one slow step, a pure function of its arguments."""
         ...
+
+
+def rows_of_step(
+    data: TrainingData, step: int, batch_size: int, seed: int, parallel: Parallel
+) -> Batch:
+    """This process's rows of the batch of one slow step.
+
+    Args:
+        data: The training sequences.
+        step: The slow step.
+        batch_size: B, of all processes together.
+        seed: Of the order.
+        parallel: The processes.
+
+    Raises:
+        InputError: if the processes cannot have equally many rows.
+    """
+    batch = data.training_batch(step, batch_size, seed)
+    return batch if parallel.size == 1 else batch.select(parallel.rows(len(batch)))
 
 
 class RowsOf:
