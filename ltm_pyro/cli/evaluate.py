@@ -53,6 +53,8 @@ def run(arguments: list[str]) -> int:
         draws=options.draws,
         seed=options.seed,
     )
+    if not fitted.parallel.first:
+        return 0
     scores = summary(fitted, held_out)
     if options.json:
         print(json.dumps(scores, ensure_ascii=False, allow_nan=False))

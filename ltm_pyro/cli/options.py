@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.processes import many
 
 if TYPE_CHECKING:
     from ltm_pyro.run import Run
@@ -29,7 +30,11 @@ def add_scoring(parser: Parser) -> None:
 
 
 def open_run(folder: str, device: str | None) -> Run:
-    """The run in `folder`."""
+    """The run in `folder`, in every process that `torchrun` started."""
+    from ltm_pyro.inference.parallel import join
     from ltm_pyro.run import load_run
+    from ltm_pyro.run.folder import recorded_device
 
-    return load_run(folder, device=device)
+    if not many():
+        return load_run(folder, device=device)
+    return load_run(folder, parallel=join(device or recorded_device(folder)))

@@ -51,9 +51,7 @@ class AutoregressiveFit:
         self.slow_step = 0
         self.horizon: int | None = None
         self.parallel = parallel or Parallel()
-        self.clock = slow_clock(
-            model.parameters(), slow, embedding_weights(model), self.parallel
-        )
+        self.clock = slow_clock(model.parameters(), slow, embedding_weights(model), self.parallel)
 
     def step(self, batch: Batch) -> Metrics:
         """One slow step.

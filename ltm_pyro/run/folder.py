@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
 from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.inference.parallel import Parallel, refuse_unequal
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import refuse_changes
@@ -68,6 +69,8 @@ class Run:
         model: The latent-thought model, as fitted so far.
         guide: Its local posterior family.
         svi: The fit itself.
+        parallel: The processes that share it. Where they are several, `checkpoint`, `save` and
+            `control` are called in all of them; the first one alone reads and writes the folder.
     """
 
     def __init__(
@@ -77,7 +80,12 @@ class Run:
         facts: Mapping[str, Any],
         tokenizer: Tokenizer,
         device: str | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel = parallel or Parallel()
+        if self.parallel.size > 1:
+            refuse_unequal(config.batch_size, self.parallel.size)
+            device = str(self.parallel.device)
         self.folder = folder
         self.config = config
         self.facts = facts
@@ -92,6 +100,7 @@ class Run:
             elbo=build_objective(config.objective, **config.objective_options),
             seed=config.seed,
             persistent=config.persistent,
+            parallel=self.parallel,
         )
         self.svi.horizon = config.steps
 
@@ -148,8 +157,31 @@ class Run:
         Raises:
             InputError: if it cannot be written; the one before is then still whole.
         """
+        checkpoint = self.checkpoint()
+        self.parallel.lead(lambda: self._write(checkpoint))
+
+    def save_alone(self) -> bool:
+        """Replaces the checkpoint when other processes are gone, if this one holds all of it.
+
+        Returns:
+            Whether it could.
+        """
+        if not self.parallel.first or self.parallel.shard or self.svi.store is not None:
+            return False
+        self._write(self.checkpoint())
+        return True
+
+    def _write(self, checkpoint: Checkpoint) -> None:
         self.metrics_file.sync()
-        checkpoints.save(self.folder / CHECKPOINT, self.checkpoint())
+        checkpoints.save(self.folder / CHECKPOINT, checkpoint)
+
+    def saved_step(self) -> int:
+        """Slow steps of the checkpoint on disk.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        return checkpoints.saved_step(self.folder / CHECKPOINT, self.label)
 
     @property
     def metrics_file(self) -> MetricsFile:
@@ -162,7 +194,15 @@ class Run:
         Raises:
             InputError: if it is damaged, or belongs to other settings.
         """
-        saved = checkpoints.load(self.folder / CHECKPOINT, self.label)
+        self.take_up(checkpoints.load(self.folder / CHECKPOINT, self.label))
+        self.svi.metrics = self.metrics_file.read(self.svi.slow_step)
+
+    def take_up(self, saved: Checkpoint) -> None:
+        """Puts a checkpoint into model, guide and optimiser.
+
+        Raises:
+            InputError: if it belongs to other settings.
+        """
         step = self._checked_step(saved)
         weights, shared = take(saved.tensors, "model."), take(saved.tensors, "guide.")
         check_names(self.model.state_dict(), weights, self.label)
@@ -172,7 +212,6 @@ class Run:
         if self.svi.store is not None:
             self.svi.store.load(take(saved.tensors, "store."))
         self.svi.slow_step = step
-        self.svi.metrics = self.metrics_file.read(step)
 
     def control(self) -> AutoregressiveFit:
         """The control, as far as it has been fitted; see `ltm_pyro.inference.control`.
@@ -180,18 +219,22 @@ class Run:
         Raises:
             InputError: if its checkpoint is damaged.
         """
-        config, folder = self.config, self.folder / CONTROL
+        config = self.config
         model = initial_model(config, str(self.model.device))
-        fit = AutoregressiveFit(model, config.slow, config.seed)
+        fit = AutoregressiveFit(model, config.slow, config.seed, self.parallel)
         fit.horizon = config.steps
-        if checkpoints.exists(folder):
-            saved = checkpoints.load(folder, self.label)
+        saved = share_checkpoint(self.parallel, self._control_checkpoint)
+        if saved is not None:
             fit.slow_step = self._checked_step(saved)
             weights = take(saved.tensors, "model.")
             check_names(model.state_dict(), weights, self.label)
             model.load_state_dict(weights)
             fit.clock.load(take(saved.tensors, "adamw."))
         return fit
+
+    def _control_checkpoint(self) -> Checkpoint | None:
+        folder = self.folder / CONTROL
+        return checkpoints.load(folder, self.label) if checkpoints.exists(folder) else None
 
     def save_control(self, fit: AutoregressiveFit) -> None:
         """Replaces the control's checkpoint on disk.
@@ -203,7 +246,8 @@ class Run:
             **put("model.", fit.model.state_dict()),
             **put("adamw.", fit.clock.state()),
         }
-        checkpoints.save(self.folder / CONTROL, Checkpoint(tensors, self._state(fit.slow_step)))
+        checkpoint = Checkpoint(tensors, self._state(fit.slow_step))
+        self.parallel.lead(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
 
     @property
     def control_metrics_file(self) -> MetricsFile:
@@ -216,7 +260,9 @@ class Run:
         Raises:
             InputError: if the file is damaged.
         """
-        return self.control_metrics_file.read(self.control().slow_step)
+        saved = self._control_checkpoint()
+        step = 0 if saved is None else self._checked_step(saved)
+        return self.control_metrics_file.read(step)
 
     def _state(self, step: int) -> dict[str, Any]:
         return {"slow_step": step, "config": to_dict(self.config)}
@@ -238,6 +284,7 @@ def create_run(
     *,
     corpus: Corpus | None = None,
     overwrite: bool = False,
+    parallel: Parallel | None = None,
 ) -> Run:
     """A new run at step 0, in a folder that appears whole.
 
@@ -248,6 +295,8 @@ def create_run(
         config: The settings. `model.vocab_size` and `model.seq_len` make way for the corpus's.
         corpus: The corpus of `config`, where it is at hand.
         overwrite: Replace a run that is there.
+        parallel: The processes that will share the fit; the first one makes the folder, and the
+            others come in by `share_run`.
 
     Raises:
         InputError: if the settings cannot be used or the folder cannot be written.
@@ -270,7 +319,7 @@ def create_run(
         "corpus": corpus.describe(),
         "tokenizer_sha256": sha256(tokenizer),
     }
-    run = Run(folder, config, facts, corpus.tokenizer)
+    run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel)
     files = {
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),
         TOKENIZER: tokenizer,
@@ -280,17 +329,47 @@ def create_run(
     return run
 
 
-def load_run(folder: str | Path, *, device: str | None = None) -> Run:
+def load_run(
+    folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
+) -> Run:
     """A run as its last checkpoint left it. Nothing that the folder holds is executed.
 
     Args:
         folder: The run folder.
         device: Where to put the model; where it was fitted by default.
+        parallel: The processes that share the run: the first one reads it, and gives it to all.
 
     Raises:
         InputError: if there is no run there, it is damaged, or another version wrote it.
     """
     folder = Path(folder)
+    if parallel is None or parallel.size == 1:
+        return read_run(folder, device)
+    return share_run(parallel, parallel.lead(lambda: read_run(folder, device, parallel)))
+
+
+def recorded_device(folder: str | Path) -> str:
+    """Where the run in `folder` was fitted, e.g. `cpu`.
+
+    Raises:
+        InputError: if there is no run there, or its settings are damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).exists():
+        raise _no_run(folder)
+    label = f"run folder {str(folder)!r}"
+    try:
+        return str(read_json(folder / CONFIG, label)["config"]["device"])
+    except (KeyError, TypeError) as error:
+        raise damaged(label, f"{CONFIG} lacks {error}") from None
+
+
+def read_run(folder: Path, device: str | None = None, parallel: Parallel | None = None) -> Run:
+    """`load_run` in this process alone, whatever others do.
+
+    Raises:
+        InputError: as `load_run` does.
+    """
     if not (folder / CONFIG).exists():
         raise _no_run(folder)
     label = f"run folder {str(folder)!r}"
@@ -307,9 +386,47 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Run:
     if sha256(read_bytes(folder / TOKENIZER, label)) != expected:
         raise damaged(label, f"{TOKENIZER} does not match its checksum")
     tokenizer = load_tokenizer(read_json(folder / TOKENIZER, label))
-    run = Run(folder, config, facts, tokenizer, device)
+    run = Run(folder, config, facts, tokenizer, device, parallel)
     run.restore()
     return run
+
+
+def share_run(parallel: Parallel, run: Run | None) -> Run:
+    """The first process's run in all processes, weights and moments included.
+
+    Args:
+        parallel: The processes, who all call this.
+        run: In the first process.
+    """
+    told = None
+    if run is not None:
+        tokenizer = run.tokenizer.to_json()
+        told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer)
+    told = parallel.say(told)
+    assert told is not None
+    folder, config, facts, tokenizer = told
+    if run is None:
+        settings = from_dict(FitConfig, config)
+        run = Run(Path(folder), settings, facts, load_tokenizer(tokenizer), parallel=parallel)
+    own = run
+    saved = share_checkpoint(parallel, lambda: checkpoints.load(own.folder / CHECKPOINT, own.label))
+    assert saved is not None
+    if not parallel.first:
+        run.take_up(saved)
+    return run
+
+
+def share_checkpoint(
+    parallel: Parallel, read: Callable[[], Checkpoint | None]
+) -> Checkpoint | None:
+    """What the first process reads, in all processes."""
+    if parallel.size == 1:
+        return read()
+    mine = parallel.lead(read)
+    state = parallel.say(None if mine is None else mine.state)
+    if state is None:
+        return None
+    return Checkpoint(parallel.from_first({} if mine is None else mine.tensors), state)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

@@ -231,7 +231,7 @@ class ShardedClock(ReplicatedClock):
             group["lr"] = lr
         self.optimizer.step()
         self.steps = [n + used for n, used in zip(self.steps, self.used, strict=True)]
-        whole = self._joined({place: piece for place, piece in self.pieces.items()})
+        whole = self._joined(self.pieces)
         at = 0
         for p in self.parameters:
             p.copy_(whole[at : at + p.numel()].view_as(p))
@@ -254,7 +254,9 @@ class ShardedClock(ReplicatedClock):
 
     def state(self) -> dict[str, Tensor]:
         """As `SlowClock.state`; all processes ask together."""
-        out = {}
+        out: dict[str, Tensor] = {}
+        if not any(self.steps):
+            return out
         for name in ("exp_avg", "exp_avg_sq"):
             held = {
                 place: self.optimizer.state[piece][name]
@@ -308,7 +310,7 @@ class Place:
 
 def _message(sums: StepSums | None, parallel: Parallel) -> list[float]:
     """As numbers whose sums over the processes, each with as many rows, are those of the batch."""
-    stop = float(parallel.stop_asked)
+    stop = float(parallel.asks_to_stop())
     if sums is None:
         return [0.0] * _SUMS + [1.0, stop]
     means = [float(v) / parallel.size for v in (sums.nll, sums.kl, sums.grad_norm)]

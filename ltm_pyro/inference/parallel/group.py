@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
 from ltm_pyro.inference.parallel.row_noise import RowNoise
@@ -41,8 +42,8 @@ class Parallel:
         size: W.
         device: Where this process computes.
         shard: Gradients and AdamW's moments are spread over the processes; see `ShardedClock`.
-        stop_asked: Set by whoever wants the fit to stop, in this process.
-        stopping: Set by the slow step, in all processes at the same step, once one has asked.
+        asks_to_stop: Asked at each slow step whether this process wants the fit to stop.
+        stopping: Set by the slow step, in all processes at the same step, once one wants to.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Parallel:
         self.size = size
         self.device = device or torch.device("cpu")
         self.shard = shard and size > 1
-        self.stop_asked = False
+        self.asks_to_stop: Callable[[], bool] = bool
         self.stopping = False
         self._whereabouts: list[tuple[str, int]] = []
         if size > 1:
@@ -275,7 +276,7 @@ def join(device: str, shard: bool = False) -> Parallel:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]

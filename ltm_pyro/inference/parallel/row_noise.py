@@ -131,7 +131,9 @@ class _Draws(TorchFunctionMode):
         mean, std = torch.broadcast_tensors(mean, std)
         return self._kept(torch.normal(self._padded(mean, 0.0), self._padded(std, 1.0)))
 
-    def _multinomial(self, func: Callable[..., Tensor], chances: Tensor, *args: Any, **kw: Any) -> Tensor:
+    def _multinomial(
+        self, func: Callable[..., Tensor], chances: Tensor, *args: Any, **kw: Any
+    ) -> Tensor:
         """Rows of categorical draws come flattened; dimensions before that of sequences lead."""
         if chances.dim() != 2 or len(chances) % self.rows:
             raise _unknown_draw(f"categorical draws of shape {tuple(chances.shape)}")
