@@ -51,13 +51,14 @@ class ProcessLostError(RuntimeError):
     def __init__(self, lost: list[int], size: int) -> None:
         self.lost = lost
         self.size = size
-        if lost:
-            names = ", ".join(str(rank) for rank in lost)
-            what = f"process{'es' if len(lost) > 1 else ''} {names} of 0 to {size - 1}"
-            verb = "are" if len(lost) > 1 else "is"
+        numbers = ", ".join(str(rank) for rank in lost)
+        if len(lost) == 1:
+            what = f"process {numbers} (of {size}, numbered from 0) is"
+        elif lost:
+            what = f"processes {numbers} (of {size}, numbered from 0) are"
         else:
-            what, verb = f"one of the {size} processes, which one is not known,", "is"
-        super().__init__(f"{what} {verb} gone (killed, out of memory, or ended by an error)")
+            what = f"one of the {size} processes, which one is not known, is"
+        super().__init__(f"{what} gone: killed, out of memory, or ended by an error")
 
 
 class ToldElsewhereError(RuntimeError):
