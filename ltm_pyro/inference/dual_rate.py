@@ -31,7 +31,7 @@ from ltm_pyro.inference.fast_loop import (
     sequence_terms,
 )
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.objectives import (
     KLWeight,
     TermRecorder,
@@ -85,7 +85,8 @@ class DualRateSVI:
         elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
             object. By default `elbo`, which uses the KL in closed form where the guide has one.
         seed: Of all random numbers.
-        persistent: Keep local parameters per sequence id and start each visit from them.
+        persistent: Keep local parameters per sequence id, in memory, and start each visit from
+            them; a run folder keeps them on disk (`MappedStore`).
         parallel: The processes that share the fit, each with its rows of every batch; this one
             alone by default.
 
@@ -115,7 +116,7 @@ class DualRateSVI:
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
         self.seed = seed
         self.parallel = parallel or Parallel()
-        self.store = LocalStore() if persistent else None
+        self.store: RowStore | None = LocalStore() if persistent else None
         self.slow_step = 0
         self.horizon: int | None = None
         self.metrics: list[Metrics] = []
@@ -152,6 +153,11 @@ class DualRateSVI:
         steps = self.fast.steps if steps is None else steps
         if steps < 0:
             raise InputError(f"steps is {steps}: must be 0 or more")
+        if warm_start and self.parallel.size > 1:
+            raise InputError(
+                "infer(warm_start=True) needs stored rows, and each process has its own alone: "
+                "load the run in one process"
+            )
         batch = batch.to(self.model.device)
         self.model.check(batch)
         order = torch.argsort(batch.ids, stable=True)
@@ -290,7 +296,14 @@ class DualRateSVI:
         with tqdm(total=steps, disable=not progress, desc="fit", unit="step") as bar:
             for _ in range(steps):
                 row = self.step(
-                    rows_of_step(data, self.slow_step, batch_size, self.seed, self.parallel)
+                    rows_of_step(
+                        data,
+                        self.slow_step,
+                        batch_size,
+                        self.seed,
+                        self.parallel,
+                        lanes=self.store is not None,
+                    )
                 )
                 bar.update()
                 bar.set_postfix(

@@ -2,7 +2,8 @@
 
     config.json      settings, versions, what the corpus was; written once
     tokenizer.json   all there is to the tokenizer
-    checkpoint/      weights, AdamW's moments, persistent local parameters, and how far the fit is
+    checkpoint/      weights, AdamW's moments, and how far the fit is
+    store/           persistent local parameters with their moments, one row per sequence
     metrics.csv      one row per slow step
     control/         the same for the decoder without thoughts
 
@@ -29,12 +30,13 @@ from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
+from ltm_pyro.inference.mapped_store import MappedStore, new_store_files
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.parallel import Parallel, refuse_unequal
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import refuse_changes
-from ltm_pyro.run.checkpoint import Checkpoint, check_names, put, take
+from ltm_pyro.run.checkpoint import ATTEMPTS, Checkpoint, check_names, put, take
 from ltm_pyro.run.files import (
     damaged,
     json_bytes,
@@ -49,13 +51,8 @@ from ltm_pyro.run.metrics import MetricsFile
 
 FORMAT = 1
 """Raised when a run folder's layout changes."""
-CONFIG, TOKENIZER, CHECKPOINT, METRICS, CONTROL = (
-    "config.json",
-    "tokenizer.json",
-    "checkpoint",
-    "metrics.csv",
-    "control",
-)
+CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
+CHECKPOINT, STORE, CONTROL = "checkpoint", "store", "control"
 
 
 class Run:
@@ -147,7 +144,6 @@ class Run:
             **put("model.", self.model.state_dict()),
             **put("guide.", shared),
             **put("adamw.", self.svi.clock.state()),
-            **put("store.", {} if self.svi.store is None else self.svi.store.state()),
         }
         return Checkpoint(tensors, self._state(self.svi.slow_step))
 
@@ -157,8 +153,15 @@ class Run:
         Raises:
             InputError: if it cannot be written; the one before is then still whole.
         """
+        store, step = self.svi.store, self.svi.slow_step
         checkpoint = self.checkpoint()
+        # The checkpoint decides which rows count: see `ltm_pyro.inference.mapped_store`.
+        if isinstance(store, MappedStore):
+            store.prepare(step)
+            self.parallel.wait()
         self.parallel.lead(lambda: self._write(checkpoint))
+        if isinstance(store, MappedStore):
+            store.publish(step)
 
     def save_alone(self) -> bool:
         """Replaces the checkpoint when other processes are gone, if this one holds all of it.
@@ -194,7 +197,7 @@ class Run:
         Raises:
             InputError: if it is damaged, or belongs to other settings.
         """
-        self.take_up(checkpoints.load(self.folder / CHECKPOINT, self.label))
+        self.take_up(self._load_with_rows())
         self.svi.metrics = self.metrics_file.read(self.svi.slow_step)
 
     def take_up(self, saved: Checkpoint) -> None:
@@ -209,9 +212,35 @@ class Run:
         self.model.load_state_dict(weights)
         self.guide.load_state_dict(shared)
         self.svi.clock.load(take(saved.tensors, "adamw."))
-        if self.svi.store is not None:
-            self.svi.store.load(take(saved.tensors, "store."))
         self.svi.slow_step = step
+
+    def open_rows(self, step: int) -> None:
+        """Takes up the local parameters on disk as they were at slow step `step`."""
+        if self.config.persistent:
+            self.svi.store = MappedStore(
+                self.folder / STORE,
+                step,
+                owner=self.label,
+                rank=self.parallel.rank,
+                world=self.parallel.size,
+            )
+
+    def _load_with_rows(self) -> Checkpoint:
+        """The checkpoint, and the local parameters of its step, which a fit may be replacing."""
+        for attempt in range(ATTEMPTS):
+            saved = checkpoints.load(self.folder / CHECKPOINT, self.label)
+            if self.config.persistent and take(saved.tensors, "store."):
+                raise InputError(
+                    f"{self.label} keeps its local parameters in the checkpoint, as older versions "
+                    "did: use the version that wrote it, or fit anew"
+                )
+            try:
+                self.open_rows(self._checked_step(saved))
+                break
+            except InputError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        return saved
 
     def control(self) -> AutoregressiveFit:
         """The control, as far as it has been fitted; see `ltm_pyro.inference.control`.
@@ -325,7 +354,11 @@ def create_run(
         TOKENIZER: tokenizer,
         **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
     }
+    if config.persistent:
+        rows = new_store_files(config.batch_size, run.parallel.size)
+        files |= {f"{STORE}/{name}": data for name, data in rows.items()}
     _replace_folder(folder, files)
+    run.open_rows(0)
     return run
 
 
@@ -413,6 +446,7 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
     assert saved is not None
     if not parallel.first:
         run.take_up(saved)
+        run.open_rows(run.svi.slow_step)
     return run
 
 

@@ -160,6 +160,10 @@ class Parallel:
             dist.broadcast_object_list(held, 0, device=self.device)
         return held[0]
 
+    def wait(self) -> None:
+        """Goes on when every process has come here."""
+        self.gather(None)
+
     def lead(self, work: Callable[[], T]) -> T | None:
         """The first process does `work` while the others wait; its answer there, else `None`.
 
