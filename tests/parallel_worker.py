@@ -6,7 +6,6 @@ process made of the scenarios, a list by process under each name.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -110,10 +109,10 @@ def scores(parallel: Parallel) -> Answer:
 
 
 def nan_in_one(parallel: Parallel) -> Answer:
-    """One process's rows of the second batch hold an infinite number."""
+    """One process's rows of the second batch hold a number whose square overflows."""
     batch = make_oracle().simulate(4, seed=1)
     broken = batch.observed.clone()
-    broken[3] = math.inf
+    broken[3] = 1e200
     model = LearnedOracle(make_oracle())
     svi = ltm.DualRateSVI(model, ltm.build_guide("mean_field", model), parallel=parallel)
     mine = parallel.rows(4)
