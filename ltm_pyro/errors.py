@@ -46,11 +46,13 @@ class ProcessLostError(RuntimeError):
     Attributes:
         lost: Numbers (ranks) of the processes known to be gone; empty where that cannot be told.
         size: Processes that the fit began with.
+        tells: Whether this process is the one that tells of it.
     """
 
-    def __init__(self, lost: list[int], size: int) -> None:
+    def __init__(self, lost: list[int], size: int, tells: bool = True) -> None:
         self.lost = lost
         self.size = size
+        self.tells = tells
         numbers = ", ".join(str(rank) for rank in lost)
         if len(lost) == 1:
             what = f"process {numbers} (of {size}, numbered from 0) is"

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # All processes of a fit raise it together.
             return _fail(_with_notes(error), 1) if processes.number() == "0" else 1
         except ProcessLostError as error:
-            return _fail(_with_notes(error), 3)
+            return _fail(_with_notes(error), 3) if error.tells else 3
         except ToldElsewhereError:
             return 3
         except BrokenPipeError:

@@ -19,7 +19,7 @@ from ltm_pyro.cli.settings import (
 )
 from ltm_pyro.cli.stopping import StopSignals
 from ltm_pyro.config import PRESETS
-from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError, ToldElsewhereError
+from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 
 if TYPE_CHECKING:
     from ltm_pyro.data.base import Corpus
@@ -65,12 +65,15 @@ def run(arguments: list[str]) -> int:
 def _share(given: Settings, out: str | None, *, resume: bool, overwrite: bool) -> int:
     """The same in many processes: the first one opens the run, and gives it to all."""
     config = build_config(given)
+    from ltm_pyro.cli.printing import default_folder
     from ltm_pyro.inference.parallel import join, leave, refuse_unequal, started
+    from ltm_pyro.run.opening import recorded_config, share_run
 
+    folder = Path(default_folder(config) if out is None else out)
+    if resume and folder.exists():
+        config = recorded_config(folder)
     refuse_unequal(config.batch_size, started()[1])
     parallel = join(config.device, config.shard)
-    from ltm_pyro.run.folder import share_run
-
     opened = parallel.lead(
         lambda: _open(given, out, resume=resume, overwrite=overwrite, parallel=parallel)
     )
@@ -111,7 +114,7 @@ def _open(
     from ltm_pyro.run.building import absolute_name, open_corpus
     from ltm_pyro.run.changes import refuse_changes
     from ltm_pyro.run.files import refuse_protected
-    from ltm_pyro.run.folder import read_run, refuse_existing
+    from ltm_pyro.run.opening import read_run, refuse_existing
 
     if resume and (folder.exists() or not given):
         fitted = read_run(folder, parallel=parallel)
@@ -147,14 +150,16 @@ def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
             if fitted.config.control:
                 watch.begin("control")
                 train_control(fitted, corpus, progress=watch.bars, after_step=watch)
-        _report(fitted, corpus)
+            # When one of many is gone `torchrun` sends SIGTERM to those that can tell of it.
+            if many():
+                _report(fitted, corpus)
+        if not many():
+            _report(fitted, corpus)
     except (Interrupted, KeyboardInterrupt):
         if fitted.parallel.first:
             print(f"ltm-pyro: stopped; {resume_line(fitted)}", file=sys.stderr)
         return watch.signals.status
     except ProcessLostError as error:
-        if not fitted.parallel.speaks(error.lost):
-            raise ToldElsewhereError from None
         error.add_note(f"the last checkpoint is of step {fitted.saved_step()}")
         error.add_note(resume_line(fitted))
         raise

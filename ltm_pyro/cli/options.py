@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltm_pyro.cli.parsing import Parser
@@ -33,8 +34,8 @@ def open_run(folder: str, device: str | None) -> Run:
     """The run in `folder`, in every process that `torchrun` started."""
     from ltm_pyro.inference.parallel import join
     from ltm_pyro.run import load_run
-    from ltm_pyro.run.folder import recorded_device
+    from ltm_pyro.run.opening import recorded_config
 
     if not many():
         return load_run(folder, device=device)
-    return load_run(folder, parallel=join(device or recorded_device(folder)))
+    return load_run(folder, parallel=join(device or recorded_config(Path(folder)).device))

@@ -203,7 +203,7 @@ class Parallel:
             lost = self._lost()
             if not lost and not _BROKEN.search(str(error)):
                 raise
-            raise ProcessLostError(lost, self.size) from None
+            raise ProcessLostError(lost, self.size, self.speaks(lost)) from None
 
     def _lost(self) -> list[int]:
         """Processes of this machine that have ended, as far as the system tells within moments."""
