@@ -234,6 +234,8 @@ class FitConfig:
     """A torch device, e.g. `cpu` or `cuda`."""
     compile: bool = True
     """Compile the likelihood of the fast loop; without a compiler it runs uncompiled."""
+    shard: bool = False
+    """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: bool = False
     """Keep local parameters per sequence id, on disk in the run folder, and warm-start from them."""
     control: bool = True

@@ -130,7 +130,7 @@ class LatentThoughtModel(nn.Module):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
         if batch.x is not None and self._prior_learns():
-            self.thought_prior.observe(z.detach())
+            self.thought_prior.show(z.detach())
         return x
 
     def _prior_learns(self) -> bool:
