@@ -17,6 +17,7 @@ from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.dual_rate import Metrics
+from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.parallel import Parallel, slow_clock
 from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
@@ -37,6 +38,7 @@ class AutoregressiveFit:
         slow: The slow clock of the fit that this is the control of.
         seed: Of the order of batches.
         parallel: The processes that share the fit; this one alone by default.
+        engine: How it is computed; as the fit that this is the control of.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class AutoregressiveFit:
         slow: Slow,
         seed: int = 0,
         parallel: Parallel | None = None,
+        engine: Engine | None = None,
     ) -> None:
+        self.engine = engine or Engine()
         self.model = model
         self.seed = seed
         self.slow_step = 0
@@ -69,14 +73,21 @@ class AutoregressiveFit:
         """
         batch = batch.to(self.model.device)
         self.model.check(batch)
-        nll = -autoregressive_log_likelihood(self.model, batch)
-        bad = ~nll.detach().isfinite()
-        if bool(bad.any()):
-            error = NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
-            raise self.clock.report(error, self.slow_step)
-        total, n_tokens, zero = nll.sum(), batch.n_tokens.sum(), nll.new_zeros(())
-        self.clock.add_gradient(self.clock.per_token(total, n_tokens))
-        mine = StepSums(nll.detach().mean(), zero, zero, total.detach(), zero, n_tokens)
+        n_tokens, n = batch.n_tokens.sum(), len(batch)
+        parts = []
+        for rows in self.engine.parts(n):
+            part = batch.select(rows)
+            with self.engine.computing(self.model):
+                nll = -autoregressive_log_likelihood(self.model, part)
+            bad = ~nll.detach().isfinite()
+            if bool(bad.any()):
+                error = NonFiniteError(part.ids[bad].tolist(), self.slow_step)
+                raise self.clock.report(error, self.slow_step)
+            total, zero = nll.sum(), nll.new_zeros(())
+            self.clock.add_gradient(self.clock.per_token(total, n_tokens))
+            total = total.detach()
+            parts.append(StepSums(total / n, zero, zero, total, zero, part.n_tokens.sum()))
+        mine = StepSums.of(parts)
         sums, norm = self.clock.exchange(mine, self.slow_step)
         lr = self.clock.step(self.slow_step, self.horizon or 1)
         self.slow_step += 1

@@ -46,7 +46,7 @@ def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         (N,) log probabilities. Memory beyond one tile does not grow with V, forward or backward,
         except for the gradient by `weight` itself where that is asked for.
     """
-    if torch.is_autocast_enabled(h.device.type):
+    if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
         low = torch.get_autocast_dtype(h.device.type)
         h, weight = h.to(low), weight.to(low)
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):

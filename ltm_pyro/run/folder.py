@@ -234,7 +234,7 @@ class Run:
         """
         config = self.config
         model = initial_model(config, str(self.model.device))
-        fit = AutoregressiveFit(model, config.slow, config.seed, self.parallel)
+        fit = AutoregressiveFit(model, config.slow, config.seed, self.parallel, self.svi.engine)
         fit.horizon = config.steps
         saved = share_checkpoint(self.parallel, self._control_checkpoint)
         if saved is not None:
