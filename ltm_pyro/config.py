@@ -233,7 +233,7 @@ class FitConfig:
     compile: bool = True
     """Compile the likelihood of the fast loop; without a compiler it runs uncompiled."""
     persistent: bool = False
-    """Keep local parameters per sequence id, on disk in the run folder, and warm-start from them."""
+    """Keep local parameters per sequence id, in the run folder, and warm-start from them."""
     control: bool = True
     """Also train the same decoder without thoughts, for as many slow steps, as a control."""
     checkpoint_every: int = 50

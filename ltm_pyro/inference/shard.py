@@ -32,7 +32,7 @@ _PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22  # merged at a time
 # A fault maps the pages around it too (64 KiB on Linux); beyond so many the mapping is emptied, so
 # that a process does not seem to hold the whole file. The page cache keeps what it had.
-_FAULT_BYTES, _MAPPED_BYTES = 2**16, 2**23
+_FAULT_BYTES, _MAPPED_BYTES = 2**16, 2**21
 
 
 class _File(FileIO):
