@@ -14,6 +14,8 @@ from ltm_pyro.errors import InputError, unknown_name
 
 ScheduleName = Literal["constant", "cosine", "warmup_cosine"]
 SCHEDULES: tuple[str, ...] = ("constant", "cosine", "warmup_cosine")
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 Multiplier = Callable[[int, int], float]
 """A schedule of one's own: (step, total) -> factor on the learning rate."""
 
@@ -232,6 +234,8 @@ class FitConfig:
     """A torch device, e.g. `cpu` or `cuda`."""
     compile: bool = True
     """Compile the likelihood of the fast loop; without a compiler it runs uncompiled."""
+    shard: bool = False
+    """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: bool = False
     """Keep local parameters per sequence id, in the run folder, and warm-start from them."""
     control: bool = True

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import chosen_rows
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.random import Stream, derive_seed
 
 
 class TrainingData(Protocol):
     """Where `fit` takes its batches: any `SequenceSet`."""
+
+    def __len__(self) -> int:
+        """How many sequences there are; a batch has no more."""
+        ...
 
     def training_batch(
         self,
@@ -35,11 +40,44 @@ class TrainingData(Protocol):
         ...
 
 
+def rows_of_step(
+    data: TrainingData,
+    step: int,
+    batch_size: int,
+    seed: int,
+    parallel: Parallel,
+    *,
+    lanes: bool = False,
+) -> Batch:
+    """This process's rows of the batch of one slow step.
+
+    Args:
+        data: The training sequences.
+        step: The slow step.
+        batch_size: B, of all processes together.
+        seed: Of the order.
+        parallel: The processes.
+        lanes: Keep every sequence to its lane of the batch, and so to its process: rows that are
+            stored need it.
+
+    Raises:
+        InputError: if the processes cannot have equally many rows.
+    """
+    # Only what is asked for, so that data of one's own need know neither.
+    asked: dict[str, Any] = {"lanes": True} if lanes else {}
+    if parallel.size > 1:
+        asked["rows"] = parallel.rows(min(batch_size, len(data)))
+    return data.training_batch(step, batch_size, seed, **asked)
+
+
 class RowsOf:
     """Training batches out of the rows of one batch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
     def training_batch(
         self,

@@ -103,6 +103,18 @@ def load(folder: Path, owner: str) -> Checkpoint:
         raise damaged(owner, f"{folder.name}/{path.name}: {error}") from None
 
 
+def saved_step(folder: Path, owner: str) -> int:
+    """Slow steps of the checkpoint in `folder`.
+
+    Raises:
+        InputError: if it is absent or damaged.
+    """
+    try:
+        return int(read_json(folder / STATE, owner)["state"]["slow_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(owner, f"{folder.name}/{STATE}: {error}") from None
+
+
 def exists(folder: Path) -> bool:
     """Whether `folder` has a checkpoint."""
     return (folder / STATE).exists()
