@@ -244,7 +244,7 @@ class FitConfig:
     shard: bool = False
     """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: bool = False
-    """Keep local parameters per sequence id, on disk in the run folder, and warm-start from them."""
+    """Keep local parameters per sequence id, in the run folder, and warm-start from them."""
     control: bool = True
     """Also train the same decoder without thoughts, for as many slow steps, as a control."""
     checkpoint_every: int = 50

@@ -147,3 +147,19 @@ def test_a_long_document_is_never_taken_whole(
     assert max(map(sum, batches)) < 1.1 * 2**20
     assert len(batches) == 5
     assert max(map(len, training_texts(text, np.arange(3)))) < 1.1 * store._PIECE_BYTES
+
+
+def test_reading_does_not_keep_the_text_mapped(tmp_path: Path) -> None:
+    status = Path("/proc/self/status")
+    if "RssFile" not in (status.read_text() if status.exists() else ""):
+        pytest.skip("resident memory by kind is asked of Linux")
+
+    def mapped_kilobytes() -> int:
+        return int(status.read_text().partition("RssFile:")[2].split()[0])
+
+    text = stored(tmp_path, ["word " * 200_000] * 64)
+    before = mapped_kilobytes()
+    most = 0
+    for number, (_, _) in enumerate(text.pieces(size=2**20)):
+        most = max(most, mapped_kilobytes() if number % 4 == 0 else 0)
+    assert most - before < 24_000  # of 64,000

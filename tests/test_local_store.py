@@ -359,13 +359,25 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     assert busy[1] < busy[0] + 100_000
 
 
-def test_the_mapping_is_let_go_of_now_and_then(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shard, "_MAPPED_BYTES", 3 * shard._FAULT_BYTES)
-    folder = new_folder(tmp_path / "s", lanes=1)
+def test_reading_does_not_keep_the_file_mapped(tmp_path: Path) -> None:
+    status = Path("/proc/self/status")
+    if "RssFile" not in (status.read_text() if status.exists() else ""):
+        pytest.skip("resident memory by kind is asked of Linux")
+
+    def mapped_kilobytes() -> int:
+        return int(status.read_text().partition("RssFile:")[2].split()[0])
+
+    n, folder = 12_000, new_folder(tmp_path / "s", lanes=2)
     store = MappedStore(folder, 0)
-    put(store, list(range(50)))
+    for start in range(0, n, 1_000):
+        ids = torch.arange(start, start + 1_000)
+        store.scatter(ids, {"loc": torch.zeros(1_000, 500)})  # 24 MB in all
     publish(store, 1)
-    assert_holds(store, dict.fromkeys(range(50), 0))
+    before = mapped_kilobytes()
+    for start in range(0, n, 120):
+        ids = torch.arange(start, start + 8)
+        assert not store.gather(ids, {"loc": torch.ones(8, 500)})["loc"].any()
+    assert mapped_kilobytes() - before < 12_000
 
 
 def damages(folder: Path) -> Iterator[str]:

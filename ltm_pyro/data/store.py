@@ -9,6 +9,7 @@ is stored, with the length of a document.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ltm_pyro.errors import InputError
 # it learns are a few megabytes.
 _PIECE_BYTES = 2**14
 _WRITTEN_BYTES = 2**20
+_MAPPED_BYTES = 2**24  # read before the mapping is emptied, or the whole text would seem to be held
 # White space after a character that is none. GPT-2's expression starts a new word there whatever
 # comes before and after. Bytes from 0x80 on are the last of a longer character: those that end one
 # of Unicode's own spaces are left out.
@@ -67,6 +69,7 @@ class TextStore:
             Each piece, and whether its document ends there.
         """
         ends = np.cumsum(self.lengths)
+        read = 0
         for d in range(len(self.lengths)) if chosen is None else chosen:
             start, end = int(ends[d] - self.lengths[d]), int(ends[d])
             while start < end:
@@ -75,7 +78,10 @@ class TextStore:
                     cut = _WORD_END.search(self.text.data, start + size, end)
                 stop = end if cut is None else cut.start()
                 yield self.text[start:stop].tobytes().decode("utf-8"), stop == end
-                start = stop
+                read, start = read + stop - start, stop
+                if read > _MAPPED_BYTES:
+                    _unmap_pages(self.text)
+                    read = 0
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,12 @@ def _encoded(tokenizer: Tokenizer, text: TextStore) -> Iterator[Part]:
                 bar.update(len(piece))
 
         yield from tokenizer.encode_pieces(pieces())
+
+
+def _unmap_pages(array: NDArray[np.uint8]) -> None:
+    """Lets go of the pages of a mapped array; they are mapped again when they are read."""
+    if isinstance(array.base, mmap.mmap) and hasattr(array.base, "madvise"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _progress(what: str, total: int | None) -> Any:

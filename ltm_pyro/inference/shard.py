@@ -30,9 +30,10 @@ from ltm_pyro.inference.row_layout import Records, RowLayout
 _ID_BYTES = 8
 _PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22  # merged at a time
-# A fault maps the pages around it too (64 KiB on Linux); beyond so many the mapping is emptied, so
-# that a process does not seem to hold the whole file. The page cache keeps what it had.
-_FAULT_BYTES, _MAPPED_BYTES = 2**16, 2**23
+# A fault maps what lies around it too: 64 KiB, or 2 MiB where the page cache holds pages together.
+# After so many reads the mapping is emptied, so that a process does not seem to hold the whole
+# file; the page cache keeps what it had.
+_MAPPED_READS = 2
 
 
 class _File(FileIO):
@@ -71,7 +72,7 @@ class Shard:
         self._delta: FileIO | None = None
         self._named: int | None = None  # the step that the delta's name holds
         self._base: mmap.mmap | None = None
-        self._touched = 0
+        self._reads = 0
         self.layout: RowLayout | None = None
         if self.step != step:
             self._named = step
@@ -124,10 +125,9 @@ class Shard:
         assert self._base is not None
         size = self._known.record_bytes
         out[:] = np.frombuffer(self._base, np.uint8, size, slot * size)
-        self._touched += _FAULT_BYTES
-        if self._touched > _MAPPED_BYTES and hasattr(self._base, "madvise"):
+        self._reads += 1
+        if self._reads % _MAPPED_READS == 0 and hasattr(self._base, "madvise"):
             self._base.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
 
     def read_changed(self, place: int, out: NDArray[np.uint8]) -> None:
         """Copies the changed record number `place` into `out` (R,)."""
