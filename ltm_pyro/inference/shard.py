@@ -28,6 +28,7 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.row_layout import Records, RowLayout
 
 _ID_BYTES = 8
+_PARTIAL = ".partial"
 _BLOCK_BYTES = 2**22  # merged at a time
 # A fault maps the pages around it too (64 KiB on Linux); beyond so many the mapping is emptied, so
 # that a process does not seem to hold the whole file. The page cache keeps what it had.
@@ -201,7 +202,9 @@ class Shard:
         if self._delta is not None:
             self._delta.close()
             self._delta = None
-        for left in [self._path("new"), *self.folder.glob(f"{self.name}.delta-*")]:
+        deltas = self.folder.glob(f"{self.name}.delta-*")
+        partials = self.folder.glob(f".{self.name}.*{_PARTIAL}")
+        for left in [self._path("new"), *deltas, *partials]:
             with suppress(OSError):
                 left.unlink()
 
@@ -326,8 +329,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_checked(path: Path, body: Mapping[str, Any]) -> None:
     """Replaces `path` by one rename; a reader finds the old or the new."""
-    # Several processes may write the store's own description, the same bytes, at the same time.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Several processes may write the layout, the same bytes, at the same time.
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{_PARTIAL}")
     try:
         with open(partial, "wb") as stream:
             stream.write(checked_json(body))
