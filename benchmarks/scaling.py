@@ -5,14 +5,17 @@
 
 A slow step with its fast loop takes, on each of W GPUs with b sequences,
 
-    compute     FLOPs of `ltm-pyro cost` for b sequences / matrix-product rate
+    compute     FLOPs of `ltm-pyro cost` for b sequences / matrix-product rate, + an overhead
     noise       (T_fast + 1) W b K D normals / rate: each process draws for the whole batch
     exchange    bytes sent / bandwidth + steps of a ring * latency
     AdamW       28 bytes per weight read and written / memory bandwidth, of its part where sharded
 
-one after another: nothing overlaps, so the prediction errs on the slow side. Rates are flags. The
-check runs one process and two of them on this machine, by turns, counts messages and the bytes that
-the kernel sent, and compares times with the simulator's at this machine's own measured rates.
+one after another: nothing overlaps, so the prediction errs on the slow side. Rates are flags.
+
+The check runs two processes on this machine, by turns apart and together, counts messages and the
+bytes that the kernel sent, and compares times with the simulator's at this machine's own rates.
+Overhead and matrix-product rate come from two batch sizes fitted apart, both processes at work;
+the others from loops of sums, normals and AdamW alone. None of them has seen a shared step.
 """
 
 from __future__ import annotations
@@ -78,6 +81,9 @@ class Machine:
     between: float
     inside_latency: float
     between_latency: float
+    overhead: float = 0.0
+    scatters: bool = True
+    """Whether a reduce-scatter sends half of an all-reduce; gloo makes it from a whole one."""
 
     def link(self, gpus: int) -> tuple[float, float]:
         """(bytes per second, seconds per message) of the slowest link of a ring.
@@ -122,7 +128,10 @@ def simulate(config: FitConfig, gpus: int, machine: Machine, *, shard: bool = Fa
     normals = (config.fast.steps + 1) * rows * report.n_local
     message = 4 * weights + BESIDE * (gpus if shard else 1)
     # A ring all-reduce is a reduce-scatter and an all-gather of the same size.
-    sent = 2 * (gpus - 1) / gpus * message + (2 * (gpus - 1) / gpus * 4 if shard else 0)
+    ring = (gpus - 1) / gpus
+    sent = 2 * ring * message
+    if shard:
+        sent = (1 if machine.scatters else 2) * ring * message + ring * 4 * weights + 2 * ring * 4
     bandwidth, latency = machine.link(gpus)
     ring_steps = (4 if shard else 2) * (gpus - 1)
     stepped = weights / gpus if shard else weights
@@ -133,7 +142,7 @@ def simulate(config: FitConfig, gpus: int, machine: Machine, *, shard: bool = Fa
         messages=0 if gpus == 1 else 3 if shard else 1,
         state=8 * weights + moments + (message if gpus > 1 else 0),
         seconds={
-            "compute": flops / machine.flops,
+            "compute": machine.overhead + flops / machine.flops,
             "noise": normals / machine.normals,
             "exchange": sent / bandwidth + ring_steps * latency,
             "AdamW": PER_WEIGHT_ADAMW * stepped / machine.memory,
@@ -207,7 +216,8 @@ CASES = {
         fast=Fast(steps=2),
     ),
 }
-TURNS = 5
+KINDS = ("replicated", "sharded")
+TURNS = 7
 
 
 class Fitting:
@@ -232,29 +242,26 @@ class Fitting:
 
 
 def measure(name: str, parallel: Parallel) -> dict[str, Any]:
-    """One process and all of them, by turns."""
+    """Apart with the whole batch, apart with half of it, and together, by turns."""
     config = CASES[name]
-    alone = Fitting(config, Parallel()) if parallel.first else None
-    kinds = {"replicated": False, "sharded": True}
-    together = {}
-    for kind, shard in kinds.items():
-        parallel.shard = shard
-        together[kind] = Fitting(config, parallel)
-    seconds: dict[str, list[float]] = {"alone": [], **{kind: [] for kind in kinds}}
+    half = replace(config, batch_size=config.batch_size // parallel.size)
+    fits = {"whole": Fitting(config, Parallel()), "half": Fitting(half, Parallel())}
+    for kind in KINDS:
+        parallel.shard = kind == "sharded"
+        fits[kind] = Fitting(config, parallel)
+    seconds: dict[str, list[float]] = {kind: [] for kind in fits}
     traffic: dict[str, Any] = {}
-    for turn in range(-1, TURNS):  # the first one warms up
-        parallel.wait()
-        if alone is not None:
-            seconds["alone"].append(alone.step())
-        for kind in kinds:
+    for _ in range(TURNS + 1):  # the first turn warms up
+        for kind, fit in fits.items():
             parallel.wait()
             before = bytes_sent()
             with counted() as count:
-                taken = together[kind].step()
+                taken = fit.step()
             traffic[kind] = {"sent": bytes_sent() - before, "messages": count()}
-            seconds[kind].append(max(parallel.gather(taken)))
-        del turn
-    times = {kind: statistics.median(values[1:]) for kind, values in seconds.items() if values}
+            everybody = parallel.gather(taken)
+            # Apart each has its own time; together the slower one decides.
+            seconds[kind].append(max(everybody) if kind in KINDS else statistics.mean(everybody))
+    times = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
     return {"seconds": times, "traffic": traffic, "rates": rates(config, parallel)}
 
 
@@ -307,8 +314,8 @@ def bytes_sent() -> int:
                 info = held.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             except OSError:
                 continue
-            # `tcpi_bytes_acked` of struct tcp_info (linux/tcp.h).
-            total += struct.unpack_from("<Q", info, 120)[0]
+            # `tcpi_bytes_sent` of struct tcp_info (linux/tcp.h, since 4.19).
+            total += struct.unpack_from("<Q", info, 200)[0]
     return total
 
 
@@ -358,36 +365,40 @@ def check() -> list[str]:
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = json.loads(file.read_text())
     lines = [
-        "| fit | kind | messages: simulated, counted | bytes sent: simulated, counted | "
+        "| fit | kind | messages: simulated, counted | MB sent: simulated, counted | "
         "time of two processes / one: simulated, measured |",
         "|---|---|---|---|---|",
     ]
     for name, case in found.items():
         config = CASES[name]
         half = replace(config, batch_size=config.batch_size // 2)
-        machine = _this_machine(config, case)
+        machine = _this_machine(config, half, case)
         one = simulate(config, 1, machine)
-        for kind in ("replicated", "sharded"):
+        for kind in KINDS:
             two = simulate(half, 2, machine, shard=kind == "sharded")
             seen, times = case["traffic"][kind], case["seconds"]
             lines.append(
-                f"| {name} | {kind} | {two.messages}, {seen['messages']} | {two.sent:.0f}, "
-                f"{seen['sent']} | {two.total / one.total:.3f}, "
-                f"{times[kind] / times['alone']:.3f} |"
+                f"| {name} | {kind} | {two.messages}, {seen['messages']} | "
+                f"{two.sent / 1e6:.3f}, {seen['sent'] / 1e6:.3f} | {two.total / one.total:.3f}, "
+                f"{times[kind] / times['whole']:.3f} |"
             )
     return lines
 
 
-def _this_machine(config: FitConfig, case: dict[str, Any]) -> Machine:
-    """Its rates; that of matrix products is what is left of one process's step."""
-    r = case["rates"]
+def _this_machine(config: FitConfig, half: FitConfig, case: dict[str, Any]) -> Machine:
+    """Its rates; overhead and matrix products from steps of one process with two batch sizes."""
+    r, seconds = case["rates"], case["seconds"]
     machine = Machine(
         flops=math.inf, normals=r["normals"], memory=r["memory"], gpus_per_node=8,
         inside=r["bandwidth"], between=r["bandwidth"],
-        inside_latency=r["latency"], between_latency=r["latency"],
+        inside_latency=r["latency"], between_latency=r["latency"], scatters=False,
     )  # fmt: skip
-    rest = simulate(config, 1, machine)
-    return replace(machine, flops=rest.flops / (case["seconds"]["alone"] - rest.total))
+    large, small = simulate(config, 1, machine), simulate(half, 1, machine)
+    per_flop = (seconds["whole"] - large.total - seconds["half"] + small.total) / (
+        large.flops - small.flops
+    )
+    overhead = seconds["whole"] - large.total - large.flops * per_flop
+    return replace(machine, flops=1 / per_flop, overhead=overhead)
 
 
 def main() -> None:
@@ -432,8 +443,10 @@ def footnote(command: str) -> str:
     """What made the tables."""
     versions = f"ltm_pyro {ltm.__version__}, torch {torch.__version__}, pyro {pyro.__version__}"
     return (
-        f"Made by `{command}`, seed {SEED}: the check is two gloo processes of one thread each, "
-        f"medians of {TURNS} steps by turns with one process alone, on {os.cpu_count()} cores "
+        f"Made by `{command}`, seed {SEED}. The check: two gloo processes of one thread each, "
+        f"medians of {TURNS} steps; `one` is a process with the whole batch while the other core "
+        "is as busy; gloo makes a reduce-scatter from a whole all-reduce, which the simulator "
+        f"takes into account here and not above; on {os.cpu_count()} cores "
         f"({platform.machine()}); {versions}, Python {platform.python_version()}."
     )
 

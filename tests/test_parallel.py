@@ -476,8 +476,8 @@ def test_what_one_process_refuses_many_tell_once(tmp_path):
     for command, told in (
         (fit_command(text, out, 4, "--batch_size", "5"), "multiple of 2"),
         (fit_command(text, out, 4, "--guide", "meanfield"), "mean_field"),
-        (fit_command(text, out, 4, "--slow.lr", "1e30"), "not finite"),
         (fit_command(tmp_path / "absent.txt", out, 4), "absent"),
+        (fit_command(text, out, 4, "--slow.lr", "1e30"), "not finite"),
     ):
         done = run_many(*command, cwd=tmp_path)
         assert done.returncode != 0
