@@ -11,6 +11,8 @@ able to swap the guide, the prior and the objective.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -72,28 +74,36 @@ class LeanLoop:
         fast: The fast clock.
         slow: The slow clock.
         seed: Of the noise.
+        precision: Of the decoder.
     """
 
     def __init__(
-        self, model: ltm.LatentThoughtModel, fast: ltm.Fast, slow: ltm.Slow, seed: int = 0
+        self,
+        model: ltm.LatentThoughtModel,
+        fast: ltm.Fast,
+        slow: ltm.Slow,
+        seed: int = 0,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        self.model, self.fast, self.seed = model, fast, seed
+        self.model, self.fast, self.seed, self.precision = model, fast, seed, precision
         self.clock = SlowClock(model.parameters(), slow, spare=embedding_weights(model))
         self.slow_step = 0
 
     def infer(self, batch: ltm.Batch) -> tuple[Tensor, Tensor]:
         """The fast loop: mean and log variance of q(z), each (B, K, D)."""
-        return self._fast_loop(batch, derive_seed(self.seed, Stream.FAST))
+        with self.model.computing(self.precision):
+            return self._fast_loop(batch, derive_seed(self.seed, Stream.FAST))
 
     def step(self, batch: ltm.Batch) -> float:
         """The fast loop, then one slow step; returns -ELBO per token in nats."""
-        mu, log_variance = self._fast_loop(
-            batch, derive_seed(self.seed, Stream.FAST, self.slow_step)
-        )
-        with seeded(derive_seed(self.seed, Stream.SLOW, self.slow_step), mu.device):
-            z = mu + (0.5 * log_variance).exp() * torch.randn_like(mu)
+        noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
+        with self.model.computing(self.precision):
+            mu, log_variance = self._fast_loop(batch, noise)
+            with seeded(derive_seed(self.seed, Stream.SLOW, self.slow_step), mu.device):
+                z = mu + (0.5 * log_variance).exp() * torch.randn_like(mu)
+            log_likelihood = self.model.log_likelihood(z, batch).sum()
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
-        loss = (kl - self.model.log_likelihood(z, batch).sum()) / batch.n_tokens.sum()
+        loss = (kl - log_likelihood) / batch.n_tokens.sum()
         self.clock.gradient(loss)
         self.clock.step(0, 1)
         self.slow_step += 1

@@ -109,7 +109,7 @@ class Workload:
         self.loops: dict[str, Loop] = {
             "a": PublishedLoop(self.model, fast, slow, case.seed),
             "a16": PublishedLoop(self.model, fast, slow, case.seed, autocast=True),
-            "b": LeanLoop(self.model, fast, slow, case.seed),
+            "b": LeanLoop(self.model, fast, slow, case.seed, case.precision),
             "c": svi,
         }
         present = [name for name in self.loops if name != "a16" or case.precision == "bf16"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ltm_pyro.plots.style import BLUE, GREY, INK, house_figure
 
@@ -49,6 +49,14 @@ def _curve(place: Axes, axis: Axis, what: str, scale: float, per_step: bool) -> 
     place.set_yscale("log")
     place.set_xticks(at, [_short(v) for v in at])
     place.xaxis.set_minor_locator(NullLocator())
+    _plain_numbers(place)
+
+
+def _plain_numbers(place: Axes) -> None:
+    """20 and 0.5 on a logarithmic axis, where powers of ten would leave most ticks bare."""
+    place.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    place.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(place: Axes, axis: Axis, scale: float) -> None:
@@ -57,7 +65,7 @@ def _line(place: Axes, axis: Axis, scale: float) -> None:
     at = np.array([p["value"] for p in axis["points"]], dtype=float)
     place.plot(
         at, scale * (fit["intercept"] + fit["slope"] * at), color=INK, lw=0.9, ls="--",
-        label="straight line", zorder=1,
+        label="straight line through DualRateSVI", zorder=1,
     )  # fmt: skip
 
 
@@ -95,10 +103,12 @@ def _batch(place: Axes, axis: Axis, what: str) -> None:
 def _preset(place: Axes, axis: Axis, what: str) -> None:
     points = axis["points"]
     where = np.arange(len(points))
-    for shift, (name, label, color, _) in zip((-0.2, 0.2), _LOOPS, strict=True):
+    for name, label, color, marker in _LOOPS:
         cost = [1e6 * p["seconds_per_fast_step"][name] / p["tokens"] for p in points]
-        place.bar(where + shift, cost, width=0.38, color=color, label=label)
+        place.plot(where, cost, marker=marker, ms=6, lw=0, color=color, label=label)
     place.set_yscale("log")
+    place.set_xlim(-0.5, len(points) - 0.5)
+    _plain_numbers(place)
     place.set_xticks(where, [str(p["value"]) for p in points])
     place.set(title="Preset", xlabel="model", ylabel="time per token\nand fast step (µs)")
     place.grid(visible=False, axis="x")
@@ -138,4 +148,7 @@ def caption(result: Mapping[str, Any]) -> str:
             f"{memory['a']['bytes_per_vocabulary_entry']:,.0f} to that of the published algorithm, "
             "which keeps all logits and their gradient. "
         )
-    return text + "Where the dashed line is met, twice as much of it costs twice as much time."
+    return text + (
+        "The dashed line is a fixed cost and a cost per unit: where it fits, a run of any size "
+        "can be costed from two."
+    )

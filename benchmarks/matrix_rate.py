@@ -2,8 +2,9 @@
 
 Counted are the products that a fast step cannot do without: forward, and backward by activations
 (the weights are frozen). Two sums are kept apart: products with weights, and self-attention's own.
-Left out are the products with thoughts (K_l of them: too thin to matter) and whatever an engine
-computes twice, so the share of the rate that comes out is at least this.
+Left out are cross-attention (its projections can be taken to the K_l thoughts, and what remains is
+thin) and whatever an engine computes twice, so the share of the rate that comes out is at least
+this.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.config import ModelConfig
-from ltm_pyro.models.layers import BLOCK
 
 LARGEST = 2**25
 """Elements of a result at most: longer products are timed on fewer rows and scaled up."""
+
+
+SMALLEST_BLOCK = 16
+"""Queries that attention takes together at least, where the window is shorter."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,21 @@ class Product:
 def fast_step_products(model: ModelConfig, batch_size: int, length: int) -> list[Product]:
     """The matrix products of one fast step on B sequences of T tokens.
 
-    Layer 0 starts at its cross-attention: what lies below does not depend on z, and its queries
-    need no gradient.
+    Layer 0 starts at its cross-attention: what lies below does not depend on z.
     """
     n, width, hidden, layers = batch_size * length, model.width, model.mlp_hidden, model.n_layers
     upper = layers - 1
-    # name, inputs, outputs, times forward, times backward
-    maps = [
-        ("queries, keys, values", width, 3 * width, upper, upper),
-        ("attention out", width, width, upper, upper),
-        ("cross-attention queries", width, width, layers, upper),
-        ("cross-attention out", width, width, layers, layers),
-        ("MLP in", width, 2 * hidden, layers, layers),
-        ("MLP out", hidden, width, layers, layers),
-        ("logits", width, model.vocab_size, 1, 1),
+    maps = [  # name, inputs, outputs, times
+        ("queries, keys, values", width, 3 * width, upper),
+        ("attention out", width, width, upper),
+        ("MLP in", width, 2 * hidden, layers),
+        ("MLP out", hidden, width, layers),
+        ("logits", width, model.vocab_size, 1),
     ]
     out = []
-    for name, inputs, outputs, forward, backward in maps:
-        out.append(Product(f"{name}, forward", n, inputs, outputs, forward, transposed=True))
-        out.append(Product(f"{name}, backward", n, outputs, inputs, backward))
+    for name, inputs, outputs, count in maps:
+        out.append(Product(f"{name}, forward", n, inputs, outputs, count, transposed=True))
+        out.append(Product(f"{name}, backward", n, outputs, inputs, count))
     if model.window > 1 and upper:
         out += _attention_products(model, batch_size, length, upper)
     return [p for p in out if p.count]
@@ -74,7 +74,7 @@ def _attention_products(
     model: ModelConfig, batch_size: int, length: int, layers: int
 ) -> list[Product]:
     """Scores and mixing in blocks of queries: 2 products forward, 4 backward."""
-    block = min(max(model.window, BLOCK), length)
+    block = min(max(model.window, SMALLEST_BLOCK), length)
     reach = length if model.window >= length else block + model.window - 1
     batch = batch_size * model.n_heads * -(-length // block)
     head = model.width // model.n_heads

@@ -121,12 +121,12 @@ def test_peak_memory_counts_what_is_alive_at_one_time() -> None:
 
 
 def test_products_are_those_that_the_cost_report_counts() -> None:
-    """Without what a chunked cross-entropy or fused attention computes twice, and the thoughts'."""
+    """But for cross-attention, and what fused attention computes twice."""
     config = ltm.config.preset("tiny")
     products = fast_step_products(config.model, 8, 256)
     counted = sum(p.flops for p in products) / (8 * 256)
     report = cost_report(config)
-    assert 0.9 * report.flops_fast_step < counted <= report.flops_fast_step
+    assert 0.8 * report.flops_fast_step < counted <= report.flops_fast_step
 
 
 def test_linearity_knows_a_line() -> None:
