@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"header": header(args)}
     print(describe(result["header"]), end="\n\n")
     if args.scaling:
-        base = case(args, "tiny", args.precision[0])
+        base = case(args, args.presets[0], args.precision[0])
         result["axes"] = {}
         for axis in args.axes:
             note(f"axis {axis}")
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--presets", nargs="+", help=f"of {', '.join(SHAPES)}; default all")
+    parser.add_argument("--presets", nargs="+", help=f"of {', '.join(SHAPES)}; --scaling takes one")
     parser.add_argument("--precision", nargs="+", help="fp32, bf16; default both")
     parser.add_argument("--rounds", type=int, help="turns of each loop; default 5, quick 3")
     parser.add_argument("--device", default="cpu", help="a torch device")
@@ -89,7 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, default=ROOT / FIGURE, help="of --scaling")
     args = parser.parse_args(arguments)
     args.command = command(sys.argv[1:] if arguments is None else arguments)
-    args.presets = args.presets or (["nano", "tiny"] if args.quick else list(SHAPES))
+    presets = ["tiny"] if args.scaling else ["nano", "tiny"] if args.quick else list(SHAPES)
+    args.presets = args.presets or presets
     one = args.quick or args.scaling
     args.precision = args.precision or (["fp32"] if one else list(PRECISIONS))
     args.rounds = args.rounds or (3 if args.quick else 5)

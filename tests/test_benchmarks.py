@@ -162,8 +162,8 @@ def test_run_writes_everything(
     tmp_path: Path, threads: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, scaling = tmp_path / "table.json", tmp_path / "scaling.json"
-    common = [*SMALL, "--no-compile", "--threads", threads]
-    fast_loop.main([*common, "--presets", "nano", "--json", str(table)])
+    common = [*SMALL, "--no-compile", "--threads", threads, "--presets", "nano"]
+    fast_loop.main([*common, "--json", str(table)])
     assert capsys.readouterr().out.count("| `nano`, 2 x 16, 2 |") == 4
     result = json.loads(table.read_text())
     assert {"command", "seed", "threads", "machine", "versions", "quick"} <= set(result["header"])
