@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -116,11 +116,11 @@ class Workload:
         self.loops = {name: self.loops[name] for name in only or present}
         self._weights = [p.detach().clone() for p in self.model.parameters()]
 
-    def warm_up(self, parts: tuple[Part, ...] = PARTS) -> None:
-        """Runs everything once, which compiles; notes where the compiler failed."""
+    def warm_up(self, names: Iterable[str], parts: tuple[Part, ...] = PARTS) -> None:
+        """Runs these loops once, which compiles; notes where the compiler failed."""
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            for name in self.loops:
+            for name in names:
                 for part in parts:
                     self.seconds(name, part)
         self.compiled = self.case.compile and not any("uncompiled" in str(w.message) for w in seen)
@@ -159,7 +159,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     """
     torch.compiler.reset()  # Shapes compiled for other cases count against a limit.
     work = Workload(case)
-    work.warm_up()
+    work.warm_up(work.loops)
     config = work.model.config
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     rate = MatrixRate(fast_step_products(config, case.batch_size, case.length), work.device, dtype)

@@ -129,8 +129,8 @@ def caption(result: Mapping[str, Any]) -> str:
     axes, head = result["axes"], result["header"]
     text = (
         "Cost of the fast loop as one thing grows and the rest stays; medians of "
-        f"{min(a['rounds'] for a in axes.values())} rounds, {head['machine']}, {head['threads']} "
-        "threads. "
+        f"{min(a['rounds'] for a in axes.values())} rounds, of the published algorithm one run; "
+        f"{head['machine']}, {head['threads']} threads. "
     )
     fits = [
         f"{name}: {axes[key]['linearity']['residual']:.1%}"
