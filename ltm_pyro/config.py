@@ -14,6 +14,8 @@ from ltm_pyro.errors import InputError, unknown_name
 
 ScheduleName = Literal["constant", "cosine", "warmup_cosine"]
 SCHEDULES: tuple[str, ...] = ("constant", "cosine", "warmup_cosine")
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 Multiplier = Callable[[int, int], float]
 """A schedule of one's own: (step, total) -> factor on the learning rate."""
 
@@ -232,8 +234,10 @@ class FitConfig:
     """A torch device, e.g. `cpu` or `cuda`."""
     compile: bool = True
     """Compile the likelihood of the fast loop; without a compiler it runs uncompiled."""
+    shard: bool = False
+    """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: bool = False
-    """Keep local parameters per sequence id and warm-start from them."""
+    """Keep local parameters per sequence id, on disk in the run folder, and warm-start from them."""
     control: bool = True
     """Also train the same decoder without thoughts, for as many slow steps, as a control."""
     checkpoint_every: int = 50

@@ -38,6 +38,35 @@ class NonFiniteError(RuntimeError):
         super().__init__(f"{what} at {where}; lower the learning rates or look at these sequences")
 
 
+class ProcessLostError(RuntimeError):
+    """A process that shares a fit is gone: killed, out of memory, or ended by an error of its own.
+
+    Raised in the processes that are left, before any weight is changed by the step under way.
+
+    Attributes:
+        lost: Numbers (ranks) of the processes known to be gone; empty where that cannot be told.
+        size: Processes that the fit began with.
+        tells: Whether this process is the one that tells of it.
+    """
+
+    def __init__(self, lost: list[int], size: int, tells: bool = True) -> None:
+        self.lost = lost
+        self.size = size
+        self.tells = tells
+        numbers = ", ".join(str(rank) for rank in lost)
+        if len(lost) == 1:
+            what = f"process {numbers} (of {size}, numbered from 0) is"
+        elif lost:
+            what = f"processes {numbers} (of {size}, numbered from 0) are"
+        else:
+            what = f"one of the {size} processes, which one is not known, is"
+        super().__init__(f"{what} gone: killed, out of memory, or ended by an error")
+
+
+class ToldElsewhereError(RuntimeError):
+    """Another process of this fit has failed, and says why; this one ends without a word."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or `None` when nothing is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.training_data import RowsOf
 
 LENGTHS = np.array([7, 1, 4, 12, 3, 8])  # with T = 4: 2, 1, 1, 3, 1 and 2 sequences
 TOKENS = np.arange(1, 36, dtype=np.uint8)
@@ -172,6 +175,94 @@ def test_what_an_epoch_leaves_out_has_its_turn() -> None:
 def test_a_small_set_is_its_own_batch() -> None:
     part = sequence_set(0, 1)
     assert sorted(part.training_batch(7, 16).ids.tolist()) == [0, 1, 2]
+
+
+def lane_ids(part: SequenceSet, step: int, batch_size: int, seed: int = 0) -> list[int]:
+    return part.training_batch(step, batch_size, seed, lanes=True).ids.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 10])
+def test_with_lanes_a_sequence_keeps_its_row(batch_size: int) -> None:
+    part = sequence_set(*range(6))  # 10 sequences, whose ids are their positions
+    steps = 10 // batch_size
+    seen = set()
+    for epoch in range(40):
+        ids = [lane_ids(part, epoch * steps + k, batch_size) for k in range(steps)]
+        for row in ids:
+            assert [i % batch_size for i in row] == list(range(batch_size))
+        together = [i for row in ids for i in row]
+        assert len(set(together)) == len(together) == steps * batch_size
+        seen |= set(together)
+    assert seen == set(range(10))  # what sits out changes from epoch to epoch
+
+
+def test_lanes_are_a_function_of_seed_and_step() -> None:
+    one, other = sequence_set(*range(6)), sequence_set(*range(6))
+    for step in (9, 0, 4, 123_456, 0, 1):
+        assert lane_ids(one, step, 3, 5) == lane_ids(other, step, 3, 5)
+        one.training_batch(step, 3, 5)  # asked for in between, it makes no difference
+    assert len({tuple(lane_ids(one, step, 2)) for step in range(100)}) == 25
+    assert lane_ids(one, 0, 2, 5) != lane_ids(one, 0, 2, 6)
+    # A resumed fit, perhaps with a newer NumPy, must go on with the same batches.
+    assert lane_ids(one, 7, 4, 3) == [4, 5, 2, 7]
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_rows_put_together_are_the_batch(lanes: bool) -> None:
+    for step in range(12):
+        whole = sequence_set(*range(6)).training_batch(step, 4, 1, lanes=lanes)
+        for processes in (1, 2, 4):
+            n = 4 // processes
+            parts = [
+                sequence_set(*range(6)).training_batch(
+                    step, 4, 1, lanes=lanes, rows=slice(n * rank, n * (rank + 1))
+                )
+                for rank in range(processes)
+            ]
+            assert torch.equal(torch.cat([p.ids for p in parts]), whole.ids)
+            assert torch.equal(torch.cat([p.observed for p in parts]), whole.observed)
+            assert torch.equal(torch.cat([p.mask for p in parts]), whole.mask)
+    for rows in (slice(2, 2), slice(0, 4, 2), slice(9, 12)):
+        with pytest.raises(InputError, match="rows that follow one another"):
+            sequence_set(*range(6)).training_batch(0, 4, lanes=lanes, rows=rows)
+
+
+def test_only_the_rows_asked_for_are_read() -> None:
+    part, read = sequence_set(*range(6)), []
+    batch = part._layout.batch
+    part._layout = SimpleNamespace(batch=lambda ids: read.extend(ids) or batch(ids))  # type: ignore[assignment]
+    chosen = part.training_batch(3, 8, lanes=True, rows=slice(2, 4))
+    assert read == chosen.ids.tolist()
+    assert list(part._orders) == [2, 3]  # nor are other lanes' permutations made
+
+
+def test_an_epoch_costs_few_bytes_per_sequence() -> None:
+    n = 200_000
+    lengths = np.ones(n, dtype=np.int64)
+    part = SequenceSet(SequenceLayout(np.ones(n, np.uint8), lengths, 1), np.arange(n), "train")
+    for lanes in (False, True):
+        tracemalloc.start()
+        part.training_batch(0, 8, lanes=lanes)
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 32 * n
+        assert kept < 5 * n
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_rows_of_a_batch_are_drawn_anew(lanes: bool) -> None:
+    source = RowsOf(sequence_set(*range(6)).batch(range(10)))
+    seen = set()
+    for step in range(60):
+        batch = source.training_batch(step, 4, lanes=lanes)
+        ids = batch.ids.tolist()
+        assert len(set(ids)) == 4
+        assert not lanes or [i % 4 for i in ids] == [0, 1, 2, 3]
+        part = source.training_batch(step, 4, lanes=lanes, rows=slice(1, 3))
+        assert part.ids.tolist() == ids[1:3]
+        seen |= set(ids)
+    assert seen == set(range(10))
+    assert sorted(source.training_batch(0, 99, lanes=lanes).ids.tolist()) == list(range(10))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ class Data:
     def __init__(self) -> None:
         self.all = make_oracle().simulate(20, seed=5)
 
-    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+    def training_batch(
+        self, step: int, batch_size: int, seed: int = 0, *, lanes: bool = False
+    ) -> Batch:
         generator = torch.Generator().manual_seed(1000 * seed + step)
         return self.all.select(torch.randperm(20, generator=generator)[:batch_size])
 

@@ -38,7 +38,7 @@ from ltm_pyro.inference.objectives import (
 )
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
-from ltm_pyro.run.folder import create_run, load_run
+from ltm_pyro.run import create_run, load_run
 
 
 def moved(family: str, model: LatentModel, batch: Batch, **options: Any) -> LocalGuide:

@@ -1,8 +1,9 @@
 """The command line: `ltm-pyro COMMAND`, one module per command.
 
 Exit status: 0 done; 1 the fit met NaN (its last good checkpoint is kept); 2 something given cannot
-be used, told in one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM (the checkpoint is
-kept). Nothing heavy is imported before a command needs it, so that help comes at once.
+be used, told in one line on stderr; 3 another process of the same fit is gone (the checkpoint is
+kept); 130 and 143 stopped by Ctrl-C or SIGTERM (the checkpoint is kept). Nothing heavy is imported
+before a command needs it, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import ltm_pyro
-from ltm_pyro.errors import InputError, NonFiniteError, unknown_name
+from ltm_pyro.cli import processes
+from ltm_pyro.errors import (
+    InputError,
+    NonFiniteError,
+    ProcessLostError,
+    ToldElsewhereError,
+    unknown_name,
+)
 
 COMMANDS = {
     "fit": "fit a model to text, score it, and write some",
@@ -64,9 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except InputError as error:
-            return _fail(_with_notes(error), 2)
+            return _fail(processes.after_the_first(_with_notes(error)), 2)
         except NonFiniteError as error:
-            return _fail(_with_notes(error), 1)
+            # All processes of a fit raise it together.
+            return _fail(_with_notes(error), 1) if processes.number() == "0" else 1
+        except ProcessLostError as error:
+            return _fail(_with_notes(error), 3) if error.tells else 3
+        except ToldElsewhereError:
+            return 3
         except BrokenPipeError:
             # The reader has seen enough. Python would complain once more when it closes stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,7 +103,9 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
-    status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
+    processes.refuse_alone(command)
+    with processes.one_voice():
+        status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
     return status
 
 
@@ -113,4 +128,6 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning as one line, without the place in the code that raised it."""
+    if processes.number() != "0":
+        return
     print(f"ltm-pyro: warning: {' '.join(str(message).split())}", file=file or sys.stderr)

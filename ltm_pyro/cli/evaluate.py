@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 from ltm_pyro.cli.options import add_run, add_scoring, open_run
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.processes import many
+from ltm_pyro.cli.stopping import StopSignals
 from ltm_pyro.errors import InputError
 
 _DESCRIPTION = """\
@@ -42,17 +45,21 @@ def run(arguments: list[str]) -> int:
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.run.scoring import score_run, summary
 
-    fitted = open_run(options.run, options.device)
-    held_out = score_run(
-        fitted,
-        fitted.corpus(),
-        split=options.split,
-        mode=options.mode,
-        prefix=options.prefix,
-        sequences=options.sequences,
-        draws=options.draws,
-        seed=options.seed,
-    )
+    # See `fit`: with many processes, SIGTERM may mean that another one is gone.
+    with StopSignals() if many() else contextlib.nullcontext():
+        fitted = open_run(options.run, options.device)
+        held_out = score_run(
+            fitted,
+            fitted.corpus(),
+            split=options.split,
+            mode=options.mode,
+            prefix=options.prefix,
+            sequences=options.sequences,
+            draws=options.draws,
+            seed=options.seed,
+        )
+    if not fitted.parallel.first:
+        return 0
     scores = summary(fitted, held_out)
     if options.json:
         print(json.dumps(scores, ensure_ascii=False, allow_nan=False))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.processes import many
 from ltm_pyro.cli.settings import (
     Settings,
     add_settings,
@@ -18,10 +19,11 @@ from ltm_pyro.cli.settings import (
 )
 from ltm_pyro.cli.stopping import StopSignals
 from ltm_pyro.config import PRESETS
-from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 
 if TYPE_CHECKING:
     from ltm_pyro.data.base import Corpus
+    from ltm_pyro.inference.parallel import Parallel
     from ltm_pyro.run import Run
 
 _DESCRIPTION = """\
@@ -54,8 +56,33 @@ def run(arguments: list[str]) -> int:
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     given = given_settings(parser, options, file)
+    if many():
+        return _share(given, out, resume=resume, overwrite=overwrite)
     fitted, corpus, new = _open(given, out, resume=resume, overwrite=overwrite)
     return _fit(fitted, corpus, new=new)
+
+
+def _share(given: Settings, out: str | None, *, resume: bool, overwrite: bool) -> int:
+    """The same in many processes: the first one opens the run, and gives it to all."""
+    config = build_config(given)
+    from ltm_pyro.cli.printing import default_folder
+    from ltm_pyro.inference.parallel import join, leave, refuse_unequal, started
+    from ltm_pyro.run.opening import recorded_config, share_run
+
+    folder = Path(default_folder(config) if out is None else out)
+    if resume and folder.exists():
+        config = recorded_config(folder)
+    refuse_unequal(config.batch_size, started()[1])
+    parallel = join(config.device, config.shard)
+    opened = parallel.lead(
+        lambda: _open(given, out, resume=resume, overwrite=overwrite, parallel=parallel)
+    )
+    fitted = share_run(parallel, None if opened is None else opened[0])
+    new = parallel.say(opened is not None and opened[2])
+    corpus = fitted.corpus() if opened is None else opened[1]
+    status = _fit(fitted, corpus, new=new)
+    leave()
+    return status
 
 
 def _parser(arguments: list[str]) -> Parser:
@@ -71,21 +98,26 @@ def _parser(arguments: list[str]) -> Parser:
 
 
 def _open(
-    given: Settings, out: str | None, *, resume: bool, overwrite: bool
+    given: Settings,
+    out: str | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    parallel: Parallel | None = None,
 ) -> tuple[Run, Corpus, bool]:
     """The run, its corpus, and whether it is new."""
     config = build_config(given)  # before anything heavy: most slips are found here
     from ltm_pyro.cli.printing import default_folder
 
     folder = Path(default_folder(config) if out is None else out)
-    from ltm_pyro.run import create_run, load_run
+    from ltm_pyro.run import create_run
     from ltm_pyro.run.building import absolute_name, open_corpus
     from ltm_pyro.run.changes import refuse_changes
     from ltm_pyro.run.files import refuse_protected
-    from ltm_pyro.run.folder import refuse_existing
+    from ltm_pyro.run.opening import read_run, refuse_existing
 
     if resume and (folder.exists() or not given):
-        fitted = load_run(folder)
+        fitted = read_run(folder, parallel=parallel)
         corpus_given = given.get("corpus", {})
         for name in ("name", "tokenizer"):
             if name in corpus_given:
@@ -98,7 +130,8 @@ def _open(
     refuse_existing(folder, overwrite)
     refuse_protected(folder)
     corpus = open_corpus(config)
-    return create_run(folder, config, corpus=corpus, overwrite=overwrite), corpus, True
+    fitted = create_run(folder, config, corpus=corpus, overwrite=overwrite, parallel=parallel)
+    return fitted, corpus, True
 
 
 def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
@@ -117,15 +150,26 @@ def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
             if fitted.config.control:
                 watch.begin("control")
                 train_control(fitted, corpus, progress=watch.bars, after_step=watch)
-        _report(fitted, corpus)
+            # When one of many is gone `torchrun` sends SIGTERM to those that can tell of it.
+            if many():
+                _report(fitted, corpus)
+        if not many():
+            _report(fitted, corpus)
     except (Interrupted, KeyboardInterrupt):
-        print(f"ltm-pyro: stopped; {resume_line(fitted)}", file=sys.stderr)
+        if fitted.parallel.first:
+            print(f"ltm-pyro: stopped; {resume_line(fitted)}", file=sys.stderr)
         return watch.signals.status
+    except ProcessLostError as error:
+        error.add_note(f"the last checkpoint is of step {fitted.saved_step()}")
+        error.add_note(resume_line(fitted))
+        raise
     except NonFiniteError as error:
         kept = fitted.svi.slow_step if watch.stage == "fit" else error.step
         error.add_note(f"the checkpoint of step {kept} is kept in {str(fitted.folder)!r}")
         raise
     except InputError as error:
+        if not fitted.parallel.first:
+            raise
         if new and not fitted.svi.slow_step:
             shutil.rmtree(fitted.folder, ignore_errors=True)
         else:
@@ -139,7 +183,7 @@ class _Watch:
 
     Attributes:
         signals: Ctrl-C and SIGTERM.
-        bars: Whether stderr is a terminal, which can show progress bars.
+        bars: Whether this process shows progress bars: stderr is a terminal, which can.
         stage: `fit` or `control`.
     """
 
@@ -147,8 +191,13 @@ class _Watch:
         self.every = fitted.config.checkpoint_every
         self.total = fitted.config.steps
         self.signals = StopSignals()
-        self.bars = sys.stderr.isatty()
+        self.parallel = fitted.parallel
+        self.parallel.asks_to_stop = self._asked
+        self.bars = sys.stderr.isatty() and self.parallel.first
         self.stage = "fit"
+
+    def _asked(self) -> bool:
+        return self.signals.received is not None
 
     def begin(self, stage: str) -> None:
         """Says which part comes next."""
@@ -162,7 +211,8 @@ class _Watch:
             print(
                 f"{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}", flush=True
             )
-        return self.signals.received is not None
+        # Several processes stop together: the slow step asks all of them.
+        return self._asked() and self.parallel.size == 1
 
 
 def _report(fitted: Run, corpus: Corpus) -> None:
@@ -176,8 +226,11 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     from ltm_pyro.run import load_run
     from ltm_pyro.run.scoring import score_run, summary
 
-    saved = load_run(fitted.folder, device=str(fitted.model.device))
+    parallel = fitted.parallel if fitted.parallel.size > 1 else None
+    saved = load_run(fitted.folder, device=str(fitted.model.device), parallel=parallel)
     held_out = score_run(saved, corpus)
+    if not fitted.parallel.first:
+        return
     scores = summary(saved, held_out)
     write_artefacts(saved, held_out, scores)
     panel = held_out.panel(saved.config.model.n_layers)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.processes import many
 
 if TYPE_CHECKING:
     from ltm_pyro.run import Run
@@ -29,7 +31,11 @@ def add_scoring(parser: Parser) -> None:
 
 
 def open_run(folder: str, device: str | None) -> Run:
-    """The run in `folder`."""
+    """The run in `folder`, in every process that `torchrun` started."""
+    from ltm_pyro.inference.parallel import join
     from ltm_pyro.run import load_run
+    from ltm_pyro.run.opening import recorded_config
 
-    return load_run(folder, device=device)
+    if not many():
+        return load_run(folder, device=device)
+    return load_run(folder, parallel=join(device or recorded_config(Path(folder)).device))

@@ -5,10 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from ltm_pyro.cli.processes import many
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME = 3.0
+"""Seconds in which many processes take a second signal for the first: a terminal sends Ctrl-C to
+all of them, and `torchrun` passes it on once more."""
 
 
 class StopSignals:
@@ -20,6 +26,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -45,6 +52,10 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:
+            if many() and time.monotonic() < self._when + _SAME:
+                return
             raise KeyboardInterrupt
-        self.received = number
+        self.received, self._when = number, time.monotonic()
+        if many():
+            return  # it may be `torchrun`, which ends all because one is gone
         print("ltm-pyro: stopping after this step; once more stops at once", file=sys.stderr)

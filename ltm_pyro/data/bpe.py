@@ -8,7 +8,7 @@ the round trip exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ltm_pyro.data.tokenizer import Unit, checked_ids, utf8
+from ltm_pyro.data.tokenizer import Part, Unit, checked_ids, utf8
 from ltm_pyro.errors import InputError
 
 _VOCABULARY, _MERGES = "encoder.json", "vocab.bpe"
 _MIN_FREQUENCY = 2  # a pair seen once is not worth an id
+# Encoded at a time: some 40 MB in the library, which keeps about 100 bytes per token for a while.
+_BATCH_CHARACTERS = 2**20
 
 
 class BPETokenizer:
@@ -109,6 +111,51 @@ class BPETokenizer:
         """The ids (T,) of `text`; names of special tokens are ordinary text."""
         utf8(text)  # refuses what the library would replace
         return np.array(self._engine.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    @property
+    def cuts_between_words(self) -> bool:
+        """Whether no token reaches over the start of white space: so it is with GPT-2's cutting."""
+        state = json.loads(self._engine.to_str())
+        plain = json.loads(_engine(models.BPE()).to_str())
+        parts = ("normalizer", "pre_tokenizer", "post_processor", "truncation", "added_tokens")
+        return all(state.get(part) == plain.get(part) for part in parts)
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[Part]:
+        """The tokens of documents that come in pieces, encoded in batches on all cores.
+
+        Args:
+            pieces: Texts, each with whether its document ends there.
+
+        Yields:
+            Tokens (n,) and the lengths (m,) of the documents that end in them.
+        """
+        texts: list[str] = []
+        ends: list[bool] = []
+        size = length = 0
+        for text, last in pieces:
+            utf8(text)  # refuses what the library would replace
+            texts.append(text)
+            ends.append(last)
+            size += len(text)
+            if size >= _BATCH_CHARACTERS:
+                part, length = self._encoded(texts, ends, length)
+                yield part
+                texts, ends, size = [], [], 0
+        if texts:
+            yield self._encoded(texts, ends, length)[0]
+
+    def _encoded(self, texts: list[str], ends: list[bool], length: int) -> tuple[Part, int]:
+        """One batch; `length` tokens of its first document came before, and some may follow it."""
+        # The fast variant leaves out the offsets of tokens, which nobody asks for.
+        encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        tokens, lengths = [], []
+        for encoding, last in zip(encodings, ends, strict=True):
+            tokens.append(np.array(encoding.ids, dtype=np.int64))
+            length += len(tokens[-1])
+            if last:
+                lengths.append(length)
+                length = 0
+        return (np.concatenate(tokens), np.array(lengths, dtype=np.int64)), length
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of `ids` (T,); bytes that are no valid UTF-8 become U+FFFD."""

@@ -82,7 +82,7 @@ class EntryWriter:
 
     def append(self, name: str, values: NDArray[Any]) -> None:
         """Adds `values` (n,) to the end of array `name`."""
-        data = values.astype(self._dtypes[name]).tobytes()
+        data = np.ascontiguousarray(values, dtype=self._dtypes[name]).data
         self._files[name].write(data)
         self._hashes[name].update(data)
         self._sizes[name] += values.size

@@ -20,7 +20,7 @@ from ltm_pyro.data.reference import PydocSource
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet, whole_number
 from ltm_pyro.data.sources import SUFFIXES, FileSource, Source
 from ltm_pyro.data.split import FRACTIONS, check_fractions, split_documents
-from ltm_pyro.data.store import TextStore, TokenStore, store_text, store_tokens
+from ltm_pyro.data.store import TextStore, TokenStore, store_text, store_tokens, training_texts
 from ltm_pyro.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
 from ltm_pyro.errors import InputError, unknown_name
 
@@ -173,7 +173,7 @@ def _learned(
         text,
         f"{label}-bpe",
         recipe,
-        lambda: BPETokenizer.train(text.documents(training), vocab_size),
+        lambda: BPETokenizer.train(training_texts(text, training), vocab_size),
         vocab_size,
     )
 

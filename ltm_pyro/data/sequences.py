@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 
+Order = NDArray[np.unsignedinteger[Any]]
 Positions = Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor | slice | range
 
 
@@ -72,7 +73,8 @@ class SequenceSet:
     def __init__(self, layout: SequenceLayout, documents: NDArray[np.int64], name: str) -> None:
         self._layout = layout
         self._name = name
-        self._order: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self._order_key: tuple[int, ...] = ()
+        self._orders: dict[int | None, Order] = {}
         self.ids = layout.ids_of(documents)
         self.ids.setflags(write=False)
         self.n_documents = len(documents)
@@ -133,36 +135,69 @@ class SequenceSet:
             for start in range(0, len(self), size)
         )
 
-    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+    def training_batch(
+        self,
+        step: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        lanes: bool = False,
+        rows: slice | None = None,
+    ) -> Batch:
         """The batch of one training step: a function of its arguments alone.
 
         Each epoch is a fresh permutation, cut into batches. What is left over at its end sits that
         epoch out, so that no batch holds a sequence twice: local parameters are kept per id.
 
+        With lanes, row j of every batch comes from the sequences at positions j, j + B, j + 2 B,
+        ..., which are permuted anew in each epoch: a sequence keeps its row, and so the process
+        that holds its local parameters, whatever the number of processes.
+
         Args:
             step: 0 or more.
             batch_size: B; a set with fewer sequences gives all of them, permuted.
             seed: 0 or more.
+            lanes: Deal the sequences out into B lanes.
+            rows: Only these rows of the batch, which are then all that is read from disk.
 
         Raises:
-            InputError: if an argument is not a whole number in its range.
+            InputError: if an argument is not a whole number in its range, or `rows` is empty.
         """
         whole_number("step", step, at_least=0)
         whole_number("batch size", batch_size, at_least=1)
         whole_number("seed", seed, at_least=0)
         size = min(batch_size, len(self))
         epoch, place = divmod(step, len(self) // size)
-        order = self._epoch_order(seed, epoch)
-        return self._layout.batch(self.ids[order[place * size : (place + 1) * size]])
+        chosen = chosen_rows(size, rows)
+        if lanes:
+            positions = np.array(
+                [j + size * int(self._lane_order(seed, epoch, size, j)[place]) for j in chosen]
+            )
+        else:
+            order = self._epoch_order(seed, epoch)
+            positions = order[place * size : (place + 1) * size][chosen.start : chosen.stop]
+        return self._layout.batch(self.ids[positions])
 
-    def _epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+    def _epoch_order(self, seed: int, epoch: int) -> Order:
         """The epoch's permutation (n,), remembered while the epoch lasts."""
-        key = (seed, epoch)
-        if self._order is None or self._order[0] != key:
+        return self._remembered((seed, epoch), None, len(self))
+
+    def _lane_order(self, seed: int, epoch: int, size: int, lane: int) -> Order:
+        """The permutation of one of `size` lanes, remembered while the epoch lasts."""
+        return self._remembered((seed, epoch, size), lane, len(range(lane, len(self), size)))
+
+    def _remembered(self, key: tuple[int, ...], lane: int | None, n: int) -> Order:
+        """The permutation (n,) that belongs to an epoch's key and a lane."""
+        if self._order_key != key:
+            self._order_key, self._orders = key, {}
+        if lane not in self._orders:
+            entropy = key if lane is None else (*key, lane)
             # Sorting raw bits instead of `Generator.permutation`, whose stream NumPy may change.
-            bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(self))
-            self._order = (key, np.argsort(bits, kind="stable"))
-        return self._order[1]
+            bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(n)
+            order = np.argsort(bits, kind="stable")
+            # 20 bytes per sequence while it is made; 4 of them stay where numbers are that small.
+            self._orders[lane] = order.astype(np.min_scalar_type(max(n - 1, 2**16)))
+        return self._orders[lane]
 
     def _known(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         place = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
@@ -172,6 +207,20 @@ class SequenceSet:
                 f"sequence id {unknown[0]} is not in the {self._name} split: take ids from its .ids"
             )
         return ids
+
+
+def chosen_rows(size: int, rows: slice | None) -> range:
+    """The rows of a batch of `size` that `rows` names, all by default.
+
+    Raises:
+        InputError: if there are none, or they do not follow one another.
+    """
+    chosen = range(size) if rows is None else range(*rows.indices(size))
+    if not chosen or chosen.step != 1:
+        raise InputError(
+            f"rows {rows} of a batch of {size}: must be one or more rows that follow one another"
+        )
+    return chosen
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:

@@ -2,23 +2,35 @@
 
 The text of every corpus is stored once, as UTF-8; it is also the token array of the byte tokenizer.
 Other tokenizers read it from there, so that the source is read in a single pass and what one
-tokenizer is trained on is what all of them encode.
+tokenizer is trained on is what all of them encode. Memory does not grow with the text, nor, once it
+is stored, with the length of a document.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from tqdm.auto import tqdm
 
 from ltm_pyro.data.cache import Cache, EntryWriter, digest_of
 from ltm_pyro.data.sources import Source
-from ltm_pyro.data.tokenizer import Tokenizer, utf8
+from ltm_pyro.data.tokenizer import Part, StreamTokenizer, Tokenizer, utf8
 from ltm_pyro.errors import InputError
+
+# A batch then has enough pieces for many cores, and the hundreds that the library reads ahead when
+# it learns are a few megabytes.
+_PIECE_BYTES = 2**14
+_WRITTEN_BYTES = 2**20
+# White space after a character that is none. GPT-2's expression starts a new word there whatever
+# comes before and after. Bytes from 0x80 on are the last of a longer character: those that end one
+# of Unicode's own spaces are left out.
+_WORD_END = re.compile(rb"(?<=[\x21-\x7e\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf])[ \n]")
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,31 @@ class TextStore:
 
     def documents(self, chosen: NDArray[np.int64] | None = None) -> Iterator[str]:
         """The documents `chosen`, or all, one at a time."""
+        return (text for text, _ in self.pieces(chosen))
+
+    def pieces(
+        self, chosen: NDArray[np.int64] | None = None, size: int | None = None
+    ) -> Iterator[tuple[str, bool]]:
+        """The documents `chosen`, or all, in pieces that end before white space.
+
+        Args:
+            chosen: Numbers of documents.
+            size: Bytes of a piece, or some more up to the next white space; whole documents by
+                default.
+
+        Yields:
+            Each piece, and whether its document ends there.
+        """
         ends = np.cumsum(self.lengths)
         for d in range(len(self.lengths)) if chosen is None else chosen:
-            yield self.text[ends[d] - self.lengths[d] : ends[d]].tobytes().decode("utf-8")
+            start, end = int(ends[d] - self.lengths[d]), int(ends[d])
+            while start < end:
+                cut = None
+                if size is not None and end - start > size:
+                    cut = _WORD_END.search(self.text.data, start + size, end)
+                stop = end if cut is None else cut.start()
+                yield self.text[start:stop].tobytes().decode("utf-8"), stop == end
+                start = stop
 
 
 @dataclass(frozen=True)
@@ -67,16 +101,29 @@ def store_text(cache: Cache, source: Source) -> TextStore:
     """
 
     def build(writer: EntryWriter) -> dict[str, Any]:
-        empty = True
-        for document in source.documents():
-            data = utf8(document)
-            if not data:
-                continue
-            empty = False
-            writer.append("text", np.frombuffer(data, dtype=np.uint8))
-            writer.append("lengths", np.array([len(data)]))
-            digest = hashlib.sha256(data).digest()
-            writer.append("digests", np.frombuffer(digest, dtype=np.uint8))
+        held: list[bytes] = []
+        size, empty = 0, True
+
+        def write() -> None:
+            writer.append("text", np.frombuffer(b"".join(held), dtype=np.uint8))
+            writer.append("lengths", np.array([len(data) for data in held]))
+            digests = b"".join(hashlib.sha256(data).digest() for data in held)
+            writer.append("digests", np.frombuffer(digests, dtype=np.uint8))
+            held.clear()
+
+        with _progress("read", None) as bar:
+            for document in source.documents():
+                data = utf8(document)
+                if not data:
+                    continue
+                held.append(data)
+                size, empty = size + len(data), False
+                if size >= _WRITTEN_BYTES:
+                    write()
+                    bar.update(size)
+                    size = 0
+            if held:
+                write()
         if empty:
             raise InputError(f"corpus {source.name!r} is empty: give a source with text in it")
         return {}
@@ -112,10 +159,9 @@ def store_tokens(
 
     def build(writer: EntryWriter) -> dict[str, Any]:
         tokenizer = make()
-        for document in text.documents():
-            ids = tokenizer.encode(document)
-            writer.append("tokens", ids)
-            writer.append("lengths", np.array([len(ids)]))
+        for tokens, lengths in _encoded(tokenizer, text):
+            writer.append("tokens", tokens)
+            writer.append("lengths", lengths)
         return {"tokenizer": tokenizer.to_json()}
 
     identity = {"documents": dict(text.sha256), "recipe": digest_of(recipe)}
@@ -125,3 +171,37 @@ def store_tokens(
     }
     entry = cache.get(f"{label}-tokens", identity, dtypes, build)
     return TokenStore(entry.arrays["tokens"], entry.arrays["lengths"], entry.meta["tokenizer"])
+
+
+def training_texts(text: TextStore, chosen: NDArray[np.int64]) -> Iterator[str]:
+    """The documents `chosen` for a tokenizer that learns from words: long ones come in pieces."""
+    with _progress("learn", int(text.lengths[chosen].sum())) as bar:
+        for piece, _ in text.pieces(chosen, _PIECE_BYTES):
+            yield piece
+            bar.update(len(piece))
+
+
+def _encoded(tokenizer: Tokenizer, text: TextStore) -> Iterator[Part]:
+    """The tokens of all documents, part by part."""
+    with _progress("encode", len(text.text)) as bar:
+        if not isinstance(tokenizer, StreamTokenizer):
+            for document in text.documents():
+                ids = tokenizer.encode(document)
+                bar.update(len(document))
+                yield ids, np.array([len(ids)])
+            return
+
+        def pieces() -> Iterator[tuple[str, bool]]:
+            size = _PIECE_BYTES if tokenizer.cuts_between_words else None
+            for piece, last in text.pieces(size=size):
+                yield piece, last
+                bar.update(len(piece))
+
+        yield from tokenizer.encode_pieces(pieces())
+
+
+def _progress(what: str, total: int | None) -> Any:
+    """A bar on stderr, where that is a terminal and the work takes more than a moment."""
+    return tqdm(
+        total=total, desc=what, unit="B", unit_scale=True, disable=None, delay=1.0, leave=False
+    )

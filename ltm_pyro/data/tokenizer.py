@@ -7,7 +7,7 @@ that a run folder holds all that is needed to read its tokens.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from ltm_pyro.errors import InputError, unknown_name
 
 Unit = Literal["byte", "token"]
+Part = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Tokens (n,) and the lengths (m,) of the documents that end in them."""
 
 
 @runtime_checkable
@@ -56,6 +58,28 @@ class Tokenizer(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """All there is to the tokenizer, as JSON types; `load_tokenizer` restores it."""
+        ...
+
+
+@runtime_checkable
+class StreamTokenizer(Tokenizer, Protocol):
+    """A tokenizer that encodes many texts at once, and in bounded memory."""
+
+    @property
+    def cuts_between_words(self) -> bool:
+        """Whether a text cut as `TextStore.pieces` does has the tokens of its pieces."""
+        ...
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[Part]:
+        """The tokens of documents that come in pieces.
+
+        Args:
+            pieces: Texts, each with whether its document ends there.
+
+        Yields:
+            Tokens (n,), one document after another, and the lengths (m,) of the documents that end
+            in them.
+        """
         ...
 
 

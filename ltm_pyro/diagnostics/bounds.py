@@ -24,6 +24,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
@@ -47,6 +48,7 @@ def evaluate(
     mode: Mode = "oracle",
     controls: bool = True,
     seed: int = 0,
+    parallel: Parallel | None = None,
 ) -> xr.Dataset:
     """Scores a batch on fresh draws.
 
@@ -59,6 +61,7 @@ def evaluate(
         mode: `oracle`, `prefix` or `prior`; see `MODES`.
         controls: Also score z = 0 and another sequence's z.
         seed: Of the draws.
+        parallel: Processes that share the decoder's work; each then returns all scores.
 
     Returns:
         Dataset over `sequence` (coordinate: stable ids), in nats per sequence: `elbo`, `elbo_se`,
@@ -86,14 +89,15 @@ def evaluate(
     q, prior = _proposal(model, post, mode, len(batch))
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), batch.device):
         z = q.sample(torch.Size([draws]))
-        log_lik = _log_likelihoods(model, z, scored)
+        likelihoods = _Likelihoods(model, scored, parallel or Parallel())
+        log_lik = likelihoods(z)
         log_prior = prior.log_prob(z).double()
         log_q = q.log_prob(z).double() if mode == "oracle" else log_prior
         if mode == "oracle" and post is not None and not post.has_density:
             log_q = torch.full_like(log_prior, torch.inf)
         columns = _columns(log_lik, log_prior, log_q, post if mode == "oracle" else None)
         if controls:
-            columns.update(_controls(model, z, scored))
+            columns.update(_controls(likelihoods, z))
     columns["n_tokens"] = scored.n_tokens
     data = xr.Dataset(
         {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
@@ -138,19 +142,31 @@ def _proposal(
     return post.distribution, prior
 
 
-def _log_likelihoods(model: LatentModel, z: Tensor, batch: Batch) -> Tensor:
-    """Log p(x | z_s), (S, B) float64, one draw at a time so that memory does not grow with S."""
-    prepared = model.prepare(batch)
-    return torch.stack([model.log_likelihood(draw, prepared).double() for draw in z])
+class _Likelihoods:
+    """Log p(x | z_s), (S, B) float64, one draw at a time so that memory does not grow with S.
+
+    Processes share the sequences; draws are cheap, and are all made by each.
+    """
+
+    def __init__(self, model: LatentModel, batch: Batch, parallel: Parallel) -> None:
+        self.model = model
+        self.parallel = Parallel() if len(batch) < parallel.size else parallel
+        self.rows = self.parallel.share(len(batch))
+        self.prepared = model.prepare(batch.select(self.rows))
+        self.n_sequences = len(batch)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        mine = [self.model.log_likelihood(draw[self.rows], self.prepared).double() for draw in z]
+        return self.parallel.gather_rows(torch.stack(mine), dim=1)
 
 
-def _controls(model: LatentModel, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+def _controls(likelihoods: _Likelihoods, z: Tensor) -> dict[str, Tensor]:
     """The likelihood at z = 0 and at another sequence's thoughts, z (S, B, K, D)."""
-    shuffled = -_log_likelihoods(model, z[:SHUFFLED_DRAWS].roll(1, dims=1), batch)
-    nll_z0 = -model.log_likelihood(torch.zeros_like(z[0]), model.prepare(batch))
+    shuffled = -likelihoods(z[:SHUFFLED_DRAWS].roll(1, dims=1))
+    nll_z0 = -likelihoods(torch.zeros_like(z[:1]))[0].to(z.dtype)
     return {
         "nll_z0": nll_z0,
-        "nll_shuffled": shuffled.mean(0) if len(batch) > 1 else nll_z0 * torch.nan,
+        "nll_shuffled": shuffled.mean(0) if likelihoods.n_sequences > 1 else nll_z0 * torch.nan,
         "nll_shuffled_se": _standard_error(shuffled),
     }
 

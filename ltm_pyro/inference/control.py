@@ -17,8 +17,9 @@ from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.dual_rate import Metrics
-from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
-from ltm_pyro.inference.training_data import TrainingData
+from ltm_pyro.inference.parallel import Parallel, slow_clock
+from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
+from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 
@@ -35,39 +36,54 @@ class AutoregressiveFit:
         model: A freshly initialised model; trained in place.
         slow: The slow clock of the fit that this is the control of.
         seed: Of the order of batches.
+        parallel: The processes that share the fit; this one alone by default.
     """
 
-    def __init__(self, model: LatentThoughtModel, slow: Slow, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: LatentThoughtModel,
+        slow: Slow,
+        seed: int = 0,
+        parallel: Parallel | None = None,
+    ) -> None:
         self.model = model
         self.seed = seed
         self.slow_step = 0
         self.horizon: int | None = None
-        self.clock = SlowClock(model.parameters(), slow, spare=embedding_weights(model))
+        self.parallel = parallel or Parallel()
+        self.clock = slow_clock(model.parameters(), slow, embedding_weights(model), self.parallel)
 
     def step(self, batch: Batch) -> Metrics:
         """One slow step.
+
+        Args:
+            batch: B sequences; this process's rows of them where processes share the fit.
 
         Returns:
             `step`, `nll` (nats per sequence, batch mean), `nll_per_token`, `lr_slow`,
             `grad_norm_slow`.
 
         Raises:
-            NonFiniteError: on NaN, before any weight has changed.
+            NonFiniteError: on NaN in any process, before any weight has changed.
+            ProcessLostError: if another process is gone, before any weight has changed.
         """
         batch = batch.to(self.model.device)
         self.model.check(batch)
         nll = -autoregressive_log_likelihood(self.model, batch)
         bad = ~nll.detach().isfinite()
         if bool(bad.any()):
-            raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
-        n_tokens = batch.n_tokens.sum()
-        norm = self.clock.gradient(nll.sum() / n_tokens)
+            error = NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
+            raise self.clock.report(error, self.slow_step)
+        total, n_tokens, zero = nll.sum(), batch.n_tokens.sum(), nll.new_zeros(())
+        self.clock.add_gradient(self.clock.per_token(total, n_tokens))
+        mine = StepSums(nll.detach().mean(), zero, zero, total.detach(), zero, n_tokens)
+        sums, norm = self.clock.exchange(mine, self.slow_step)
         lr = self.clock.step(self.slow_step, self.horizon or 1)
         self.slow_step += 1
         return {
             "step": float(self.slow_step),
-            "nll": float(nll.detach().mean()),
-            "nll_per_token": float(nll.detach().sum() / n_tokens),
+            "nll": float(sums.nll),
+            "nll_per_token": float(sums.objective / sums.n_tokens),
             "lr_slow": lr,
             "grad_norm_slow": float(norm),
         }
@@ -86,7 +102,9 @@ class AutoregressiveFit:
             self.horizon = self.slow_step + steps
         with tqdm(total=steps, disable=not progress, desc="control", unit="step") as bar:
             for _ in range(steps):
-                row = self.step(data.training_batch(self.slow_step, batch_size, self.seed))
+                row = self.step(
+                    rows_of_step(data, self.slow_step, batch_size, self.seed, self.parallel)
+                )
                 bar.update()
                 bar.set_postfix(nll_per_token=f"{row['nll_per_token']:.3f}")
                 if on_step is not None:

@@ -31,7 +31,7 @@ from ltm_pyro.inference.fast_loop import (
     sequence_terms,
 )
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.objectives import (
     KLWeight,
     TermRecorder,
@@ -42,12 +42,15 @@ from ltm_pyro.inference.objectives import (
     over_particles,
     quiet_about_nan,
 )
+from ltm_pyro.inference.parallel import Parallel, slow_clock
+from ltm_pyro.inference.parallel.held_draws import HeldDraws
+from ltm_pyro.inference.parallel.inferring import fit_shared
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
-from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
-from ltm_pyro.inference.training_data import RowsOf, TrainingData
+from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
+from ltm_pyro.inference.training_data import RowsOf, TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 
@@ -82,7 +85,10 @@ class DualRateSVI:
         elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
             object. By default `elbo`, which uses the KL in closed form where the guide has one.
         seed: Of all random numbers.
-        persistent: Keep local parameters per sequence id and start each visit from them.
+        persistent: Keep local parameters per sequence id, in memory, and start each visit from
+            them; a run folder keeps them on disk (`MappedStore`).
+        parallel: The processes that share the fit, each with its rows of every batch; this one
+            alone by default.
 
     Attributes:
         metrics: One row per slow step; see `step`.
@@ -99,6 +105,7 @@ class DualRateSVI:
         elbo: ELBO | str | None = None,
         seed: int = 0,
         persistent: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
         self.model = model
         self.guide = guide
@@ -108,15 +115,17 @@ class DualRateSVI:
         self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
         self.seed = seed
-        self.store = LocalStore() if persistent else None
+        self.parallel = parallel or Parallel()
+        self.store: RowStore | None = LocalStore() if persistent else None
         self.slow_step = 0
         self.horizon: int | None = None
         self.metrics: list[Metrics] = []
         slow_parameters = [*model.parameters(), *guide.shared_parameters()]
         # What the caller has frozen stays frozen.
         parameters = [p for p in slow_parameters if p.requires_grad]
-        self.clock = SlowClock(parameters, self.slow, spare=embedding_weights(model, guide))
-        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
+        spare = embedding_weights(model, guide)
+        self.clock = slow_clock(parameters, self.slow, spare, self.parallel)
+        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed, self.parallel)
 
     def infer(
         self,
@@ -144,12 +153,21 @@ class DualRateSVI:
         steps = self.fast.steps if steps is None else steps
         if steps < 0:
             raise InputError(f"steps is {steps}: must be 0 or more")
+        if warm_start and self.parallel.size > 1:
+            raise InputError(
+                "infer(warm_start=True) needs stored rows, and each process has its own alone: "
+                "load the run in one process"
+            )
         batch = batch.to(self.model.device)
         self.model.check(batch)
         order = torch.argsort(batch.ids, stable=True)
         ordered = batch.select(order)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
-        result, _ = self._fit_local(ordered, steps, noise, 1.0, record=True, warm=warm_start)
+
+        def fit(rows: Batch) -> FastResult:
+            return self._fit_local(rows, steps, noise, 1.0, record=True, warm=warm_start)[0]
+
+        result = fit_shared(self.parallel, self.guide, ordered, fit)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
         return fitted_posterior(
@@ -169,6 +187,9 @@ class DualRateSVI:
         Before thoughts join (`Slow.thoughts_start`), z is 0 and the fast loop is left out; `elbo`
         is then log p(x | z = 0), exact as long as cross-attention is at its zero start.
 
+        Args:
+            batch: B sequences; this process's rows of them where processes share the fit.
+
         Returns:
             `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1, no word
             dropout: the plain ELBO, whatever is descended), `elbo_per_token`, `objective` (what was
@@ -180,43 +201,60 @@ class DualRateSVI:
 
         Raises:
             InputError: if the model cannot score the batch.
-            NonFiniteError: on NaN, before any weight has changed.
+            NonFiniteError: on NaN in any process, before any weight has changed.
+            ProcessLostError: if another process is gone, before any weight has changed.
         """
         began = time.perf_counter()
         batch = batch.to(self.model.device)
         self.model.check(batch)
         now, total = self.slow_step, self.horizon
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
-        n_tokens = batch.n_tokens.sum()
         shown = self.word_dropout(batch, now)
         result, moments = FastResult(*torch.zeros(3, device=batch.device)), None
-        if total is None or thoughts_joined(self.slow, now, total):
-            result, moments = self._fast_loop(shown, weight)
-            loss = self._slow_loss(batch, shown, weight)
-        else:
-            loss = self._thoughtless_loss(batch, shown)
-        norm = self._slow_gradient(batch, loss.descended / n_tokens, loss.nll + loss.kl)
+        held = HeldDraws(self.model, self.parallel)
+        try:
+            with self.parallel.noise(len(batch)), held:
+                if total is None or thoughts_joined(self.slow, now, total):
+                    result, moments = self._fast_loop(shown, weight)
+                    loss = self._slow_loss(batch, shown, weight)
+                else:
+                    loss = self._thoughtless_loss(batch, shown)
+            n_tokens = batch.n_tokens.sum()
+            self._slow_gradient(batch, loss, n_tokens)
+        except NonFiniteError as error:
+            raise self.clock.report(error, now) from None
+        sums = StepSums(
+            nll=loss.nll.mean(),
+            kl=loss.kl.mean(),
+            grad_norm=result.grad_norm,
+            objective=loss.objective.detach(),
+            gain=result.first - result.last,
+            n_tokens=n_tokens,
+        )
+        sums, norm = self.clock.exchange(sums, now)
+        held.show()
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
         if self.store is not None and moments is not None and moments.params:
             self.store.scatter(batch.ids, {**self.guide.rows(), **moments.state()})
         self.slow_step += 1
         seconds = time.perf_counter() - began
-        elbo = -float(loss.nll.mean() + loss.kl.mean())
+        rows, n = len(batch) * self.parallel.size, float(sums.n_tokens)
+        elbo = -float(sums.nll + sums.kl)
         row = {
             "step": float(self.slow_step),
             "elbo": elbo,
-            "nll": float(loss.nll.mean()),
-            "kl": float(loss.kl.mean()),
-            "elbo_per_token": elbo * len(batch) / float(n_tokens),
-            "objective": -float(loss.objective.detach()) / len(batch),
+            "nll": float(sums.nll),
+            "kl": float(sums.kl),
+            "elbo_per_token": elbo * rows / n,
+            "objective": -float(sums.objective) / rows,
             "kl_weight": weight,
             "lr_fast": 0.0 if moments is None else learning_rate(self.fast, 0, self.fast.steps),
             "lr_slow": lr,
-            "grad_norm_fast": float(result.grad_norm),
+            "grad_norm_fast": float(sums.grad_norm),
             "grad_norm_slow": float(norm),
-            "fast_gain": float(result.first - result.last) / len(batch),
-            "tokens_per_second": float(n_tokens) / seconds,
+            "fast_gain": float(sums.gain) / rows,
+            "tokens_per_second": n / seconds,
             "seconds": seconds,
         }
         self.metrics.append(row)
@@ -239,7 +277,7 @@ class DualRateSVI:
         Args:
             data: The training sequences.
             steps: Slow steps to do now.
-            batch_size: B.
+            batch_size: B, of all processes together.
             progress: Show a progress bar on stderr.
             on_step: Called with the metrics after each slow step, e.g. to save.
 
@@ -257,7 +295,16 @@ class DualRateSVI:
         first = len(self.metrics)
         with tqdm(total=steps, disable=not progress, desc="fit", unit="step") as bar:
             for _ in range(steps):
-                row = self.step(data.training_batch(self.slow_step, batch_size, self.seed))
+                row = self.step(
+                    rows_of_step(
+                        data,
+                        self.slow_step,
+                        batch_size,
+                        self.seed,
+                        self.parallel,
+                        lanes=self.store is not None,
+                    )
+                )
                 bar.update()
                 bar.set_postfix(
                     elbo_per_token=f"{row['elbo_per_token']:.3f}", kl=f"{row['kl']:.1f}"
@@ -307,6 +354,7 @@ class DualRateSVI:
                 elbo=self.elbo,
                 seed=self.seed,
                 persistent=self.store is not None,
+                parallel=self.parallel,
             )
             return alone.fit(source, steps, batch_size, progress=progress)
 
@@ -382,19 +430,13 @@ class DualRateSVI:
         """-log p(x | z) per sequence, (B,), mean over given draws."""
         return over_particles([-self.model.log_likelihood(z, batch) for z in thoughts])
 
-    def _slow_gradient(self, batch: Batch, loss: Tensor, rows: Tensor) -> Tensor:
-        """Writes the slow gradient of `loss` and returns its norm.
+    def _slow_gradient(self, batch: Batch, loss: _SlowLoss, n_tokens: Tensor) -> None:
+        """Writes the slow gradient of the loss per token.
 
         Raises:
-            NonFiniteError: if the gradient or a sequence's objective in `rows` (B,) is not finite.
+            NonFiniteError: if a sequence's objective is not finite.
         """
-        bad = ~rows.isfinite()
+        bad = ~(loss.nll + loss.kl).isfinite()
         if bool(bad.any()):
             raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
-        if not self.clock.parameters:
-            return torch.zeros(())
-        norm = self.clock.gradient(loss)
-        if not bool(norm.isfinite()):
-            self.clock.discard()
-            raise NonFiniteError([], self.slow_step)
-        return norm
+        self.clock.add_gradient(self.clock.per_token(loss.descended, n_tokens))

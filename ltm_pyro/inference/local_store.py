@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class RowStore(Protocol):
+    """Where a persistent fit keeps its rows: in memory, or on disk (`MappedStore`)."""
+
+    def __len__(self) -> int:
+        """Sequences that have a row."""
+        ...
+
+    def gather(self, ids: Tensor, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rows for `ids` (B,): the stored ones, and those of `fresh` (B, ...) for new ids."""
+        ...
+
+    def scatter(self, ids: Tensor, rows: dict[str, Tensor], lanes: Tensor | None = None) -> None:
+        """Stores `rows` (B, ...) under `ids` (B,), which are in the given lanes of the batch."""
+        ...
 
 
 class LocalStore:
     """Rows of variational parameters and of their optimiser's moments, by sequence id.
 
-    Grows by doubling as new ids come; held in the memory of the CPU, saved with the checkpoint.
+    Grows by doubling as new ids come; held in the memory of the CPU.
     """
 
     def __init__(self) -> None:
@@ -31,8 +49,8 @@ class LocalStore:
                 value[rows.to(value.device)] = self.columns[name][places].to(value)
         return out
 
-    def scatter(self, ids: Tensor, rows: dict[str, Tensor]) -> None:
-        """Stores `rows` (B, ...) under `ids`."""
+    def scatter(self, ids: Tensor, rows: dict[str, Tensor], lanes: Tensor | None = None) -> None:
+        """Stores `rows` (B, ...) under `ids`; lanes make no difference here."""
         places = torch.tensor(
             [self.position.setdefault(i, len(self.position)) for i in ids.tolist()]
         )

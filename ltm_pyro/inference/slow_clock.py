@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltm_pyro.config import Slow
+from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.models.priors.base import ThoughtPrior
 
@@ -22,6 +24,40 @@ def embedding_weights(*parts: object) -> list[nn.Parameter]:
     embeddings = [p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()]
     priors = [p for m in modules if isinstance(m, ThoughtPrior) for p in m.undecayed_parameters()]
     return embeddings + priors
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a slow step reports of a batch; where processes share it, first of their own rows.
+
+    Attributes:
+        nll: Mean over sequences, nats.
+        kl: Mean over sequences, nats.
+        grad_norm: Mean over sequences of the last local gradient's norm.
+        objective: What was descended, summed over sequences, nats.
+        gain: Rise of the objective over the fast loop, summed over sequences, nats.
+        n_tokens: Scored positions.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    grad_norm: Tensor
+    objective: Tensor
+    gain: Tensor
+    n_tokens: Tensor
+
+
+def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
+    """AdamW that decays the one and spares the other."""
+    groups = [
+        {"params": decayed, "weight_decay": slow.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],
+        lr=slow.lr,
+        betas=slow.betas,
+    )
 
 
 class SlowClock:
@@ -43,23 +79,56 @@ class SlowClock:
         self.slow = slow
         self.parameters = list(parameters)
         spared = {id(p) for p in spare}
-        matrices = [p for p in self.parameters if p.dim() >= 2 and id(p) not in spared]
-        rest = [p for p in self.parameters if p.dim() < 2 or id(p) in spared]
-        groups = [
-            {"params": matrices, "weight_decay": slow.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],
-            lr=slow.lr,
-            betas=slow.betas,
-        )
+        self.decays = [p.dim() >= 2 and id(p) not in spared for p in self.parameters]
+        pairs = list(zip(self.parameters, self.decays, strict=True))
+        self.optimizer = adamw([p for p, d in pairs if d], [p for p, d in pairs if not d], slow)
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """Writes the gradient of `loss` into `.grad`, clipped; returns its norm before clipping."""
+    def per_token(self, loss: Tensor, n_tokens: Tensor) -> Tensor:
+        """What `add_gradient` is to be given for a loss that is summed over sequences.
+
+        Args:
+            loss: In nats.
+            n_tokens: Scored positions of the whole batch; of this process's rows where processes
+                share it, who then divide by the tokens of all.
+        """
+        return loss / n_tokens
+
+    def add_gradient(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to what is written in `.grad`."""
+        if not self.parameters:
+            return
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for p, g in zip(self.parameters, gradients, strict=True):
-            p.grad = g
+            p.grad = g if p.grad is None or g is None else p.grad + g
+
+    def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
+        """Ends the gradient's collection: the sums of the whole batch, and the gradient's norm.
+
+        What is written is clipped then; the norm is that before.
+
+        Args:
+            sums: Of this process's rows.
+            step: Slow steps done, for the error.
+
+        Raises:
+            NonFiniteError: if the gradient is not finite; nothing is written any more then.
+        """
+        norm = self.clip()
+        if not bool(norm.isfinite()):
+            self.discard()
+            raise NonFiniteError([], step)
+        return sums, norm
+
+    def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
+        """The error to raise for one met before `exchange`, at slow step `step`."""
+        del step
+        self.discard()
+        return error
+
+    def clip(self) -> Tensor:
+        """Shortens the written gradient to its largest norm; returns the norm before."""
+        if not self.parameters:
+            return torch.zeros(())
         return nn.utils.clip_grad_norm_(self.parameters, self.slow.clip_norm)
 
     def step(self, step: int, total: int) -> float:

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.sequences import chosen_rows
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.random import Stream, derive_seed
 
 
 class TrainingData(Protocol):
     """Where `fit` takes its batches: any `SequenceSet`."""
 
-    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """The batch of one slow step, a pure function of its arguments."""
+    def __len__(self) -> int:
+        """How many sequences there are; a batch has no more."""
         ...
+
+    def training_batch(
+        self,
+        step: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        lanes: bool = False,
+        rows: slice | None = None,
+    ) -> Batch:
+        """The batch of one slow step, a pure function of its arguments.
+
+        Args:
+            step: The slow step.
+            batch_size: B.
+            seed: Of the order.
+            lanes: A sequence is always in the same row; persistent fits ask for it.
+            rows: Only these rows of the batch; all by default.
+        """
+        ...
+
+
+def rows_of_step(
+    data: TrainingData,
+    step: int,
+    batch_size: int,
+    seed: int,
+    parallel: Parallel,
+    *,
+    lanes: bool = False,
+) -> Batch:
+    """This process's rows of the batch of one slow step.
+
+    Args:
+        data: The training sequences.
+        step: The slow step.
+        batch_size: B, of all processes together.
+        seed: Of the order.
+        parallel: The processes.
+        lanes: Keep every sequence to its lane of the batch, and so to its process: rows that are
+            stored need it.
+
+    Raises:
+        InputError: if the processes cannot have equally many rows.
+    """
+    # Only what is asked for, so that data of one's own need know neither.
+    asked: dict[str, Any] = {"lanes": True} if lanes else {}
+    if parallel.size > 1:
+        asked["rows"] = parallel.rows(min(batch_size, len(data)))
+    return data.training_batch(step, batch_size, seed, **asked)
 
 
 class RowsOf:
@@ -24,8 +76,28 @@ class RowsOf:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
-    def training_batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """Distinct rows, chosen anew at each step."""
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def training_batch(
+        self,
+        step: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        lanes: bool = False,
+        rows: slice | None = None,
+    ) -> Batch:
+        """Distinct rows, chosen anew at each step; with lanes, row j is one of j, j + B, ..."""
         generator = torch.Generator().manual_seed(derive_seed(seed, Stream.BATCH, step))
-        rows = torch.randperm(len(self.batch), generator=generator)[:batch_size]
-        return self.batch.select(rows.to(self.batch.device))
+        n = len(self.batch)
+        size = min(n, batch_size)
+        if lanes:
+            lane = torch.arange(size)
+            members = (n - lane - 1) // size + 1
+            drawn = torch.rand(size, generator=generator, dtype=torch.float64)
+            index = lane + size * (drawn * members).long()
+        else:
+            index = torch.randperm(n, generator=generator)[:size]
+        chosen = chosen_rows(size, rows)
+        return self.batch.select(index[chosen.start : chosen.stop].to(self.batch.device))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.models.base import LatentModel
 
@@ -32,12 +33,15 @@ class WordDropout:
         model: The model; need not be able to hide anything where `share` is 0.
         share: Probability that a token is hidden.
         seed: Of the choice.
+        parallel: The processes that share each batch; this one alone by default.
 
     Raises:
         InputError: if `share` is above 0 and the model has no token inputs.
     """
 
-    def __init__(self, model: LatentModel, share: float, seed: int) -> None:
+    def __init__(
+        self, model: LatentModel, share: float, seed: int, parallel: Parallel | None = None
+    ) -> None:
         if share > 0 and not isinstance(model, HidesInputs):
             raise InputError(
                 f"slow.word_dropout is {share} and {type(model).__name__} reads no tokens that "
@@ -46,6 +50,7 @@ class WordDropout:
         self.model = model
         self.share = share
         self.seed = seed
+        self.parallel = parallel or Parallel()
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """The batch of slow step `step` with its hidden tokens; itself where none can be."""
@@ -53,5 +58,9 @@ class WordDropout:
             return batch
         # Drawn on the CPU, so that every device hides the same tokens.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.DROPOUT, step))
-        hidden = torch.rand(batch.mask.shape, generator=generator) < self.share
+        rows, length = batch.mask.shape
+        total = rows * self.parallel.size
+        # For the whole batch, so that a row's hidden tokens do not depend on who holds it.
+        hidden = torch.rand((total, length), generator=generator) < self.share
+        hidden = hidden[self.parallel.rows(total)]
         return self.model.hide_inputs(batch, hidden.to(batch.device))

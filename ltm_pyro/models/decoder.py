@@ -25,7 +25,7 @@ class DecoderState:
     """What generation keeps between positions.
 
     Attributes:
-        thoughts: Per layer, keys and values of the thoughts (2, B, heads, K_l, head_dim).
+        thoughts: Per layer, its projected thoughts (2, B, heads * K_l, H).
         cache: Per layer, a ring of the last W keys and values (2, B, heads, W, head_dim).
         t: The next position.
     """
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         return self._blocks()[0].attend(h, self._angles(0, tokens.shape[1]))
 
     def thought_keys(self, z: Tensor) -> list[Tensor]:
-        """Per layer, projected keys and values of its block of thoughts; z is (B, K, D)."""
+        """Per layer, its block of thoughts as positions meet it; z is (B, K, D)."""
         blocks = z.unflatten(1, (self.config.n_layers, self.config.thoughts_per_layer))
         return [
             layer.cross_attention.project(blocks[:, i]) for i, layer in enumerate(self._blocks())
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         return self.above(self.trunk(tokens), z) @ self.embedding.weight.T
 
     def score(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """Log p(x | z) per row, in nats, without ever holding logits for all positions.
+        """Log p(x | z) per row, in nats, without ever holding all logits.
 
         Args:
             trunk: `self.trunk(tokens)`, (B, T, H).

@@ -9,7 +9,8 @@ The length of a sequence is given, not modelled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ltm_pyro.config import ModelConfig, preset
+from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
@@ -74,6 +75,7 @@ class LatentThoughtModel(nn.Module):
             config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
         )
         self._fast_score: Callable[..., Tensor] = self.decoder.score
+        self._precision: Precision = "fp32"
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LatentThoughtModel:
@@ -128,7 +130,7 @@ class LatentThoughtModel(nn.Module):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
         if batch.x is not None and self._prior_learns():
-            self.thought_prior.observe(z.detach())
+            self.thought_prior.show(z.detach())
         return x
 
     def _prior_learns(self) -> bool:
@@ -167,7 +169,25 @@ class LatentThoughtModel(nn.Module):
             tokens, mask = (
                 a.expand(*lead, a.shape[-1]).reshape(-1, a.shape[-1]) for a in (tokens, mask)
             )
-        return scorer(trunk, tokens, mask, rows).view(lead)
+        with self._autocast():
+            return scorer(trunk, tokens, mask, rows).view(lead)
+
+    @contextmanager
+    def computing(self, precision: Precision) -> Iterator[None]:
+        """Inside the block the decoder's matrix products are in this precision.
+
+        With `bf16` weights, thoughts, residuals, norms, sums and log probabilities stay in their
+        own precision; so do prior, guide and KL, which the decoder has no part in.
+        """
+        before, self._precision = self._precision, precision
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
@@ -177,9 +197,9 @@ class LatentThoughtModel(nn.Module):
 
     def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""
-        if isinstance(batch, HiddenInputs):
-            return self.decoder.trunk(tokens, batch.hidden)
-        return self.decoder.trunk(tokens)
+        hidden = batch.hidden if isinstance(batch, HiddenInputs) else None
+        with self._autocast():
+            return self.decoder.trunk(tokens, hidden)
 
     def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
         """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.

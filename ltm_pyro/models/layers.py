@@ -6,8 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 64
-"""Queries per attention block at least: smaller blocks make slow, small matrix products."""
+SMALL_BLOCK, LARGE_BLOCK = 16, 64
+"""Queries per attention block: fewer make slow, small matrix products, more are masked in vain."""
+
+
+def block_shape(window: int, length: int) -> tuple[int, int, int]:
+    """(number of blocks, queries per block, keys per block) of attention over a sliding window."""
+    if window >= length:
+        return 1, length, length
+    block = max(window, min(max(2 * window, SMALL_BLOCK), LARGE_BLOCK))
+    return -(-length // block), block, block + window - 1
+
+
+def fused(window: int, length: int) -> bool:
+    """Whether torch's fused attention serves a window: on small blocks plain products are faster."""
+    return window >= length or window > LARGE_BLOCK
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -32,6 +45,12 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, its sums in single precision at least."""
+    full = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=full).to(scores.dtype)
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal attention in which a position sees itself and the `window - 1` before it.
 
@@ -52,27 +71,39 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if window == 1:
         return v
-    block = max(window, BLOCK)
-    n_blocks = -(-length // block)
+    n_blocks, block, span = block_shape(window, length)
     reach = window - 1
     pad = n_blocks * block - length
-    span = block + reach
     queries = F.pad(q, (0, 0, 0, pad)).view(rows, heads, n_blocks, block, head_dim)
     # Each block's keys are its own and the `reach` before it: overlapping stretches of one tensor.
-    keys = F.pad(k, (0, 0, reach, pad)).unfold(2, span, block).transpose(-1, -2)
+    keys = F.pad(k, (0, 0, reach, pad)).unfold(2, span, block)
     values = F.pad(v, (0, 0, reach, pad)).unfold(2, span, block).transpose(-1, -2)
-    offset = torch.arange(span, device=q.device) - torch.arange(block, device=q.device)[:, None]
-    visible = (offset >= 0) & (offset <= reach)
-    start = torch.arange(n_blocks, device=q.device)[:, None, None] * block
-    visible = visible & (start + torch.arange(span, device=q.device) >= reach)
+    visible = _visible(n_blocks, block, window, q.device)
+    if fused(window, length):
+        out = _fused_blocks(queries, keys.transpose(-1, -2), values, visible)
+    else:
+        scores = ((queries @ keys) * head_dim**-0.5).masked_fill(~visible, -torch.inf)
+        out = softmax(scores) @ values
+    return out.reshape(rows, heads, n_blocks * block, head_dim)[:, :, :length]
+
+
+def _visible(n_blocks: int, block: int, window: int, device: torch.device) -> Tensor:
+    """Which of its keys each query of a block sees, (n_blocks, block, keys per block) bool."""
+    reach = window - 1
+    key = torch.arange(block + reach, device=device)
+    offset = key - torch.arange(block, device=device)[:, None]
+    start = torch.arange(n_blocks, device=device)[:, None, None] * block
+    return (offset >= 0) & (offset <= reach) & (start + key >= reach)
+
+
+def _fused_blocks(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Fused attention inside each block: (B, heads, n_blocks, queries or keys, head_dim) each."""
+    rows, _, n_blocks, *_ = queries.shape
     out = F.scaled_dot_product_attention(
-        queries.transpose(1, 2).reshape(rows * n_blocks, heads, block, head_dim),
-        keys.transpose(1, 2).reshape(rows * n_blocks, heads, span, head_dim),
-        values.transpose(1, 2).reshape(rows * n_blocks, heads, span, head_dim),
+        *(a.transpose(1, 2).flatten(0, 1) for a in (queries, keys, values)),
         attn_mask=visible.repeat(rows, 1, 1)[:, None],
     )
-    out = out.view(rows, n_blocks, heads, block, head_dim).transpose(1, 2)
-    return out.reshape(rows, heads, n_blocks * block, head_dim)[:, :, :length]
+    return out.unflatten(0, (rows, n_blocks)).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -124,6 +155,14 @@ class CrossAttention(nn.Module):
 
     Without biases: z = 0 gives keys and values of zero, so the layer then adds nothing and the
     decoder is exactly the autoregressive model without thoughts.
+
+    There are few thoughts and many positions, so the projections of the positions are taken to the
+    thoughts instead: head a scores position t against thought j by
+
+        (W_q,a h_t) . k_a,j  =  h_t . (W_q,a^T k_a,j)
+
+    and what the heads put out is summed after W_out, which is applied to the values. Products
+    H x H per position become products H x (heads * K_l); the function is the same.
     """
 
     def __init__(self, width: int, n_heads: int, thought_dim: int) -> None:
@@ -134,17 +173,24 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def project(self, z: Tensor) -> Tensor:
-        """Keys and values of the thoughts (B, K_l, D): (2, B, heads, K_l, head_dim)."""
-        rows, thoughts, _ = z.shape
-        kv: Tensor = self.key_value(z).view(rows, thoughts, 2, self.n_heads, -1)
-        return kv.permute(2, 0, 3, 1, 4)
+        """What positions meet of the thoughts (B, K_l, D): (2, B, heads * K_l, H).
 
-    def forward(self, h: Tensor, key_value: Tensor) -> Tensor:
+        First the scaled keys W_q,a^T k_a,j, then the values W_out,a v_a,j.
+        """
+        rows, thoughts, _ = z.shape
+        key, value = self.key_value(z).view(rows, thoughts, 2, self.n_heads, -1).unbind(2)
+        head_dim = key.shape[-1]
+        query = self.query.weight.view(self.n_heads, head_dim, -1)
+        out = self.out.weight.view(-1, self.n_heads, head_dim)
+        keys = torch.einsum("bjad,adh->bajh", key * head_dim**-0.5, query)
+        values = torch.einsum("bjad,had->bajh", value, out)
+        return torch.stack((keys.flatten(1, 2), values.flatten(1, 2)))
+
+    def forward(self, h: Tensor, thoughts: Tensor) -> Tensor:
         """(B, T, H) and projected thoughts to (B, T, H)."""
-        rows, length, _ = h.shape
-        q = self.query(h).view(rows, length, self.n_heads, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, key_value[0], key_value[1])
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        keys, values = thoughts
+        scores = (h @ keys.transpose(-1, -2)).unflatten(-1, (self.n_heads, -1))
+        return softmax(scores).flatten(-2) @ values
 
 
 class SwiGLU(nn.Module):
@@ -185,7 +231,7 @@ class DecoderLayer(nn.Module):
         """`attend` for the single position `t`, with a key/value cache."""
         return h + self.self_attention.step(self.norm_self(h), angles, cache, t)
 
-    def think(self, h: Tensor, key_value: Tensor) -> Tensor:
-        """Cross-attention and SwiGLU, (B, T, H) to (B, T, H)."""
-        h = h + self.cross_attention(self.norm_cross(h), key_value)
+    def think(self, h: Tensor, thoughts: Tensor) -> Tensor:
+        """Cross-attention to projected thoughts and SwiGLU, (B, T, H) to (B, T, H)."""
+        h = h + self.cross_attention(self.norm_cross(h), thoughts)
         return h + self.mlp(self.norm_mlp(h))

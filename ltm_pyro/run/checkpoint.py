@@ -32,7 +32,7 @@ from ltm_pyro.run.files import (
 
 STATE = "state.json"
 _PATTERN = "tensors-*.safetensors"
-_ATTEMPTS = 3  # a reader may lose the race against a fit that replaces its checkpoint
+ATTEMPTS = 3  # a reader may lose the race against a fit that replaces its checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def load(folder: Path, owner: str) -> Checkpoint:
     Raises:
         InputError: if it is absent, cut short or changed.
     """
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         saved = read_json(folder / STATE, owner)
         body = {key: value for key, value in saved.items() if key != "checksum"}
         if saved.get("checksum") != _checksum(body):
             raise damaged(owner, f"{folder.name}/{STATE} does not match its own checksum")
         path = folder / str(body["tensors"])
-        if path.exists() or attempt == _ATTEMPTS - 1:
+        if path.exists() or attempt == ATTEMPTS - 1:
             break
     data = read_bytes(path, owner)
     if sha256(data) != body["sha256"]:
@@ -101,6 +101,18 @@ def load(folder: Path, owner: str) -> Checkpoint:
         return Checkpoint(safetensors.torch.load(data), body["state"])
     except SafetensorError as error:
         raise damaged(owner, f"{folder.name}/{path.name}: {error}") from None
+
+
+def saved_step(folder: Path, owner: str) -> int:
+    """Slow steps of the checkpoint in `folder`.
+
+    Raises:
+        InputError: if it is absent or damaged.
+    """
+    try:
+        return int(read_json(folder / STATE, owner)["state"]["slow_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(owner, f"{folder.name}/{STATE}: {error}") from None
 
 
 def exists(folder: Path) -> bool:

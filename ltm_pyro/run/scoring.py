@@ -94,7 +94,7 @@ def score_run(
         scored, post = batch.suffix(prefix), run.svi.infer(batch.prefix(prefix), fast_steps)
     elif mode == "oracle":
         post = run.svi.infer(batch, fast_steps)
-    scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed)
+    scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed, parallel=run.parallel)
     return HeldOut(split, batch, post, scores, _control_scores(run, scored))
 
 
@@ -127,7 +127,7 @@ def _control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
     fit = run.control()
     if fit.slow_step < run.config.steps:
         return None
-    return evaluate(fit.model, None, batch, _CONTROL_DRAWS, mode="prior")
+    return evaluate(fit.model, None, batch, _CONTROL_DRAWS, mode="prior", parallel=run.parallel)
 
 
 def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.errors import NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import Metrics
 from ltm_pyro.run.files import refuse_protected, writing
@@ -38,20 +38,22 @@ def train(
     Raises:
         Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
         NonFiniteError: on NaN; the checkpoint is of the last good step.
+        ProcessLostError: if another process is gone; the last checkpoint is whole.
         InputError: if the folder cannot be written; its last checkpoint is whole.
     """
     svi, config = run.svi, run.config
     remaining = config.steps - svi.slow_step
     if remaining <= 0:
         return
-    refuse_protected(run.folder)
-    run.metrics_file.truncate(run.metrics)
+    first = run.parallel.first
+    run.parallel.lead(lambda: _ready(run))
     if config.compile:
         run.model.compile_fast_loop()
 
     def on_step(row: Metrics) -> None:
-        run.metrics_file.append(row)
-        if after_step(row):
+        if first:
+            run.metrics_file.append(row)
+        if after_step(row) or run.parallel.stopping:
             raise Interrupted
         if svi.slow_step % config.checkpoint_every == 0:
             run.save()
@@ -61,7 +63,16 @@ def train(
     except (Interrupted, NonFiniteError):
         run.save()
         raise
+    except ProcessLostError:
+        run.save_alone()  # of the last whole step
+        raise
     run.save()
+
+
+def _ready(run: Run) -> None:
+    """Brings the files of a run to the step that it goes on from."""
+    refuse_protected(run.folder)
+    run.metrics_file.truncate(run.metrics)
 
 
 def train_control(
@@ -87,20 +98,18 @@ def train_control(
     remaining = config.steps - fit.slow_step
     if remaining <= 0:
         return fit
-    refuse_protected(run.folder)
-    metrics = run.control_metrics_file
-    done = metrics.read(fit.slow_step)
-    with writing(metrics.path.parent):
-        metrics.path.parent.mkdir(exist_ok=True)
-    metrics.truncate(done)
+    metrics, first = run.control_metrics_file, run.parallel.first
+    run.parallel.lead(lambda: _ready_control(run, fit.slow_step))
 
     def save() -> None:
-        metrics.sync()
+        if first:
+            metrics.sync()
         run.save_control(fit)
 
     def on_step(row: Metrics) -> None:
-        metrics.append(row)
-        if after_step(row):
+        if first:
+            metrics.append(row)
+        if after_step(row) or run.parallel.stopping:
             raise Interrupted
         if fit.slow_step % config.checkpoint_every == 0:
             save()
@@ -112,3 +121,13 @@ def train_control(
         raise
     save()
     return fit
+
+
+def _ready_control(run: Run, step: int) -> None:
+    """Brings the control's files to the step that it goes on from."""
+    refuse_protected(run.folder)
+    metrics = run.control_metrics_file
+    done = metrics.read(step)
+    with writing(metrics.path.parent):
+        metrics.path.parent.mkdir(exist_ok=True)
+    metrics.truncate(done)

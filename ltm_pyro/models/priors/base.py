@@ -27,6 +27,8 @@ class ThoughtPrior(nn.Module, ABC):
 
     Attributes:
         shape: (K, D).
+        held: Draws that wait until those of other processes are there too; `None` where nobody has
+            to be waited for.
     """
 
     family: ClassVar[str] = ""
@@ -34,6 +36,7 @@ class ThoughtPrior(nn.Module, ABC):
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__()
         self.shape = (n_thoughts, thought_dim)
+        self.held: list[Tensor] | None = None
 
     @abstractmethod
     def forward(self) -> TorchDistribution:
@@ -58,6 +61,13 @@ class ThoughtPrior(nn.Module, ABC):
 
         Gradients need nothing of this; a family that takes its start from the data keeps them.
         """
+
+    def show(self, z: Tensor) -> None:
+        """`observe`, now or, where draws are held, later."""
+        if self.held is None:
+            self.observe(z)
+        else:
+            self.held.append(z)
 
 
 _FAMILIES: dict[str, type[ThoughtPrior]] = {}

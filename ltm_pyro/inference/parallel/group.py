@@ -1,0 +1,314 @@
+"""The processes that share a fit: who they are, and what they say to each other.
+
+Started by `torchrun`, they meet through torch's own distributed package: gloo on CPUs, nccl on
+CUDA devices. Everything a fit or a score exchanges passes through `Parallel`, which also notices
+when a process is gone. The default, `Parallel()`, is one process, which exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
+from ltm_pyro.inference.parallel.row_noise import RowNoise
+
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits for one that is alive and silent, e.g. tokenising a large corpus."""
+_NOTICE = 1.0  # seconds in which the system tells that a process has ended
+_BROKEN = re.compile("connection|closed|reset|peer|timed out|socket|remote process", re.IGNORECASE)
+T = TypeVar("T")
+
+
+class Parallel:
+    """The processes that share a fit. Made by `join`; `Parallel()` is one process alone.
+
+    A batch of B sequences is shared in equal parts: process r of W holds rows [r B/W, (r + 1) B/W).
+
+    Attributes:
+        rank: r, this process's number, from 0.
+        size: W.
+        device: Where this process computes.
+        shard: Gradients and AdamW's moments are spread over the processes; see `ShardedClock`.
+        asks_to_stop: Asked at each slow step whether this process wants the fit to stop.
+        stopping: Set by the slow step, in all processes at the same step, once one wants to.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | None = None,
+        shard: bool = False,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device or torch.device("cpu")
+        self.shard = shard and size > 1
+        self.asks_to_stop: Callable[[], bool] = bool
+        self.stopping = False
+        self._whereabouts: list[tuple[str, int]] = []
+        if size > 1:
+            self._whereabouts = self.gather((socket.gethostname(), os.getpid()))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """This process's rows of a batch of `total` sequences.
+
+        Raises:
+            InputError: if the processes cannot have equal parts.
+        """
+        refuse_unequal(total, self.size)
+        part = total // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def share(self, total: int) -> slice:
+        """This process's rows of `total` that need not be shared equally; maybe none."""
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def noise(self, rows: int) -> AbstractContextManager[object]:
+        """Inside the block, this process's `rows` get the noise that they get in one process."""
+        if self.size == 1:
+            return nullcontext()
+        return RowNoise(self.rank * rows, rows, self.size * rows)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place: one message."""
+        if self.size > 1:
+            with self._peers():
+                dist.all_reduce(values)
+        return values
+
+    def sum_and_scatter(self, values: Tensor) -> Tensor:
+        """Part r of the sum over processes, of `values` (W, n): one message, (n,)."""
+        # torch 2.13 gave these calls new names, and warns of the old ones.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        out = torch.empty_like(values[0])
+        with self._peers():
+            scatter(out, values.flatten())
+        return out
+
+    def join_parts(self, part: Tensor) -> Tensor:
+        """The parts (n,) of all processes one after another, (W n,): one message."""
+        join = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        out = part.new_empty(self.size * len(part))
+        with self._peers():
+            join(out, part)
+        return out
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's `value`, small and of plain types."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        with self._peers():
+            dist.all_gather_object(out, value)
+        return out
+
+    def gather_rows(self, mine: Tensor, dim: int = 0) -> Tensor:
+        """Everybody's rows put together in the order of the processes; parts may differ in size."""
+        if self.size == 1:
+            return mine
+        counts = self.gather(mine.shape[dim])
+        front = mine.movedim(dim, 0)
+        padded = front.new_zeros((max(counts), *front.shape[1:]))
+        padded[: len(front)] = front
+        kind = padded.dtype
+        # Not every backend has a wire format for booleans.
+        flat = padded.flatten().to(torch.uint8) if kind == torch.bool else padded.flatten()
+        whole = self.join_parts(flat).to(kind).view(self.size, *padded.shape)
+        parts = [part[:count] for part, count in zip(whole, counts, strict=True)]
+        return torch.cat(parts).movedim(0, dim).contiguous()
+
+    def from_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's tensors, by name, on the CPU where they were there; in everybody."""
+        if self.size == 1:
+            return values
+        shapes = self.say({k: (tuple(v.shape), v.dtype, v.device.type) for k, v in values.items()})
+        out = {}
+        for name, (shape, dtype, place) in shapes.items():
+            at = self.device if place == self.device.type else torch.device(place)
+            held = values[name].contiguous() if self.first else torch.empty(shape, dtype=dtype)
+            sent = held.to(self.device)
+            with self._peers():
+                dist.broadcast(sent, 0)
+            out[name] = sent.to(at)
+        return out
+
+    def say(self, value: T) -> T:
+        """The first process's `value`, small and of plain types, in everybody."""
+        if self.size == 1:
+            return value
+        held = [value]
+        with self._peers():
+            dist.broadcast_object_list(held, 0, device=self.device)
+        return held[0]
+
+    def wait(self) -> None:
+        """Goes on when every process has come here."""
+        self.gather(None)
+
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """The first process does `work` while the others wait; its answer there, else `None`.
+
+        Raises:
+            ToldElsewhereError: in the other processes, where the first one failed.
+        """
+        if self.size == 1:
+            return work()
+        if not self.first:
+            if self.say(""):
+                raise ToldElsewhereError
+            return None
+        try:
+            answer = work()
+        except BaseException as error:
+            self.say(type(error).__name__)
+            raise
+        self.say("")
+        return answer
+
+    def speaks(self, lost: list[int]) -> bool:
+        """Whether this process tells of those that are gone: the first one left on its machine."""
+        here = self._whereabouts[self.rank][0] if self._whereabouts else ""
+        alive = [
+            rank
+            for rank, (host, _) in enumerate(self._whereabouts)
+            if host == here and rank not in lost
+        ]
+        return not alive or alive[0] == self.rank
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Turns the backend's complaint about a broken connection into one about the process."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self._lost()
+            if not lost and not _BROKEN.search(str(error)):
+                raise
+            raise ProcessLostError(lost, self.size, self.speaks(lost)) from None
+
+    def _lost(self) -> list[int]:
+        """Processes of this machine that have ended, as far as the system tells within moments."""
+        here = socket.gethostname()
+        until = time.monotonic() + _NOTICE
+        while True:
+            lost = [
+                rank
+                for rank, (host, pid) in enumerate(self._whereabouts)
+                if host == here and not _alive(pid)
+            ]
+            if lost or time.monotonic() > until:
+                return lost
+            time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine still runs; one that only waits to be buried does not."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another's process, or a system without /proc
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def refuse_unequal(total: int, size: int) -> None:
+    """Refuses a batch that the processes cannot share equally.
+
+    Raises:
+        InputError: saying what would do.
+    """
+    if total % size or total < size:
+        below, above = total // size * size, -(-total // size) * size
+        raise InputError(
+            f"a batch of {total} sequences cannot be shared equally by {size} processes: "
+            f"batch_size is that of all processes together, so choose a multiple of {size}, "
+            f"e.g. {below or above}"
+        )
+
+
+def started() -> tuple[int, int]:
+    """(rank, processes) as `torchrun` started this one; (0, 1) otherwise.
+
+    Raises:
+        InputError: if the environment holds nonsense.
+    """
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise InputError(
+            "RANK and WORLD_SIZE in the environment are not numbers: start many processes with "
+            "torchrun, or unset both"
+        ) from None
+
+
+def join(device: str, shard: bool = False) -> Parallel:
+    """Meets the other processes that `torchrun` started; alone where it started none.
+
+    Args:
+        device: `cpu`, or `cuda`: each process then takes the device of its number on its machine.
+        shard: See `Parallel`.
+
+    Raises:
+        InputError: if there is no such device for this process, or the others cannot be met.
+    """
+    rank, size = started()
+    if size == 1:
+        return Parallel()
+    place = _own_device(device)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    try:
+        store, _, _ = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise InputError(
+            f"process {rank} cannot meet the {size - 1} others: {first_line}; start all with "
+            "torchrun"
+        ) from None
+    return Parallel(rank, size, place, shard)
+
+
+def _own_device(device: str) -> torch.device:
+    """The device of this process among those of its machine."""
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    if device != "cuda":
+        raise InputError(
+            f"device {device!r} for several processes: say --device cuda, and each takes its own"
+        )
+    local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= present:
+        raise InputError(
+            f"this machine has {present} CUDA devices and process {local} on it would need one "
+            "more: start fewer processes with --nproc-per-node"
+        )
+    return torch.device("cuda", local)
+
+
+def leave() -> None:
+    """Closes the connections, where there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,249 @@
+"""Runs made anew, and runs read from their folders, in one process or in all that share them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+import ltm_pyro
+from ltm_pyro.config import FitConfig, from_dict, to_dict
+from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.tokenizer import load_tokenizer
+from ltm_pyro.errors import InputError, nearest
+from ltm_pyro.inference.mapped_store import new_store_files
+from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.run import checkpoint as checkpoints
+from ltm_pyro.run.building import absolute_paths, open_corpus
+from ltm_pyro.run.files import (
+    damaged,
+    json_bytes,
+    new_folder,
+    read_bytes,
+    read_json,
+    refuse_protected,
+    sha256,
+    writing,
+)
+from ltm_pyro.run.folder import (
+    CHECKPOINT,
+    CONFIG,
+    STORE,
+    TOKENIZER,
+    Run,
+    share_checkpoint,
+)
+
+FORMAT = 1
+"""Raised when a run folder's layout changes."""
+
+
+def create_run(
+    folder: str | Path,
+    config: FitConfig,
+    *,
+    corpus: Corpus | None = None,
+    overwrite: bool = False,
+    parallel: Parallel | None = None,
+) -> Run:
+    """A new run at step 0, in a folder that appears whole.
+
+    Everything that can be checked is checked first, so that a fit that cannot start leaves nothing.
+
+    Args:
+        folder: Must not exist, or be empty.
+        config: The settings. `model.vocab_size` and `model.seq_len` make way for the corpus's.
+        corpus: The corpus of `config`, where it is at hand.
+        overwrite: Replace a run that is there.
+        parallel: The processes that will share the fit; the first one makes the folder, and the
+            others come in by `share_run`.
+
+    Raises:
+        InputError: if the settings cannot be used or the folder cannot be written.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, overwrite)
+    refuse_protected(folder)
+    config = absolute_paths(config)
+    corpus = corpus if corpus is not None else open_corpus(config)
+    config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
+    tokenizer = json_bytes(corpus.tokenizer.to_json())
+    facts = {
+        "format": FORMAT,
+        "version": ltm_pyro.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "pyro": pyro.__version__,
+        },
+        "corpus": corpus.describe(),
+        "tokenizer_sha256": sha256(tokenizer),
+    }
+    run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel)
+    files = {
+        CONFIG: json_bytes({**facts, "config": to_dict(config)}),
+        TOKENIZER: tokenizer,
+        **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
+    }
+    if config.persistent:
+        rows = new_store_files(config.batch_size, run.parallel.size)
+        files |= {f"{STORE}/{name}": data for name, data in rows.items()}
+    _replace_folder(folder, files)
+    run.open_rows(0)
+    return run
+
+
+def load_run(
+    folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
+) -> Run:
+    """A run as its last checkpoint left it. Nothing that the folder holds is executed.
+
+    Args:
+        folder: The run folder.
+        device: Where to put the model; where it was fitted by default.
+        parallel: The processes that share the run: the first one reads it, and gives it to all.
+
+    Raises:
+        InputError: if there is no run there, it is damaged, or another version wrote it.
+    """
+    folder = Path(folder)
+    if parallel is None or parallel.size == 1:
+        return read_run(folder, device)
+    return share_run(parallel, parallel.lead(lambda: read_run(folder, device, parallel)))
+
+
+def recorded_config(folder: Path) -> FitConfig:
+    """The settings of the run in `folder`.
+
+    Raises:
+        InputError: if there is no run there, it is damaged, or another version wrote it.
+    """
+    return _read_facts(folder)[1]
+
+
+def read_run(folder: Path, device: str | None = None, parallel: Parallel | None = None) -> Run:
+    """`load_run` in this process alone, whatever others do.
+
+    Raises:
+        InputError: as `load_run` does.
+    """
+    facts, config = _read_facts(folder)
+    label = f"run folder {str(folder)!r}"
+    expected = facts["tokenizer_sha256"]
+    if sha256(read_bytes(folder / TOKENIZER, label)) != expected:
+        raise damaged(label, f"{TOKENIZER} does not match its checksum")
+    tokenizer = load_tokenizer(read_json(folder / TOKENIZER, label))
+    run = Run(folder, config, facts, tokenizer, device, parallel)
+    run.restore()
+    return run
+
+
+def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
+    """What was recorded when the run was made, and its settings."""
+    if not (folder / CONFIG).exists():
+        raise _no_run(folder)
+    label = f"run folder {str(folder)!r}"
+    facts = read_json(folder / CONFIG, label)
+    _check_version(facts, label)
+    try:
+        config = from_dict(FitConfig, facts["config"])
+        facts["tokenizer_sha256"], facts["corpus"]["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(label, f"{CONFIG} lacks {error}") from None
+    except InputError as error:
+        raise damaged(label, f"{CONFIG}: {error}") from None
+    return facts, config
+
+
+def share_run(parallel: Parallel, run: Run | None) -> Run:
+    """The first process's run in all processes, weights and moments included.
+
+    Args:
+        parallel: The processes, who all call this.
+        run: In the first process.
+    """
+    told = None
+    if run is not None:
+        tokenizer = run.tokenizer.to_json()
+        told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer)
+    told = parallel.say(told)
+    assert told is not None
+    folder, config, facts, tokenizer = told
+    if run is None:
+        settings = from_dict(FitConfig, config)
+        run = Run(Path(folder), settings, facts, load_tokenizer(tokenizer), parallel=parallel)
+    own = run
+    saved = share_checkpoint(parallel, lambda: checkpoints.load(own.folder / CHECKPOINT, own.label))
+    assert saved is not None
+    if not parallel.first:
+        run.take_up(saved)
+        run.open_rows(run.svi.slow_step)
+    return run
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuses to put a new run where something is.
+
+    Raises:
+        InputError: saying how to go on with a run that is there, or to replace it.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    is_run = (folder / CONFIG).exists() and (folder / CHECKPOINT).exists()
+    if is_run and not overwrite:
+        raise InputError(
+            f"run folder {str(folder)!r} exists: go on with it by --resume, replace it by "
+            "--overwrite, or choose another --out"
+        )
+    if folder.exists() and not is_run:
+        raise InputError(
+            f"{str(folder)!r} exists and is no run folder: choose another --out, nothing in it is "
+            "touched"
+        )
+
+
+def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Puts a new run at `folder`; one that is there is removed only when the new one is written."""
+    if not folder.exists() or not any(folder.iterdir()):
+        new_folder(folder, files)
+        return
+    fresh, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    with writing(folder):
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+        new_folder(fresh, files)
+        folder.replace(old)
+        fresh.replace(folder)
+        shutil.rmtree(old)
+
+
+def _no_run(folder: Path) -> InputError:
+    if not folder.is_dir():
+        parent = folder.parent
+        near = [p.parent.name for p in parent.glob(f"*/{CONFIG}")] if parent.is_dir() else []
+        guess = nearest(folder.name, near)
+        hint = f"did you mean {str(parent / guess)!r}?" if guess else "make one with ltm-pyro fit"
+        return InputError(f"there is no run folder {str(folder)!r}: {hint}")
+    return damaged(f"run folder {str(folder)!r}", f"{CONFIG} is missing")
+
+
+def _check_version(facts: Mapping[str, Any], label: str) -> None:
+    """Refuses a layout that this version does not know."""
+    written, version = facts.get("format"), str(facts.get("version"))
+    if not isinstance(written, int):
+        raise damaged(label, f"{CONFIG} has no format number")
+    if written != FORMAT or _numbers(version) > _numbers(ltm_pyro.__version__):
+        raise InputError(
+            f"{label} was written by ltm-pyro {version} (format {written}) and this is "
+            f"{ltm_pyro.__version__} (format {FORMAT}): use that version, or fit anew"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
