@@ -20,7 +20,7 @@ import ltm_pyro as ltm
 from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.schedules import learning_rate
-from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
+from ltm_pyro.inference.slow_clock import embedding_weights
 
 
 def gradient(
@@ -86,7 +86,16 @@ class LeanLoop:
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.model, self.fast, self.seed, self.precision = model, fast, seed, precision
-        self.clock = SlowClock(model.parameters(), slow, spare=embedding_weights(model))
+        self.clip_norm = slow.clip_norm
+        self.weights = list(model.parameters())
+        spared = {id(p) for p in embedding_weights(model)}
+        decay = [p for p in self.weights if p.dim() >= 2 and id(p) not in spared]
+        rest = [p for p in self.weights if p.dim() < 2 or id(p) in spared]
+        groups = [
+            {"params": decay, "weight_decay": slow.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=slow.lr, betas=slow.betas, fused=True)
         self.slow_step = 0
 
     def infer(self, batch: ltm.Batch) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,11 @@ class LeanLoop:
             log_likelihood = self.model.log_likelihood(z, batch).sum()
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
         loss = (kl - log_likelihood) / batch.n_tokens.sum()
-        self.clock.gradient(loss)
-        self.clock.step(0, 1)
+        for p, g in zip(self.weights, torch.autograd.grad(loss, self.weights), strict=True):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(self.weights, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.slow_step += 1
         return float(loss.detach())
 
@@ -114,7 +126,7 @@ class LeanLoop:
         shape = (len(batch), *self.model.thought_shape)
         mu, log_variance = (self.model.decoder.bos.new_zeros(shape).detach() for _ in range(2))
         adam_mu, adam_variance = _Adam(mu, fast), _Adam(log_variance, fast)
-        with frozen(self.clock.parameters), seeded(seed, mu.device):
+        with frozen(self.weights), seeded(seed, mu.device):
             prepared = self.model.prepare(batch)
             for step in range(fast.steps):
                 if fast.noise == "fixed":
