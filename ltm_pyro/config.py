@@ -234,6 +234,13 @@ class FitConfig:
     """A torch device, e.g. `cpu` or `cuda`."""
     compile: bool = True
     """Compile the likelihood of the fast loop; without a compiler it runs uncompiled."""
+    precision: Precision = "fp32"
+    """Of the decoder's matrix products while it is fitted: `fp32`, or `bf16`, faster where the
+    processor has it. Weights, local parameters, KL and sums stay in fp32, and so do scores."""
+    micro_batch: int = 0
+    """Rows that both clocks take at a time, to save memory; 0: all rows of the batch."""
+    checkpointing: bool = False
+    """Compute layers again in the slow step's backward pass instead of keeping what they did."""
     shard: bool = False
     """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: bool = False
@@ -256,8 +263,12 @@ class FitConfig:
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
             _require(ok, f"{name} is {value!r}: must be a whole number above 0")
-        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
-        _require(ok, f"seed is {self.seed!r}: must be a whole number, 0 or more")
+        for name in ("seed", "micro_batch"):
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            _require(ok, f"{name} is {value!r}: must be a whole number, 0 or more")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", str(self.precision), PRECISIONS)
 
 
 _ANNEALED = Slow(kl_start=0.02)

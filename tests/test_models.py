@@ -112,9 +112,13 @@ def test_likelihood_has_the_references_gradients(model: LatentThoughtModel) -> N
         EXACT.assert_close(a, b)
 
 
-@pytest.mark.parametrize("chunk", [4, 10, 10**6])
-def test_chunked_cross_entropy_is_log_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk * 5)
+@pytest.mark.parametrize("columns", [1, 2, 5, 4096])
+@pytest.mark.parametrize("rows", [4, 10, 10**6])
+def test_tiled_cross_entropy_is_log_softmax(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", columns)
+    monkeypatch.setattr(cross_entropy, "TILE_ELEMENTS", rows * min(columns, 5))
     h = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(5, (23,))

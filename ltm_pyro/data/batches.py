@@ -98,11 +98,13 @@ class Batch:
         length = self.mask.shape[1]
         if not 1 <= n < length:
             raise InputError(f"prefix of {n} positions: must be from 1 to {length - 1}")
-        return replace(self, mask=self.mask & self._positions().lt(n))
+        return replace(self, mask=self.mask & self.positions.lt(n))
 
     def suffix(self, n: int) -> Batch:
         """The same sequences with only the positions after the first `n` scored."""
-        return replace(self, mask=self.mask & self._positions().ge(n))
+        return replace(self, mask=self.mask & self.positions.ge(n))
 
-    def _positions(self) -> Tensor:
+    @property
+    def positions(self) -> Tensor:
+        """Positions counted from 0, (T,)."""
         return torch.arange(self.mask.shape[1], device=self.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -20,9 +20,10 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_pyro.config import Fast, Slow
+from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.fast_loop import (
     FastResult,
     frozen,
@@ -89,6 +90,11 @@ class DualRateSVI:
             them; a run folder keeps them on disk (`MappedStore`).
         parallel: The processes that share the fit, each with its rows of every batch; this one
             alone by default.
+        compile: Compile the likelihood of the fast loop (tens of seconds, once per shape; kept in
+            the cache folder), with a warning where no compiler works.
+        precision: `fp32`, or `bf16` for the decoder's matrix products.
+        micro_batch: Rows that both clocks take at a time, to save memory; all by default.
+        checkpointing: Compute layers again in the slow step's backward pass, to save memory.
 
     Attributes:
         metrics: One row per slow step; see `step`.
@@ -106,7 +112,18 @@ class DualRateSVI:
         seed: int = 0,
         persistent: bool = False,
         parallel: Parallel | None = None,
+        compile: bool = False,
+        precision: Precision = "fp32",
+        micro_batch: int | None = None,
+        checkpointing: bool = False,
     ) -> None:
+        self.engine = Engine(
+            compile=compile,
+            precision=precision,
+            micro_batch=micro_batch,
+            checkpointing=checkpointing,
+        )
+        self.engine.prepare(model)
         self.model = model
         self.guide = guide
         self.fast = fast or Fast()
@@ -167,7 +184,8 @@ class DualRateSVI:
         def fit(rows: Batch) -> FastResult:
             return self._fit_local(rows, steps, noise, 1.0, record=True, warm=warm_start)[0]
 
-        result = fit_shared(self.parallel, self.guide, ordered, fit)
+        with self.engine.computing(self.model):
+            result = fit_shared(self.parallel, self.guide, ordered, fit, self.engine)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
         return fitted_posterior(
@@ -210,33 +228,21 @@ class DualRateSVI:
         now, total = self.slow_step, self.horizon
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
         shown = self.word_dropout(batch, now)
-        result, moments = FastResult(*torch.zeros(3, device=batch.device)), None
-        held = HeldDraws(self.model, self.parallel)
+        thinks = total is None or thoughts_joined(self.slow, now, total)
+        parts = self.engine.parts(len(batch))
+        held = HeldDraws(self.model, self.parallel, parts=len(parts))
         try:
-            with self.parallel.noise(len(batch)), held:
-                if total is None or thoughts_joined(self.slow, now, total):
-                    result, moments = self._fast_loop(shown, weight)
-                    loss = self._slow_loss(batch, shown, weight)
-                else:
-                    loss = self._thoughtless_loss(batch, shown)
-            n_tokens = batch.n_tokens.sum()
-            self._slow_gradient(batch, loss, n_tokens)
+            with held, self.engine.computing(self.model):
+                done = [self._part(batch, shown, rows, weight, thinks) for rows in parts]
         except NonFiniteError as error:
             raise self.clock.report(error, now) from None
-        sums = StepSums(
-            nll=loss.nll.mean(),
-            kl=loss.kl.mean(),
-            grad_norm=result.grad_norm,
-            objective=loss.objective.detach(),
-            gain=result.first - result.last,
-            n_tokens=n_tokens,
-        )
-        sums, norm = self.clock.exchange(sums, now)
+        sums, norm = self.clock.exchange(StepSums.of([part for part, _ in done]), now)
         held.show()
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
-        if self.store is not None and moments is not None and moments.params:
-            self.store.scatter(batch.ids, {**self.guide.rows(), **moments.state()})
+        if self.store is not None and thinks and self.guide.local_parameters():
+            fitted = [rows for _, rows in done]
+            self.store.scatter(batch.ids, {k: torch.cat([r[k] for r in fitted]) for k in fitted[0]})
         self.slow_step += 1
         seconds = time.perf_counter() - began
         rows, n = len(batch) * self.parallel.size, float(sums.n_tokens)
@@ -249,7 +255,7 @@ class DualRateSVI:
             "elbo_per_token": elbo * rows / n,
             "objective": -float(sums.objective) / rows,
             "kl_weight": weight,
-            "lr_fast": 0.0 if moments is None else learning_rate(self.fast, 0, self.fast.steps),
+            "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if thinks else 0.0,
             "lr_slow": lr,
             "grad_norm_fast": float(sums.grad_norm),
             "grad_norm_slow": float(norm),
@@ -355,6 +361,7 @@ class DualRateSVI:
                 seed=self.seed,
                 persistent=self.store is not None,
                 parallel=self.parallel,
+                **asdict(self.engine),
             )
             return alone.fit(source, steps, batch_size, progress=progress)
 
@@ -391,6 +398,38 @@ class DualRateSVI:
                 record=record,
             )
         return result, optimizer
+
+    def _part(
+        self, batch: Batch, shown: Batch, rows: slice, weight: float, thinks: bool
+    ) -> tuple[StepSums, dict[str, Tensor]]:
+        """Both clocks on some rows of the batch: adds to the slow gradient.
+
+        Returns:
+            What they add to the batch's sums, and their local parameters and moments, for a store.
+        """
+        n_tokens, n = batch.n_tokens.sum(), len(batch)
+        noise = self.parallel.noise(rows, n)
+        if rows != slice(0, n):
+            batch, shown = batch.select(rows), shown.select(rows)
+        result, fitted = FastResult(*torch.zeros(3, device=batch.device)), {}
+        with noise:
+            if thinks:
+                result, moments = self._fast_loop(shown, weight)
+                loss = self._slow_loss(batch, shown, weight)
+                if self.store is not None:
+                    fitted = {**self.guide.rows(), **moments.state()}
+            else:
+                loss = self._thoughtless_loss(batch, shown)
+        self._slow_gradient(batch, loss, n_tokens)
+        sums = StepSums(
+            nll=loss.nll.sum() / n,
+            kl=loss.kl.sum() / n,
+            grad_norm=result.grad_norm * (len(batch) / n),
+            objective=loss.objective.detach(),
+            gain=result.first - result.last,
+            n_tokens=batch.n_tokens.sum(),
+        )
+        return sums, fitted
 
     def _fast_loop(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
         """The fast loop of a slow step, from the store where there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ def embedding_weights(*parts: object) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a slow step reports of a batch; where processes share it, first of their own rows.
+    """What a slow step reports of a batch; of its parts, and of processes' own rows, at first.
+
+    Means of a part are sums over its sequences divided by those of the process's whole batch.
 
     Attributes:
         nll: Mean over sequences, nats.
@@ -46,9 +48,15 @@ class StepSums:
     gain: Tensor
     n_tokens: Tensor
 
+    @staticmethod
+    def of(parts: list[StepSums]) -> StepSums:
+        """The sums of a batch from those of its parts."""
+        names = [f.name for f in fields(StepSums)]
+        return StepSums(**{n: torch.stack([getattr(p, n) for p in parts]).sum(0) for n in names})
+
 
 def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
-    """AdamW that decays the one and spares the other."""
+    """AdamW that decays the one and spares the other, in one pass over the weights."""
     groups = [
         {"params": decayed, "weight_decay": slow.weight_decay},
         {"params": rest, "weight_decay": 0.0},
@@ -57,6 +65,7 @@ def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.
         [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],
         lr=slow.lr,
         betas=slow.betas,
+        fused=all(p.device.type in ("cpu", "cuda") for p in [*decayed, *rest]),
     )
 
 
@@ -99,6 +108,8 @@ class SlowClock:
             return
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for p, g in zip(self.parameters, gradients, strict=True):
+            # Laid out as the weight is: torch's fused AdamW on the CPU reads by place in memory.
+            g = None if g is None else g.contiguous()
             p.grad = g if p.grad is None or g is None else p.grad + g
 
     def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
@@ -160,5 +171,4 @@ class SlowClock:
             number, name = key.split(".", 1)
             p = self.parameters[int(number)]
             moments: dict[str, Any] = self.optimizer.state[p]
-            # Step counts stay on the CPU, where AdamW keeps them.
-            moments[name] = value.clone() if name == "step" else value.to(p).clone()
+            moments[name] = value.to(p.device).clone() if name == "step" else value.to(p).clone()

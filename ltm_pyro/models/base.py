@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
 
 SITE_Z = "z"
 SITE_X = "x"
 PLATE = "sequences"
 """The plate over sequences, dim -1, in every model and every guide."""
+
+
+@runtime_checkable
+class Computes(Protocol):
+    """A model whose likelihood can be computed in several ways; the language model's can."""
+
+    def computing(
+        self, precision: Precision = "fp32", checkpointing: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside the block the likelihood is computed in this way."""
+        ...
+
+    def compile_fast_loop(self) -> None:
+        """Compiles the likelihood that the fast loop calls."""
+        ...
 
 
 @runtime_checkable

@@ -6,8 +6,8 @@ gradient by h, since with p = softmax(h E^T)
     log p(y)          =  h . E[y] - log sum_v exp(h . E[v])
     d log p(y) / d h  =  E[y] - sum_v p_v E[v]
 
-and both sums can be kept up tile by tile against a running maximum (as the attention of Dao et al.
-2022, arXiv 2205.14135, does with keys). The gradient by E needs p, so it visits the tiles once more.
+and both sums can be kept up tile by tile against a running maximum, as the attention of Dao et al.
+(2022, arXiv 2205.14135) does with keys. The gradient by E needs p, so it visits the tiles once more.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def _visit(
             total = total * shrink + tile_total
             mean = mean * shrink[:, None] + tile_mean if gradient else mean
         top = highest
-    assert top is not None and total is not None and mean is not None
+    assert top is not None
+    assert total is not None
+    assert mean is not None
     target = weight[targets].to(full)
     log_norm = top + total.log()
     log_prob = (h.to(full) * target).sum(1) - log_norm

@@ -10,10 +10,13 @@ clocks in `inference`, not of the network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
@@ -36,7 +39,11 @@ class DecoderState:
 
 
 class Decoder(nn.Module):
-    """Causal decoder over V tokens, guided by K = L * K_l thoughts of D dimensions."""
+    """Causal decoder over V tokens, guided by K = L * K_l thoughts of D dimensions.
+
+    Attributes:
+        checkpointing: While weights learn, keep the layers' inputs alone for the backward pass.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,6 +57,7 @@ class Decoder(nn.Module):
             for _ in range(config.n_layers)
         )
         self.norm = nn.RMSNorm(config.width)
+        self.checkpointing = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,12 +117,16 @@ class Decoder(nn.Module):
         """From the first cross-attention to the final norm: (B, T, H), (B, K, D) to (B, T, H)."""
         h = trunk
         angles = self._angles(0, trunk.shape[1])
-        for i, (layer, thoughts) in enumerate(
-            zip(self._blocks(), self.thought_keys(z), strict=True)
-        ):
-            if i > 0:
-                h = layer.attend(h, angles)
-            h = layer.think(h, thoughts)
+        recompute = self.checkpointing and torch.is_grad_enabled() and self.bos.requires_grad
+        first, *others = zip(self._blocks(), self.thought_keys(z), strict=True)
+        calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = [(first[0].think, first[1:])]
+        calls += [(layer, (angles, thoughts)) for layer, thoughts in others]
+        for layer, inputs in calls:
+            h = (
+                checkpoint(layer, h, *inputs, use_reentrant=False)
+                if recompute
+                else layer(h, *inputs)
+            )
         return self.norm(h)
 
     def logits(self, tokens: Tensor, z: Tensor) -> Tensor:

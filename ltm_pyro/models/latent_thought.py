@@ -8,9 +8,8 @@ The length of a sequence is given, not modelled.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +17,12 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
+from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
 from ltm_pyro.models.priors import ThoughtPrior, build_prior
@@ -31,7 +30,10 @@ from ltm_pyro.models.priors import ThoughtPrior, build_prior
 
 @dataclass(frozen=True)
 class PreparedBatch(Batch):
-    """A batch with the decoder's trunk (B, T, H) computed: valid while the weights stay."""
+    """A batch with the decoder's trunk (B, T, H) computed: valid while the weights stay.
+
+    T may be shorter than in the batch it was made from: columns that no row fills are cut off.
+    """
 
     trunk: Tensor = None  # type: ignore[assignment]
 
@@ -74,7 +76,7 @@ class LatentThoughtModel(nn.Module):
         self.thought_prior: ThoughtPrior = build_prior(
             config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
         )
-        self._fast_score: Callable[..., Tensor] = self.decoder.score
+        self._fast_score: Score = self.decoder.score
         self._precision: Precision = "fp32"
 
     @classmethod
@@ -173,33 +175,47 @@ class LatentThoughtModel(nn.Module):
             return scorer(trunk, tokens, mask, rows).view(lead)
 
     @contextmanager
-    def computing(self, precision: Precision) -> Iterator[None]:
-        """Inside the block the decoder's matrix products are in this precision.
+    def computing(
+        self, precision: Precision = "fp32", checkpointing: bool = False
+    ) -> Iterator[None]:
+        """Inside the block the decoder computes in this way.
 
-        With `bf16` weights, thoughts, residuals, norms, sums and log probabilities stay in their
-        own precision; so do prior, guide and KL, which the decoder has no part in.
+        Args:
+            precision: Of matrix products. With `bf16` weights, thoughts, residuals, norms, sums and
+                log probabilities stay in their own precision; so do prior, guide and KL, which the
+                decoder has no part in.
+            checkpointing: Where weights learn, keep the inputs of layers alone and compute the rest
+                again in the backward pass: less memory, a third more work in the slow step.
         """
-        before, self._precision = self._precision, precision
+        before = self._precision, self.decoder.checkpointing
+        self._precision, self.decoder.checkpointing = precision, checkpointing
         try:
             yield
         finally:
-            self._precision = before
+            self._precision, self.decoder.checkpointing = before
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self._precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the part below the first cross-attention computed once."""
-        trunk = self._trunk(batch.observed, batch)
-        return PreparedBatch(batch.x, batch.mask, batch.ids, trunk)
+        """The batch with the part below the first cross-attention computed once.
+
+        Columns that are padding in every row are left out, up to the next bucket's length.
+        """
+        length = bucket_length(batch)
+        trunk = self._trunk(batch.observed[:, :length], batch)
+        x, mask = batch.observed[:, :length], batch.mask[:, :length]
+        return PreparedBatch(x, mask, batch.ids, trunk)
 
     def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""
-        hidden = batch.hidden if isinstance(batch, HiddenInputs) else None
         with self._autocast():
-            return self.decoder.trunk(tokens, hidden)
+            if isinstance(batch, HiddenInputs):
+                return self.decoder.trunk(tokens, batch.hidden[:, : tokens.shape[1]])
+            return self.decoder.trunk(tokens)
 
     def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
         """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
@@ -234,20 +250,5 @@ class LatentThoughtModel(nn.Module):
         Only the fast loop is compiled: it is T_fast times the cost of everything else, and one
         graph (weights frozen, thoughts learning) costs one compilation.
         """
-        # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
-        validate = Distribution._validate_args
-        compiled = torch.compile(self.decoder.score, dynamic=False)
-        Distribution.set_default_validate_args(validate)
-
-        def score(*args: Tensor) -> Tensor:
-            try:
-                return compiled(*args)
-            except Exception as error:  # whatever a missing or broken compiler raises
-                warnings.warn(
-                    f"the likelihood runs uncompiled, more slowly: {type(error).__name__}",
-                    stacklevel=2,
-                )
-                self._fast_score = self.decoder.score
-                return self._fast_score(*args)
-
-        self._fast_score = score
+        if not isinstance(self._fast_score, CompiledScore):
+            self._fast_score = CompiledScore(self.decoder.score)

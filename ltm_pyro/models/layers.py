@@ -19,7 +19,7 @@ def block_shape(window: int, length: int) -> tuple[int, int, int]:
 
 
 def fused(window: int, length: int) -> bool:
-    """Whether torch's fused attention serves a window: on small blocks plain products are faster."""
+    """Whether torch's fused attention serves a window; small blocks are faster without."""
     return window >= length or window > LARGE_BLOCK
 
 
@@ -99,10 +99,9 @@ def _visible(n_blocks: int, block: int, window: int, device: torch.device) -> Te
 def _fused_blocks(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """Fused attention inside each block: (B, heads, n_blocks, queries or keys, head_dim) each."""
     rows, _, n_blocks, *_ = queries.shape
-    out = F.scaled_dot_product_attention(
-        *(a.transpose(1, 2).flatten(0, 1) for a in (queries, keys, values)),
-        attn_mask=visible.repeat(rows, 1, 1)[:, None],
-    )
+    q, k, v = (a.transpose(1, 2).flatten(0, 1) for a in (queries, keys, values))
+    mask = visible.repeat(rows, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.unflatten(0, (rows, n_blocks)).transpose(1, 2)
 
 
@@ -230,6 +229,10 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """`attend` for the single position `t`, with a key/value cache."""
         return h + self.self_attention.step(self.norm_self(h), angles, cache, t)
+
+    def forward(self, h: Tensor, angles: tuple[Tensor, Tensor], thoughts: Tensor) -> Tensor:
+        """The whole layer, (B, T, H) to (B, T, H)."""
+        return self.think(self.attend(h, angles), thoughts)
 
     def think(self, h: Tensor, thoughts: Tensor) -> Tensor:
         """Cross-attention to projected thoughts and SwiGLU, (B, T, H) to (B, T, H)."""

@@ -78,6 +78,9 @@ class Run:
             elbo=build_objective(config.objective, **config.objective_options),
             seed=config.seed,
             persistent=config.persistent,
+            precision=config.precision,
+            micro_batch=config.micro_batch or None,
+            checkpointing=config.checkpointing,
             parallel=self.parallel,
         )
         self.svi.horizon = config.steps

@@ -82,11 +82,17 @@ class Parallel:
         """This process's rows of `total` that need not be shared equally; maybe none."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
-    def noise(self, rows: int) -> AbstractContextManager[object]:
-        """Inside the block, this process's `rows` get the noise that they get in one process."""
-        if self.size == 1:
+    def noise(self, part: slice, rows: int) -> AbstractContextManager[object]:
+        """Inside the block, sequences get the noise that they get when all are fitted at once.
+
+        Args:
+            part: Which of this process's rows are fitted.
+            rows: How many this process has.
+        """
+        total, count = self.size * rows, part.stop - part.start
+        if count == total:
             return nullcontext()
-        return RowNoise(self.rank * rows, rows, self.size * rows)
+        return RowNoise(self.rank * rows + part.start, count, total)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in place: one message."""

@@ -14,18 +14,20 @@ from ltm_pyro.models.priors.base import ThoughtPrior
 class HeldDraws:
     """Inside the block draws for `ThoughtPrior.observe` wait, until `show` puts all together.
 
-    They cannot be put together at once: a process that has met NaN would not take part. Does
-    nothing for one process, and for priors that keep no draws.
+    They cannot be put together at once: a process that has met NaN would not take part, and a
+    prior that moved between two parts of a batch would be another for each. Does nothing for one
+    process that takes its batch whole, and for priors that keep no draws.
 
     Args:
         model: Its learned prior, if it has one, is shown the draws.
         parallel: The processes.
+        parts: In which each takes its rows.
     """
 
-    def __init__(self, model: LatentModel, parallel: Parallel) -> None:
+    def __init__(self, model: LatentModel, parallel: Parallel, parts: int = 1) -> None:
         prior = getattr(model, "thought_prior", None)
         keeps = isinstance(prior, ThoughtPrior) and type(prior).observe is not ThoughtPrior.observe
-        self.prior: ThoughtPrior | None = prior if keeps and parallel.size > 1 else None
+        self.prior: ThoughtPrior | None = prior if keeps and parallel.size * parts > 1 else None
         self.parallel = parallel
         self.draws: list[Tensor] = []
 

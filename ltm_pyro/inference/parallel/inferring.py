@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.parallel.group import Parallel
 from ltm_pyro.inference.parallel.row_noise import RowNoise
@@ -21,46 +24,84 @@ def fit_shared(
     guide: LocalGuide,
     batch: Batch,
     fit: Callable[[Batch], FastResult],
+    engine: Engine,
 ) -> FastResult:
-    """Fits the guide to a batch, each process its part; in the end every process holds all rows.
+    """Fits the guide to a batch, each process its rows; in the end every process holds all rows.
 
-    Parts need not be equal. Noise is that of the whole batch, so the answer is that of one process.
+    Rows need not be shared equally. Noise is that of the whole batch, so the answer is that of one
+    process that takes the batch at once.
 
     Args:
         parallel: The processes.
         guide: Holds the B rows of `batch` afterwards.
         batch: The sequences, the same ones in every process.
         fit: Resets the guide for some rows and fits them.
+        engine: How many rows are fitted at a time.
 
     Raises:
         NonFiniteError: in all processes, if there was NaN in one.
         ProcessLostError: if a process is gone.
     """
     total = len(batch)
-    if parallel.size == 1 or total < parallel.size:
+    alone = parallel.size == 1 or total < parallel.size
+    mine = slice(0, total) if alone else parallel.share(total)
+    parts = engine.parts(mine.stop - mine.start)
+    if alone and len(parts) == 1:
         return fit(batch)
-    mine = parallel.share(total)
     failed: NonFiniteError | None = None
+    results, rows = [], []
     try:
-        with RowNoise(mine.start, mine.stop - mine.start, total):
-            result = fit(batch.select(mine))
+        for part in parts:
+            start, stop = mine.start + part.start, mine.start + part.stop
+            with RowNoise(start, stop - start, total):
+                results.append(fit(batch.select(slice(start, stop))))
+            rows.append(guide.rows())
     except NonFiniteError as error:
         failed = error
-    ids = parallel.gather(None if failed is None else failed.ids)
+    ids = [None if failed is None else failed.ids]
+    if not alone:
+        ids = parallel.gather(ids[0])
     if any(some is not None for some in ids):
         raise NonFiniteError([i for some in ids for i in some or ()], -1)
-    rows = {name: parallel.gather_rows(value) for name, value in guide.rows().items()}
+    fitted = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
+    result = _one_after_another(results)
+    if not alone:
+        fitted = {name: parallel.gather_rows(value) for name, value in fitted.items()}
+        result = _put_together(parallel, result)
     guide.reset(batch)
-    guide.load_rows(rows)
-    return _put_together(parallel, result)
+    guide.load_rows(fitted)
+    return result
+
+
+_TRACED = ("elbo", "nll", "kl", "grad_norm")
+
+
+def _one_after_another(parts: list[FastResult]) -> FastResult:
+    """What the parts of one process's rows report together."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    trace, own = first.trace, None
+    if trace is not None:
+        traces = [part.trace for part in parts if part.trace is not None]
+        whole = {n: torch.cat([getattr(t, n) for t in traces], dim=1) for n in _TRACED}
+        trace = replace(trace, **whole)
+    if first.own_draw_elbo is not None:
+        own = torch.cat([p.own_draw_elbo for p in parts if p.own_draw_elbo is not None])
+    return replace(
+        first,
+        first=torch.stack([part.first for part in parts]).sum(),
+        last=torch.stack([part.last for part in parts]).sum(),
+        own_draw_elbo=own,
+        trace=trace,
+    )
 
 
 def _put_together(parallel: Parallel, mine: FastResult) -> FastResult:
     """What all processes report: sums of the sums, and the rows of all."""
     trace, own = mine.trace, mine.own_draw_elbo
     if trace is not None:
-        names = ("elbo", "nll", "kl", "grad_norm")
-        whole = {name: parallel.gather_rows(getattr(trace, name), dim=1) for name in names}
+        whole = {n: parallel.gather_rows(getattr(trace, n), dim=1) for n in _TRACED}
         trace = replace(trace, **whole)
     return replace(
         mine,

@@ -1,0 +1,86 @@
+"""The likelihood compiled, for batches of any size in a bounded number of graphs.
+
+A graph is compiled for one shape, and compiling takes tens of seconds. Batches are therefore filled
+up with empty rows to one of a few sizes; how long their sequences are, `bucket_length` has already
+rounded. Which graph serves a batch depends on its shape alone, so a fit that is interrupted and
+goes on uses the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.cache import default_folder
+
+Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Log p(x | z) per row, (B,), of trunk (B, T, H), tokens and mask (B, T), and z (B, K, D)."""
+
+GRAPHS = 32
+"""Shapes that are compiled in one process; torch runs further ones uncompiled."""
+SHORTEST = 16
+"""Tokens of the shortest bucket."""
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def bucket_length(batch: Batch) -> int:
+    """The length that a batch can be cut to: a power of two that holds every row, or all of it."""
+    whole = batch.mask.shape[1]
+    if batch.device.type == "meta":  # has shapes and no values
+        return whole
+    longest = int((batch.mask.any(0) * (batch.positions + 1)).max())
+    return min(whole, max(SHORTEST, 1 << (longest - 1).bit_length()))
+
+
+def bucket_rows(rows: int) -> int:
+    """The number of rows that a batch is filled up to: at most a seventh more than it has."""
+    step = max(1, (1 << rows.bit_length()) // 16)
+    return -(-rows // step) * step
+
+
+class CompiledScore:
+    """`score`, compiled per bucket; where no compiler works, uncompiled, with a warning.
+
+    Compiled code is kept in the package's cache folder, so the next process starts faster.
+
+    Args:
+        score: What to compile.
+    """
+
+    def __init__(self, score: Score) -> None:
+        self._plain = score
+        os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))
+        # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
+        validate = Distribution._validate_args
+        self._compiled: Score | None = torch.compile(score, dynamic=False)
+        Distribution.set_default_validate_args(validate)
+
+    def __call__(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """Log p(x | z) per row, (B,)."""
+        if self._compiled is None:
+            return self._plain(trunk, tokens, mask, z)
+        rows = len(z)
+        empty = bucket_rows(rows) - rows
+        filled = [_filled(value, empty) for value in (trunk, tokens, mask, z)]
+        try:
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                return self._compiled(*filled)[:rows]
+        except Exception as error:  # whatever a missing or broken compiler raises
+            warnings.warn(
+                f"the likelihood runs uncompiled, more slowly: {type(error).__name__}",
+                stacklevel=2,
+            )
+            self._compiled = None
+            return self._plain(trunk, tokens, mask, z)
+
+
+def _filled(value: Tensor, empty: int) -> Tensor:
+    """`value` (B, ...) with `empty` rows of zeros after it: masked out, they score 0."""
+    return value if not empty else F.pad(value, (0, 0) * (value.dim() - 1) + (0, empty))
