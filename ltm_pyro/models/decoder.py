@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.layers import DecoderLayer, rotary_angles
-from ltm_pyro.models.writing import LayerWriter, Turns
+from ltm_pyro.models.writing import LayerWriter, Norm, Turns, product
 
 
 @dataclass
@@ -29,12 +29,14 @@ class DecoderState:
     Attributes:
         thoughts: Per layer, keys and values of the thoughts (2, B, heads, K_l, head_dim).
         layers: Per layer, its memory of the last W positions.
+        norm: The norm after the last layer.
         turns: Rotary angles.
         t: The next position.
     """
 
     thoughts: list[Tensor]
     layers: list[LayerWriter]
+    norm: Norm
     turns: Turns
     t: int = 0
 
@@ -147,10 +149,10 @@ class Decoder(nn.Module):
         size = min(self.config.window, self.config.seq_len)
         thoughts = self.thought_keys(z)
         layers = [
-            LayerWriter(layer, kv, size)
-            for layer, kv in zip(self._blocks(), thoughts, strict=True)
+            LayerWriter(layer, kv, size) for layer, kv in zip(self._blocks(), thoughts, strict=True)
         ]
-        return DecoderState(thoughts, layers, Turns(self.config.width // self.config.n_heads, z))
+        turns = Turns(self.config.width // self.config.n_heads, z)
+        return DecoderState(thoughts, layers, Norm(self.norm), turns)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: DecoderState) -> None:
@@ -188,4 +190,4 @@ class Decoder(nn.Module):
         for layer in state.layers:
             h = layer.step(h, turn, state.t)
         state.t += 1
-        return F.linear(self.norm(h), weight)
+        return product(state.norm(h), weight)
