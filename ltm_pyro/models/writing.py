@@ -143,8 +143,9 @@ class LayerWriter:
         first, second = kv[:, 0].unbind(-2)
         keys = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
         slots = torch.arange(last, length, device=h.device) % self.size
-        self.keys[:, :, slots] = keys
-        self.values[:, :, slots] = kv[:, 1].flatten(-2)
+        # Under autocast the products come in another dtype than the ring's.
+        self.keys[:, :, slots] = keys.to(self.ring.dtype)
+        self.values[:, :, slots] = kv[:, 1].flatten(-2).to(self.ring.dtype)
 
     def step(self, h: Tensor, turn: Turn, t: int) -> Tensor:
         """Position `t` through the layer, (B, H) to (B, H)."""
