@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.layers import DecoderLayer, rotary_angles
-from ltm_pyro.models.writing import LayerWriter, Norm, Turns, product
+from ltm_pyro.models.writing import LARGE, LayerWriter, Norm, Turns, arrange, product
 
 
 @dataclass
@@ -30,6 +30,7 @@ class DecoderState:
         thoughts: Per layer, keys and values of the thoughts (2, B, heads, K_l, head_dim).
         layers: Per layer, its memory of the last W positions.
         norm: The norm after the last layer.
+        output: The output embedding, as `product` takes it.
         turns: Rotary angles.
         t: The next position.
     """
@@ -37,6 +38,7 @@ class DecoderState:
     thoughts: list[Tensor]
     layers: list[LayerWriter]
     norm: Norm
+    output: Tensor
     turns: Turns
     t: int = 0
 
@@ -148,11 +150,15 @@ class Decoder(nn.Module):
         """An empty memory for generating B rows guided by z (B, K, D)."""
         size = min(self.config.window, self.config.seq_len)
         thoughts = self.thought_keys(z)
+        large = sum(p.numel() for p in self.parameters()) >= LARGE
+        halved = large and len(z) == 1 and z.is_cpu
         layers = [
-            LayerWriter(layer, kv, size) for layer, kv in zip(self._blocks(), thoughts, strict=True)
+            LayerWriter(layer, kv, size, halved)
+            for layer, kv in zip(self._blocks(), thoughts, strict=True)
         ]
         turns = Turns(self.config.width // self.config.n_heads, z)
-        return DecoderState(thoughts, layers, Norm(self.norm), turns)
+        output = arrange(self.embedding.weight, halved)
+        return DecoderState(thoughts, layers, Norm(self.norm), output, turns)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: DecoderState) -> None:
@@ -181,13 +187,12 @@ class Decoder(nn.Module):
         Returns:
             (B, V).
         """
-        weight = self.embedding.weight
         if previous is None:
             h = self.bos.expand(state.thoughts[0].shape[1], -1)
         else:
-            h = F.embedding(previous, weight)
+            h = F.embedding(previous, self.embedding.weight)
         turn = state.turns.at(state.t)
         for layer in state.layers:
             h = layer.step(h, turn, state.t)
         state.t += 1
-        return product(state.norm(h), weight)
+        return product(state.norm(h), state.output)
