@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +258,25 @@ def test_text_is_planned_on_the_meta_device(masked: bool) -> None:
     text = write_tokens(decoder, z, 24, prompt=prompt, prompt_mask=mask)
     assert text.device.type == "meta"
     assert text.shape == (2, 24)
+
+
+def _benchmark() -> Any:
+    path = Path(__file__).parents[1] / "benchmarks" / "generation.py"
+    spec = importlib.util.spec_from_file_location("generation_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_fills_its_tables() -> None:
+    benchmark = _benchmark()
+    decoder = _model(window=4, dtype=torch.float32)
+    case = {"preset": "small", "rows": 2}
+    case |= benchmark.by_position(decoder, 2, (3, 6), repeats=1)
+    case |= benchmark.against_recomputing(decoder, 2, 16, repeats=1)
+    for table in (benchmark.position_table([case]), benchmark.speedup_table([case], 16)):
+        assert len(table) == 3
+        assert len({line.count("|") for line in table}) == 1  # as many cells in every line
+    assert all(case[f"text_speedup_{way}"] > 0 for way in ("all", "last"))

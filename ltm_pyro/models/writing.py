@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltm_pyro.models.layers import DecoderLayer, rotary_angles
+from ltm_pyro.models.layers import DecoderLayer, rotary_angles, rotate
 
 STRETCH = 256
 """Positions whose rotary angles are computed at once."""
@@ -147,15 +147,12 @@ class LayerWriter:
         length = h.shape[1]
         last = max(0, length - self.size)
         kv = F.linear(self.norm_self(h[:, last:]), self.key_value)
-        kv = kv.unflatten(-1, (2, self.heads, 2, -1)).permute(0, 2, 3, 1, 4, 5)
-        # (B, 2, heads, last positions, 2, head_dim / 2)
-        cos, sin = (a[last:].to(h.dtype) for a in angles)
-        first, second = kv[:, 0].unbind(-2)
-        keys = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k = rotate(k, (angles[0][last:], angles[1][last:]))
         slots = torch.arange(last, length, device=h.device) % self.size
         # Under autocast the products come in another dtype than the ring's.
-        self.keys[:, :, slots] = keys.to(self.ring.dtype)
-        self.values[:, :, slots] = kv[:, 1].flatten(-2).to(self.ring.dtype)
+        self.keys[:, :, slots] = k.to(self.ring.dtype)
+        self.values[:, :, slots] = v.to(self.ring.dtype)
 
     def step(self, h: Tensor, turn: Turn, t: int) -> Tensor:
         """Position `t` through the layer, (B, H) to (B, H)."""
