@@ -145,7 +145,7 @@ def against_recomputing(decoder: Decoder, rows: int, length: int, repeats: int) 
     z = thoughts(decoder, rows)
     tokens = torch.randint(decoder.config.vocab_size, (rows, length))
     stride = max(1, length // 16)
-    grid = range(stride // 2, length, stride)
+    grid = range(max(1, stride // 2), length, stride)
 
     def all_logits(t: int) -> None:
         RULE.choose(decoder.logits(tokens[:, :t], z)[:, -1])
