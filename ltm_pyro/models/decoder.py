@@ -15,26 +15,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.layers import DecoderLayer, rotary_angles
+from ltm_pyro.models.writing import LARGE, LayerWriter, Norm, Turns, arrange, product
 
 
 @dataclass
 class DecoderState:
-    """What generation keeps between positions.
+    """What generation keeps between positions; valid while the decoder's weights stay.
 
     Attributes:
-        thoughts: Per layer, its projected thoughts (2, B, heads * K_l, H).
-        cache: Per layer, a ring of the last W keys and values (2, B, heads, W, head_dim).
+        layers: Per layer, its memory of the last W positions.
+        norm: The norm after the last layer.
+        output: The output embedding, as `product` takes it.
+        turns: Rotary angles.
         t: The next position.
     """
 
     thoughts: list[Tensor]
-    cache: list[Tensor]
+    layers: list[LayerWriter]
+    norm: Norm
+    output: Tensor
+    turns: Turns
     t: int = 0
 
 
@@ -149,14 +156,38 @@ class Decoder(nn.Module):
         log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
 
+    @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:
-        """An empty cache for generating B rows guided by z (B, K, D)."""
-        config = self.config
-        head_dim = config.width // config.n_heads
-        shape = (2, len(z), config.n_heads, min(config.window, config.seq_len), head_dim)
-        cache = [z.new_zeros(shape) for _ in range(config.n_layers)]
-        return DecoderState(self.thought_keys(z), cache)
+        """An empty memory for generating B rows guided by z (B, K, D)."""
+        size = min(self.config.window, self.config.seq_len)
+        thoughts = self.thought_keys(z)
+        large = sum(p.numel() for p in self.parameters()) >= LARGE
+        halved = large and len(z) == 1 and z.is_cpu
+        layers = [
+            LayerWriter(layer, kv, size, halved)
+            for layer, kv in zip(self._blocks(), thoughts, strict=True)
+        ]
+        turns = Turns(self.config.width // self.config.n_heads, z)
+        output = arrange(self.embedding.weight, halved)
+        return DecoderState(thoughts, layers, Norm(self.norm), output, turns)
 
+    @torch.no_grad()
+    def read(self, tokens: Tensor, state: DecoderState) -> None:
+        """Takes in the first P tokens (B, P) in one parallel pass, at `state.t` = 0.
+
+        The logits of the token after them are `step(tokens[:, -1], state)`, as if `step` had been
+        called P times before.
+        """
+        h = self.embed(tokens)
+        angles = self._angles(0, tokens.shape[1])
+        blocks = self._blocks()
+        for layer, memory, thoughts in zip(blocks, state.layers, state.thoughts, strict=True):
+            memory.remember(h, angles)
+            if layer is not blocks[-1]:  # what the last layer would pass on is not asked for
+                h = layer.think(layer.attend(h, angles), thoughts)
+        state.t = tokens.shape[1]
+
+    @torch.no_grad()
     def step(self, previous: Tensor | None, state: DecoderState) -> Tensor:
         """Logits of the next token, advancing `state` by one position.
 
@@ -167,11 +198,12 @@ class Decoder(nn.Module):
         Returns:
             (B, V).
         """
-        rows = state.cache[0].shape[1]
-        token = self.bos.expand(rows, -1) if previous is None else self.embedding(previous)
-        h = token[:, None]
-        angles = self._angles(state.t, state.t + 1)
-        for layer, cache, thoughts in zip(self._blocks(), state.cache, state.thoughts, strict=True):
-            h = layer.think(layer.attend_step(h, angles, cache, state.t), thoughts)
+        if previous is None:
+            h = self.bos.expand(state.thoughts[0].shape[1], -1)
+        else:
+            h = F.embedding(previous, self.embedding.weight)
+        turn = state.turns.at(state.t)
+        for layer in state.layers:
+            h = layer.step(h, turn, state.t)
         state.t += 1
-        return self.norm(h)[:, 0] @ self.embedding.weight.T
+        return product(state.norm(h), state.output)

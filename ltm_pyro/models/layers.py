@@ -126,28 +126,6 @@ class SelfAttention(nn.Module):
         mixed = windowed_attention(rotate(q, angles), rotate(k, angles), v, self.window)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def step(self, h: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, t: int) -> Tensor:
-        """One position at a time.
-
-        Args:
-            h: (B, 1, H), the position `t`.
-            angles: Rotary angles of that one position.
-            cache: (2, B, heads, W, head_dim): the last W keys and values as a ring, written to.
-            t: Position, counted from 0.
-
-        Returns:
-            (B, 1, H).
-        """
-        q, k, v = self._heads(h)
-        size = cache.shape[3]
-        cache[0, :, :, t % size] = rotate(k, angles)[:, :, 0]
-        cache[1, :, :, t % size] = v[:, :, 0]
-        # Until the ring is full only its first t + 1 places are filled; their order is immaterial,
-        # because the keys carry their positions.
-        keys, values = cache[:, :, :, : t + 1]
-        mixed = F.scaled_dot_product_attention(rotate(q, angles), keys, values)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
 
 class CrossAttention(nn.Module):
     """Multi-head attention from every position to the K_l thought vectors of this layer.
@@ -223,12 +201,6 @@ class DecoderLayer(nn.Module):
     def attend(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The part below cross-attention, (B, T, H) to (B, T, H): it does not depend on z."""
         return h + self.self_attention(self.norm_self(h), angles)
-
-    def attend_step(
-        self, h: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, t: int
-    ) -> Tensor:
-        """`attend` for the single position `t`, with a key/value cache."""
-        return h + self.self_attention.step(self.norm_self(h), angles, cache, t)
 
     def forward(self, h: Tensor, angles: tuple[Tensor, Tensor], thoughts: Tensor) -> Tensor:
         """The whole layer, (B, T, H) to (B, T, H)."""

@@ -45,7 +45,10 @@ class SamplingRule:
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p is not None:
             logits = _nucleus(logits, self.top_p)
-        return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+        probability = logits.softmax(-1)
+        # The draw of `torch.multinomial`, number by number, without its checks, each of which
+        # would wait for the device: the likeliest of p / e, e exponential, is a draw from p.
+        return (probability / torch.empty_like(probability).exponential_()).argmax(-1)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -59,7 +62,6 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     )
 
 
-@torch.no_grad()
 def write_tokens(
     decoder: Decoder,
     z: Tensor,
@@ -69,6 +71,9 @@ def write_tokens(
     prompt_mask: Tensor | None = None,
 ) -> Tensor:
     """Generates B sequences, with a key/value cache, from torch's global random generator.
+
+    The positions that every row has a prompt for are read in one pass and draw nothing from the
+    generator; after them each position draws for all rows, given or not.
 
     Args:
         decoder: The decoder.
@@ -80,16 +85,50 @@ def write_tokens(
 
     Returns:
         (B, T) int64.
+
+    Raises:
+        InputError: if the decoder's logits are not finite.
     """
-    rule = rule or SamplingRule()
-    state = decoder.start(z)
+    # Made outside inference mode: the caller may train on these tokens.
     tokens = torch.zeros(len(z), length, dtype=torch.long, device=z.device)
-    given = 0 if prompt is None else prompt.shape[1]
-    previous: Tensor | None = None
-    for t in range(length):
-        chosen = rule.choose(decoder.step(previous, state))
-        if prompt is not None and t < given:
-            fixed = prompt[:, t]
-            chosen = fixed if prompt_mask is None else torch.where(prompt_mask[:, t], fixed, chosen)
-        tokens[:, t] = previous = chosen
+    with torch.inference_mode():
+        _write(tokens, decoder, z, rule or SamplingRule(), prompt, prompt_mask)
     return tokens
+
+
+def _write(
+    tokens: Tensor,
+    decoder: Decoder,
+    z: Tensor,
+    rule: SamplingRule,
+    prompt: Tensor | None,
+    prompt_mask: Tensor | None,
+) -> None:
+    """Fills `tokens` (B, T)."""
+    state = decoder.start(z)
+    previous: Tensor | None = None
+    shared = 0
+    if prompt is not None:
+        shared = _shared_length(prompt, prompt_mask)
+        tokens[:, :shared] = prompt[:, :shared]
+    if shared:
+        decoder.read(tokens[:, :shared], state)
+        previous = tokens[:, shared - 1]
+    logits = z.new_zeros(())
+    for t in range(shared, tokens.shape[1]):
+        logits = decoder.step(previous, state)
+        previous = rule.choose(logits)
+        if prompt is not None and prompt_mask is not None and t < prompt.shape[1]:
+            previous = torch.where(prompt_mask[:, t], prompt[:, t], previous)
+        tokens[:, t] = previous
+    if not (logits.is_meta or logits.isfinite().all()):
+        raise InputError("the decoder's logits are not finite: check its weights and z")
+
+
+def _shared_length(prompt: Tensor, prompt_mask: Tensor | None) -> int:
+    """How many positions from the start are given in every row."""
+    if prompt_mask is None:
+        return prompt.shape[1]
+    if prompt_mask.is_meta:
+        return 0  # the meta device has no values: position by position is always right
+    return int(prompt_mask.all(0).long().cumprod(0).sum())
