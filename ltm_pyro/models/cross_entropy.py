@@ -7,7 +7,7 @@ gradient by h, since with p = softmax(h E^T)
     d log p(y) / d h  =  E[y] - sum_v p_v E[v]
 
 and both sums can be kept up tile by tile against a running maximum, as the attention of Dao et al.
-(2022, arXiv 2205.14135) does with keys. The gradient by E needs p, so it visits the tiles once more.
+(2022, arXiv 2205.14135) does with keys. The gradient by E needs p, so it visits the tiles again.
 """
 
 from __future__ import annotations
