@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of rows")
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    repeats = 21 if arguments.quick else 51
+    repeats = 11 if arguments.quick else 25
     if arguments.rows is not None:
         print(json.dumps(measure(arguments.rows, repeats, arguments.folder, arguments.eager)))
         return
