@@ -73,18 +73,17 @@ class AutoregressiveFit:
         """
         batch = batch.to(self.model.device)
         self.model.check(batch)
-        n_tokens, n = batch.n_tokens.sum(), len(batch)
-        parts = []
+        n, parts = len(batch), []
         for rows in self.engine.parts(n):
             part = batch.select(rows)
-            with self.engine.computing(self.model):
+            with self.engine.computing(self.model, self.parallel.size):
                 nll = -autoregressive_log_likelihood(self.model, part)
             bad = ~nll.detach().isfinite()
             if bool(bad.any()):
                 error = NonFiniteError(part.ids[bad].tolist(), self.slow_step)
                 raise self.clock.report(error, self.slow_step)
             total, zero = nll.sum(), nll.new_zeros(())
-            self.clock.add_gradient(self.clock.per_token(total, n_tokens))
+            self.clock.add_gradient(total)
             total = total.detach()
             parts.append(StepSums(total / n, zero, zero, total, zero, part.n_tokens.sum()))
         mine = StepSums.of(parts)

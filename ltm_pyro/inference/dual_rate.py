@@ -184,7 +184,7 @@ class DualRateSVI:
         def fit(rows: Batch) -> FastResult:
             return self._fit_local(rows, steps, noise, 1.0, record=True, warm=warm_start)[0]
 
-        with self.engine.computing(self.model):
+        with self.engine.computing(self.model, self.parallel.size):
             result = fit_shared(self.parallel, self.guide, ordered, fit, self.engine)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
@@ -232,7 +232,7 @@ class DualRateSVI:
         parts = self.engine.parts(len(batch))
         held = HeldDraws(self.model, self.parallel, parts=len(parts))
         try:
-            with held, self.engine.computing(self.model):
+            with held, self.engine.computing(self.model, self.parallel.size):
                 done = [self._part(batch, shown, rows, weight, thinks) for rows in parts]
         except NonFiniteError as error:
             raise self.clock.report(error, now) from None
@@ -407,7 +407,7 @@ class DualRateSVI:
         Returns:
             What they add to the batch's sums, and their local parameters and moments, for a store.
         """
-        n_tokens, n = batch.n_tokens.sum(), len(batch)
+        n = len(batch)
         noise = self.parallel.noise(rows, n)
         if rows != slice(0, n):
             batch, shown = batch.select(rows), shown.select(rows)
@@ -420,7 +420,7 @@ class DualRateSVI:
                     fitted = {**self.guide.rows(), **moments.state()}
             else:
                 loss = self._thoughtless_loss(batch, shown)
-        self._slow_gradient(batch, loss, n_tokens)
+        self._slow_gradient(batch, loss)
         sums = StepSums(
             nll=loss.nll.sum() / n,
             kl=loss.kl.sum() / n,
@@ -469,8 +469,8 @@ class DualRateSVI:
         """-log p(x | z) per sequence, (B,), mean over given draws."""
         return over_particles([-self.model.log_likelihood(z, batch) for z in thoughts])
 
-    def _slow_gradient(self, batch: Batch, loss: _SlowLoss, n_tokens: Tensor) -> None:
-        """Writes the slow gradient of the loss per token.
+    def _slow_gradient(self, batch: Batch, loss: _SlowLoss) -> None:
+        """Adds the slow gradient of the loss.
 
         Raises:
             NonFiniteError: if a sequence's objective is not finite.
@@ -478,4 +478,4 @@ class DualRateSVI:
         bad = ~(loss.nll + loss.kl).isfinite()
         if bool(bad.any()):
             raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
-        self.clock.add_gradient(self.clock.per_token(loss.descended, n_tokens))
+        self.clock.add_gradient(loss.descended)

@@ -50,11 +50,19 @@ class Engine:
         elif self.compile:
             model.compile_fast_loop()
 
-    def computing(self, model: LatentModel) -> AbstractContextManager[None]:
-        """Inside the block the model's likelihood is computed in this way."""
+    def computing(self, model: LatentModel, processes: int = 1) -> AbstractContextManager[None]:
+        """Inside the block the model's likelihood is computed in this way.
+
+        Args:
+            model: The model.
+            processes: How many share the batch. One process alone adds up slow gradients in two
+                halves, as two processes would: sums round by their order, and AdamW makes whole
+                steps of roundings where gradients nearly cancel.
+        """
         if not isinstance(model, Computes):
             return nullcontext()
-        return model.computing(self.precision, self.checkpointing)
+        halves = processes == 1 and self.micro_batch is None
+        return model.computing(self.precision, self.checkpointing, halves)
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""

@@ -92,18 +92,8 @@ class SlowClock:
         pairs = list(zip(self.parameters, self.decays, strict=True))
         self.optimizer = adamw([p for p, d in pairs if d], [p for p, d in pairs if not d], slow)
 
-    def per_token(self, loss: Tensor, n_tokens: Tensor) -> Tensor:
-        """What `add_gradient` is to be given for a loss that is summed over sequences.
-
-        Args:
-            loss: In nats.
-            n_tokens: Scored positions of the whole batch; of this process's rows where processes
-                share it, who then divide by the tokens of all.
-        """
-        return loss / n_tokens
-
     def add_gradient(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` to what is written in `.grad`."""
+        """Adds the gradient of `loss`, summed over sequences, to what is written in `.grad`."""
         if not self.parameters:
             return
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -115,7 +105,7 @@ class SlowClock:
     def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
         """Ends the gradient's collection: the sums of the whole batch, and the gradient's norm.
 
-        What is written is clipped then; the norm is that before.
+        What is written is of the loss per token then, and clipped; the norm is that before.
 
         Args:
             sums: Of this process's rows.
@@ -124,6 +114,9 @@ class SlowClock:
         Raises:
             NonFiniteError: if the gradient is not finite; nothing is written any more then.
         """
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.div_(sums.n_tokens)
         norm = self.clip()
         if not bool(norm.isfinite()):
             self.discard()

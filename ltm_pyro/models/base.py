@@ -23,7 +23,10 @@ class Computes(Protocol):
     """A model whose likelihood can be computed in several ways; the language model's can."""
 
     def computing(
-        self, precision: Precision = "fp32", checkpointing: bool = False
+        self,
+        precision: Precision = "fp32",
+        checkpointing: bool = False,
+        in_halves: bool = False,
     ) -> AbstractContextManager[None]:
         """Inside the block the likelihood is computed in this way."""
         ...

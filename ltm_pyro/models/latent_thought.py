@@ -78,6 +78,7 @@ class LatentThoughtModel(nn.Module):
         )
         self._fast_score: Score = self.decoder.score
         self._precision: Precision = "fp32"
+        self._in_halves = False
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LatentThoughtModel:
@@ -153,7 +154,19 @@ class LatentThoughtModel(nn.Module):
         return self._score(batch.observed, z, batch)
 
     def _score(self, tokens: Tensor, z: Tensor, batch: Batch) -> Tensor:
-        """`log_likelihood` of any tokens under the batch's mask; flattens leading dims."""
+        """`log_likelihood` of any tokens under the batch's mask, (..., B)."""
+        n = len(batch)
+        learning = torch.is_grad_enabled() and self.decoder.bos.requires_grad
+        if not (self._in_halves and learning and n > 1 and tokens is batch.x):
+            return self._score_rows(tokens, z, batch)
+        halves = [(batch.select(rows), rows) for rows in (slice(0, n // 2), slice(n // 2, n))]
+        return torch.cat(
+            [self._score_rows(half.observed, z[..., rows, :, :], half) for half, rows in halves],
+            dim=-1,
+        )
+
+    def _score_rows(self, tokens: Tensor, z: Tensor, batch: Batch) -> Tensor:
+        """`_score` of rows taken together; flattens leading dims."""
         lead = z.shape[:-2]
         mask = batch.mask
         # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
@@ -176,7 +189,10 @@ class LatentThoughtModel(nn.Module):
 
     @contextmanager
     def computing(
-        self, precision: Precision = "fp32", checkpointing: bool = False
+        self,
+        precision: Precision = "fp32",
+        checkpointing: bool = False,
+        in_halves: bool = False,
     ) -> Iterator[None]:
         """Inside the block the decoder computes in this way.
 
@@ -186,13 +202,16 @@ class LatentThoughtModel(nn.Module):
                 decoder has no part in.
             checkpointing: Where weights learn, keep the inputs of layers alone and compute the rest
                 again in the backward pass: less memory, a third more work in the slow step.
+            in_halves: Where weights learn, take the two halves of a batch one after the other, so
+                that the sums in their gradients round as those of two processes do.
         """
-        before = self._precision, self.decoder.checkpointing
+        before = self._precision, self.decoder.checkpointing, self._in_halves
         self._precision, self.decoder.checkpointing = precision, checkpointing
+        self._in_halves = in_halves
         try:
             yield
         finally:
-            self._precision, self.decoder.checkpointing = before
+            self._precision, self.decoder.checkpointing, self._in_halves = before
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision == "fp32":

@@ -74,11 +74,6 @@ class ReplicatedClock(SlowClock):
             at += p.numel()
         return places, at + _EXTRA
 
-    def per_token(self, loss: Tensor, n_tokens: Tensor) -> Tensor:
-        """The loss as it is: the tokens of all processes are known after the exchange only."""
-        del n_tokens
-        return loss
-
     def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
         """As `SlowClock.exchange`, of all processes' rows.
 
