@@ -20,8 +20,8 @@ from torch.distributions import Distribution
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.cache import default_folder
 
-Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Log p(x | z) per row, (B,), of trunk (B, T, H), tokens and mask (B, T), and z (B, K, D)."""
+Score = Callable[..., Tensor]
+"""Log p(x | z) per row, (B,), of tensors that each have B rows."""
 
 GRAPHS = 32
 """Shapes that are compiled in one process; torch runs further ones uncompiled."""
@@ -62,13 +62,13 @@ class CompiledScore:
         self._compiled: Score | None = torch.compile(score, dynamic=False)
         Distribution.set_default_validate_args(validate)
 
-    def __call__(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Log p(x | z) per row, (B,)."""
         if self._compiled is None:
-            return self._plain(trunk, tokens, mask, z)
-        rows = len(z)
+            return self._plain(*inputs)
+        rows = len(inputs[0])
         empty = bucket_rows(rows) - rows
-        filled = [_filled(value, empty) for value in (trunk, tokens, mask, z)]
+        filled = [_filled(value, empty) for value in inputs]
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS):
                 return self._compiled(*filled)[:rows]
@@ -78,7 +78,7 @@ class CompiledScore:
                 stacklevel=2,
             )
             self._compiled = None
-            return self._plain(trunk, tokens, mask, z)
+            return self._plain(*inputs)
 
 
 def _filled(value: Tensor, empty: int) -> Tensor:

@@ -156,6 +156,12 @@ class Decoder(nn.Module):
         log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
 
+    def score_all(
+        self, tokens: Tensor, mask: Tensor, z: Tensor, hidden: Tensor | None = None
+    ) -> Tensor:
+        """`score` with its trunk, as a slow step needs it: (B,)."""
+        return self.score(self.trunk(tokens, hidden), tokens, mask, z)
+
     @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:
         """An empty memory for generating B rows guided by z (B, K, D)."""

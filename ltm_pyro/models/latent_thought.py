@@ -77,6 +77,7 @@ class LatentThoughtModel(nn.Module):
             config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
         )
         self._fast_score: Score = self.decoder.score
+        self._slow_score: Score | None = None
         self._precision: Precision = "fp32"
         self._in_halves = False
 
@@ -168,17 +169,22 @@ class LatentThoughtModel(nn.Module):
     def _score_rows(self, tokens: Tensor, z: Tensor, batch: Batch) -> Tensor:
         """`_score` of rows taken together; flattens leading dims."""
         lead = z.shape[:-2]
-        mask = batch.mask
+        rows = z.reshape(-1, *z.shape[-2:])
+        learning = torch.is_grad_enabled() and self.decoder.bos.requires_grad
+        if learning and self._slow_score is not None and len(lead) == 1 and tokens is batch.x:
+            hidden = [batch.hidden] if isinstance(batch, HiddenInputs) else []
+            with self._autocast():
+                return self._slow_score(tokens, batch.mask, rows, *hidden)
         # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
         only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
         scorer = self._fast_score if only_thoughts else self.decoder.score
+        mask = batch.mask
         if isinstance(batch, PreparedBatch) and tokens is batch.x:
             trunk = batch.trunk
         else:
             shown = batch if tokens is batch.x else None
             trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown)
             trunk = trunk.view(*tokens.shape, -1)
-        rows = z.reshape(-1, *z.shape[-2:])
         if len(lead) > 1:
             trunk = trunk.expand(*lead, *trunk.shape[-2:]).flatten(0, -3)
             tokens, mask = (
@@ -264,10 +270,11 @@ class LatentThoughtModel(nn.Module):
             )
 
     def compile_fast_loop(self) -> None:
-        """Compiles the likelihood that the fast loop calls; falls back, with a warning.
+        """Compiles the likelihood where the two clocks call it; falls back, with a warning.
 
-        Only the fast loop is compiled: it is T_fast times the cost of everything else, and one
-        graph (weights frozen, thoughts learning) costs one compilation.
+        Two graphs for a shape: thoughts learning with the weights frozen, called T_fast times, and
+        weights learning. Scores and simulations stay uncompiled.
         """
         if not isinstance(self._fast_score, CompiledScore):
             self._fast_score = CompiledScore(self.decoder.score)
+            self._slow_score = CompiledScore(self.decoder.score_all)
