@@ -11,15 +11,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.cache import default_folder
 
+F = TypeVar("F", bound=Callable[..., Any])
 Score = Callable[..., Tensor]
 """Log p(x | z) per row, (B,), of tensors that each have B rows."""
 
@@ -45,10 +46,21 @@ def bucket_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class CompiledScore:
-    """`score`, compiled per bucket; where no compiler works, uncompiled, with a warning.
+def compiled_function(function: F) -> F:
+    """`function`, compiled for each shape that it meets.
 
     Compiled code is kept in the package's cache folder, so the next process starts faster.
+    """
+    os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))
+    # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
+    validate = Distribution._validate_args
+    compiled: Any = torch.compile(function, dynamic=False)
+    Distribution.set_default_validate_args(validate)
+    return cast("F", compiled)
+
+
+class CompiledScore:
+    """`score`, compiled per bucket; where no compiler works, uncompiled, with a warning.
 
     Args:
         score: What to compile.
@@ -56,11 +68,7 @@ class CompiledScore:
 
     def __init__(self, score: Score) -> None:
         self._plain = score
-        os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))
-        # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
-        validate = Distribution._validate_args
-        self._compiled: Score | None = torch.compile(score, dynamic=False)
-        Distribution.set_default_validate_args(validate)
+        self._compiled: Score | None = compiled_function(score)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Log p(x | z) per row, (B,)."""
@@ -83,4 +91,8 @@ class CompiledScore:
 
 def _filled(value: Tensor, empty: int) -> Tensor:
     """`value` (B, ...) with `empty` rows of zeros after it: masked out, they score 0."""
-    return value if not empty else F.pad(value, (0, 0) * (value.dim() - 1) + (0, empty))
+    return (
+        value
+        if not empty
+        else torch.nn.functional.pad(value, (0, 0) * (value.dim() - 1) + (0, empty))
+    )

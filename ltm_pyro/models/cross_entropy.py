@@ -8,19 +8,24 @@ gradient by h, since with p = softmax(h E^T)
 
 and both sums can be kept up tile by tile against a running maximum, as the attention of Dao et al.
 (2022, arXiv 2205.14135) does with keys. The gradient by E needs p, so it visits the tiles again.
+
+Both visits are operators of their own, which torch.compile takes as they are: left to unroll the
+loop, it would hold the logits of all tiles at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 2**23
-"""Logits held at once: 32 MB in float32, so that a tile stays in or near the cache."""
+from ltm_pyro.models.compiled import compiled_function
+
+TILE_ELEMENTS = 2**22
+"""Logits held at once: 16 MB in float32, so that a tile stays in or near the cache."""
 TILE_COLUMNS = 4096
 """Vocabulary entries of a tile."""
 
@@ -52,8 +57,7 @@ def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
         log_prob: Tensor = _TokenLogProb.apply(h, weight, targets)  # type: ignore[no-untyped-call]
         return log_prob
-    blocks = [_visit(a, weight, y, gradient=False) for a, y in _rows(h, targets, len(weight))]
-    return torch.cat([log_prob for log_prob, _, _ in blocks])
+    return _visit(h, weight, targets, False, torch.compiler.is_compiling())[0]
 
 
 class _TokenLogProb(torch.autograd.Function):
@@ -61,8 +65,8 @@ class _TokenLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        blocks = [_visit(a, weight, y, gradient=True) for a, y in _rows(h, targets, len(weight))]
-        log_prob, log_norm, gradient = (torch.cat(part) for part in zip(*blocks, strict=True))
+        compiling = torch.compiler.is_compiling()
+        log_prob, log_norm, gradient = _visit(h, weight, targets, True, compiling)
         if weight.requires_grad:
             ctx.save_for_backward(gradient, h, weight, targets, log_norm)
         else:
@@ -78,58 +82,90 @@ class _TokenLogProb(torch.autograd.Function):
         return by_h, by_weight, None
 
 
-def _rows(h: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows, _ = tile_shape(vocab_size)
-    return zip(h.split(rows), targets.split(rows), strict=True)
+def _full(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and exponentials."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _visit(
-    h: Tensor, weight: Tensor, targets: Tensor, *, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p(y), log normaliser, d log p(y) / d h) of one tile's positions, (N,), (N,), (N, H).
+def _weigh(logits: Tensor, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's share of the sums: the new maximum (N,), exp(logits - maximum), and its sum (N,).
 
-    Without `gradient` the last is empty.
+    The sum is of the weights as rounded to `dtype`, so that a mean by them has weights that sum to
+    one whatever the precision.
     """
-    full = torch.promote_types(h.dtype, torch.float32)
-    _, columns = tile_shape(len(weight))
-    top = total = mean = None
-    for part in weight.split(columns):
-        logits = (h @ part.T).to(full)
-        highest = logits.amax(1) if top is None else torch.maximum(top, logits.amax(1))
-        # Summed as rounded, so that the weights of the mean sum to one whatever the precision.
-        p = (logits - highest[:, None]).exp().to(h.dtype)
-        tile_total = p.sum(1, dtype=full)
-        tile_mean = (p @ part).to(full) if gradient else h[:0]
-        if top is None or total is None or mean is None:
-            total, mean = tile_total, tile_mean
-        else:
+    full = _full(logits.dtype)
+    top = torch.maximum(top, logits.amax(1).to(full))
+    p = (logits.to(full) - top[:, None]).exp().to(dtype)
+    return top, p, p.sum(1, dtype=full)
+
+
+@cache
+def _weigh_compiled() -> Any:
+    """`_weigh` as one pass over the tile."""
+    return compiled_function(_weigh)
+
+
+@torch.library.custom_op("ltm_pyro::visit_tiles", mutates_args=())
+def _visit(
+    h: Tensor, weight: Tensor, targets: Tensor, gradient: bool, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(y), log normaliser, d log p(y) / d h): (N,), (N,), (N, H).
+
+    Args:
+        h: (N, H).
+        weight: (V, H), of the same dtype.
+        targets: (N,).
+        gradient: Whether the last is asked for; it is empty otherwise.
+        compiled: Whether a tile's sums are taken by compiled code.
+    """
+    weigh = _weigh_compiled() if compiled else _weigh
+    full = _full(h.dtype)
+    rows, columns = tile_shape(len(weight))
+    log_norms, means = [], []
+    for block in h.split(rows):
+        top = block.new_full((len(block),), -torch.inf, dtype=full)
+        total = torch.zeros_like(top)
+        mean = torch.zeros(block.shape if gradient else (0,), dtype=full, device=h.device)
+        for part in weight.split(columns):
+            highest, p, tile_total = weigh(block @ part.T, top, h.dtype)
             shrink = (top - highest).exp()
             total = total * shrink + tile_total
-            mean = mean * shrink[:, None] + tile_mean if gradient else mean
-        top = highest
-    assert top is not None
-    assert total is not None
-    assert mean is not None
-    target = weight[targets].to(full)
-    log_norm = top + total.log()
+            if gradient:
+                mean.mul_(shrink[:, None]).add_(p @ part)
+            top = highest
+        log_norms.append(top + total.log())
+        means.append(mean / total[:, None] if gradient else mean)
+    target, log_norm = weight[targets].to(full), torch.cat(log_norms)
     log_prob = (h.to(full) * target).sum(1) - log_norm
-    if gradient:
-        mean = (target - mean / total[:, None]).to(h.dtype)
-    return log_prob, log_norm, mean
+    by_h = (target - torch.cat(means)).to(h.dtype) if gradient else h.new_empty(0)
+    return log_prob, log_norm, by_h
 
 
+@_visit.register_fake
+def _(
+    h: Tensor, weight: Tensor, targets: Tensor, gradient: bool, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = h.new_empty((len(h),), dtype=_full(h.dtype))
+    return sums, torch.empty_like(sums), h.new_empty(h.shape if gradient else (0,))
+
+
+@torch.library.custom_op("ltm_pyro::visit_tiles_again", mutates_args=())
 def _weight_gradient(
     grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
 ) -> Tensor:
     """sum_n grad_n (1[v = y_n] - p_nv) h_n for every vocabulary entry v, (V, H)."""
-    full = torch.promote_types(h.dtype, torch.float32)
+    full = _full(h.dtype)
     rows, columns = tile_shape(len(weight))
     by_weight = torch.zeros(weight.shape, dtype=full, device=weight.device)
     by_weight.index_add_(0, targets, grad[:, None].to(full) * h.to(full))
     parts = zip(grad.split(rows), h.split(rows), log_norm.split(rows), strict=True)
-    for g, a, norm in parts:
-        for start in range(0, len(weight), columns):
-            part = weight[start : start + columns]
-            p = ((a @ part.T).to(full) - norm[:, None]).exp() * g[:, None]
-            by_weight[start : start + columns] -= (p.to(h.dtype).T @ a).to(full)
+    for g, block, norm in parts:
+        for part, out in zip(weight.split(columns), by_weight.split(columns), strict=True):
+            p = ((block @ part.T).to(full) - norm[:, None]).exp_().mul_(g[:, None])
+            out.sub_(p.to(h.dtype).T @ block)
     return by_weight.to(weight.dtype)
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor) -> Tensor:
+    return torch.empty_like(weight)
