@@ -26,7 +26,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, *held: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}

@@ -1,10 +1,10 @@
 """The memory that a fit takes at its worst moment, found without running it.
 
-One training step of the engine itself is run on tensors that have shapes and no values (torch's
-`FakeTensorMode`), and the bytes of those that would live are added up. So the answer holds for every
-guide, prior, objective and setting, and stays right when the engine changes. It is that of one
-process which takes the whole batch, with the kernels of the CPU and uncompiled: compiled code, which
-serves the fast loop alone, keeps less there.
+A training step of the engine itself is run on tensors that have shapes and no values (torch's
+`FakeTensorMode`), and the bytes of those that would live are added up. So the answer holds for
+every guide, prior, objective and setting, and stays right when the engine changes. It is that of
+one process which takes the whole batch, with the kernels of the CPU and uncompiled: compiled code,
+which serves the fast loop alone, keeps less there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MemoryReport:
     """The peak memory of a fit, in bytes.
 
     Attributes:
-        weight_bytes: Weights of decoder, prior and guide with AdamW's two moments, which stay.
+        staying_bytes: Weights of decoder, prior and guide with AdamW's two moments, which stay.
         fast_loop_bytes: Beyond these at the worst moment of a fast loop: the trunk, activations
             kept for the backward pass, local parameters with their moments, temporaries.
         step_bytes: The same for a whole training step, the slow gradient included.
@@ -51,7 +51,7 @@ class MemoryReport:
         peak_process_bytes: Of the whole process where everything is on the CPU.
     """
 
-    weight_bytes: int
+    staying_bytes: int
     fast_loop_bytes: int
     step_bytes: int
     process_bytes: int
@@ -59,7 +59,7 @@ class MemoryReport:
     @property
     def peak_tensor_bytes(self) -> int:
         """Of all tensors at the worst moment."""
-        return self.weight_bytes + self.step_bytes
+        return self.staying_bytes + self.step_bytes
 
     @property
     def peak_process_bytes(self) -> int:
@@ -86,13 +86,15 @@ def memory_report(config: FitConfig) -> MemoryReport:
         InputError: for an unknown guide family, objective or option.
     """
     svi = _without_values(config, shapes := FakeTensorMode(allow_non_fake_inputs=True))
-    with shapes, _CopiesOfShapes(), pyro.validation_enabled(False):
-        weights, fast = _peak(svi, config, lambda batch: svi.infer(batch))
+    with shapes, _NoMemory(), pyro.validation_enabled(False):
+        stays, fast = _peak(svi, config, lambda batch: svi.infer(batch))
+        # Its fast loop is known by now.
+        svi.fast = replace(svi.fast, steps=min(svi.fast.steps, 1))
         _, whole = _peak(svi, config, lambda batch: svi.step(batch))
     return MemoryReport(
-        weight_bytes=weights,
-        fast_loop_bytes=fast - weights,
-        step_bytes=whole - weights,
+        staying_bytes=stays,
+        fast_loop_bytes=fast - stays,
+        step_bytes=max(fast, whole) - stays,
         process_bytes=PROCESS_BYTES + (COMPILER_BYTES if config.compile else 0),
     )
 
@@ -103,7 +105,8 @@ def _without_values(config: FitConfig, shapes: FakeTensorMode) -> DualRateSVI:
         model = LatentThoughtModel(config.model)
         guide = build_guide(config.guide, model, **config.guide_options)
     for module in (*model.modules(), *guide.modules()):
-        for own in (module._parameters, module._buffers):
+        tensors: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for own in tensors:
             for name, value in own.items():
                 if value is not None:
                     own[name] = shapes.from_tensor(value)
@@ -119,9 +122,7 @@ def _without_values(config: FitConfig, shapes: FakeTensorMode) -> DualRateSVI:
     )
 
 
-def _peak(
-    svi: DualRateSVI, config: FitConfig, run: Callable[[Batch], Any]
-) -> tuple[int, int]:
+def _peak(svi: DualRateSVI, config: FitConfig, run: Callable[[Batch], Any]) -> tuple[int, int]:
     """(bytes of weights and moments, peak of all tensors while `run` runs)."""
     weights = svi.clock.parameters
     moments = [torch.zeros_like(p) for p in weights for _ in range(2)]
@@ -180,8 +181,11 @@ class _Answering(LiveTensors):
         return 0 if value is self._token else self._tokens.shape[1]
 
 
-class _CopiesOfShapes(TorchFunctionMode):
-    """Inside the block `copy.deepcopy` copies tensors without values too: torch would read them."""
+class _NoMemory(TorchFunctionMode):
+    """Inside the block tensors without values can be copied deeply, and say where they lie.
+
+    Torch would read the memory that they do not have.
+    """
 
     def __torch_function__(
         self,
@@ -190,10 +194,15 @@ class _CopiesOfShapes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Copies where a copy is asked for, and does anything else as it would be done."""
-        if func is not Tensor.__deepcopy__:
-            return func(*args, **(kwargs or {}))
-        tensor, memo = args
+        """Answers these two, and does anything else as it would be done."""
+        if func is Tensor.data_ptr:
+            return id(args[0].untyped_storage())
+        if func is Tensor.__deepcopy__:
+            return self._copy(*args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
         if id(tensor) not in memo:
             copied = tensor.detach().clone()
             is_parameter = isinstance(tensor, nn.Parameter)
