@@ -246,8 +246,10 @@ def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
         + 2 * _mlp_flops(model)
     )
     backward = (model.n_layers - 1) * _attend_backward_flops(model) + model.n_layers * think
-    again = _above_flops(model) if config.checkpointing else 0.0
-    return _above_flops(model) + again + backward + _head_flops(model, products=4)
+    forward = _above_flops(model)
+    # A checkpointed layer is computed again up to the input of its last product.
+    again = forward - model.n_layers * _mlp_flops(model) / 3 if config.checkpointing else 0.0
+    return forward + again + backward + _head_flops(model, products=4)
 
 
 def format_cost(report: CostReport, memory: MemoryReport | None = None) -> str:
