@@ -97,7 +97,9 @@ def _visit(
         logits = (h @ part.T).to(full)
         highest = logits.amax(1) if top is None else torch.maximum(top, logits.amax(1))
         # Summed as rounded, so that the weights of the mean sum to one whatever the precision.
-        p = (logits - highest[:, None]).exp().to(h.dtype)
+        # In place: a tile is the largest thing that a fast step holds.
+        p = logits.sub_(highest[:, None]).exp_().to(h.dtype)
+        del logits
         tile_total = p.sum(1, dtype=full)
         tile_mean = (p @ part).to(full) if gradient else h[:0]
         if top is None or total is None or mean is None:
@@ -107,6 +109,7 @@ def _visit(
             total = total * shrink + tile_total
             mean = mean * shrink[:, None] + tile_mean if gradient else mean
         top = highest
+        del p  # before the next tile comes
     assert top is not None
     assert total is not None
     assert mean is not None
@@ -130,6 +133,7 @@ def _weight_gradient(
     for g, a, norm in parts:
         for start in range(0, len(weight), columns):
             part = weight[start : start + columns]
-            p = ((a @ part.T).to(full) - norm[:, None]).exp() * g[:, None]
+            p = (a @ part.T).to(full).sub_(norm[:, None]).exp_().mul_(g[:, None])
             by_weight[start : start + columns] -= (p.to(h.dtype).T @ a).to(full)
+            del p
     return by_weight.to(weight.dtype)
