@@ -1,28 +1,47 @@
-"""`ltm-pyro cost`: what a preset costs, before it is run."""
+"""`ltm-pyro cost`: what a fit costs, before it is run."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.cli.settings import Settings, add_settings, build_config, expand_shortcuts
 from ltm_pyro.config import PRESETS, preset
 
 _DESCRIPTION = f"""\
-Count what a preset costs, without running it: weights, FLOPs per token of the
-forward pass, the fast loop and a training step, memory, and the KL that its fast
-schedule leaves whatever the text. Presets: {", ".join(PRESETS)}.
+Count what a fit costs, without running it: weights, FLOPs per token of the
+forward pass, the fast loop and a training step, peak memory, and the KL that
+its fast schedule leaves whatever the text. Presets: {", ".join(PRESETS)}.
+
+Further settings are given as to `ltm-pyro fit`. Memory is that of one process
+that takes the whole batch.
 """
 _EXAMPLES = """\
 ltm-pyro cost nano
-ltm-pyro cost ltm-large
+ltm-pyro cost ltm-large --batch_size 4 --micro_batch 1 --checkpointing
+ltm-pyro cost ltm-small --model.seq_len 512 --precision bf16 --json
 """
 
 
 def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro cost`; returns the exit status."""
-    parser = Parser("cost", "PRESET", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("preset", type=str, metavar="PRESET", help="its name")
-    config = preset(parser.parse_args(arguments).preset)
+    arguments = expand_shortcuts(arguments)
+    shown = next((a for a in arguments if a in PRESETS), "nano")
+    parser = Parser("cost", "PRESET [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("PRESET", type=str, help="its name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_settings(parser, PRESETS[shown])
+    given: Settings = parser.parse_args(arguments, defaults=False).as_dict()
+    name, as_json = given.pop("PRESET"), given.pop("json", False)
+    config = build_config({**given, "preset": preset(name).preset})
 
     from ltm_pyro.diagnostics.cost import cost_report, format_cost
+    from ltm_pyro.diagnostics.memory import memory_report
 
-    print(format_cost(cost_report(config)))
+    report, memory = cost_report(config), memory_report(config)
+    if as_json:
+        print(json.dumps({**asdict(report), "memory": memory.as_dict()}, indent=2))
+    else:
+        print(format_cost(report, memory))
     return 0

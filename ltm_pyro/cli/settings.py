@@ -22,7 +22,7 @@ _SHORTCUTS = {
     "--tokenizer": "--corpus.tokenizer",
     "--encoding": "--corpus.encoding",
 }
-_SWITCHES = ("control", "compile", "persistent", "shard")
+_SWITCHES = ("control", "compile", "checkpointing", "persistent", "shard")
 _OPEN = ("corpus.options", "guide_options", "objective_options", "model.prior_options")
 
 Settings = dict[str, Any]

@@ -95,7 +95,7 @@ def _weigh(logits: Tensor, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     full = _full(logits.dtype)
     top = torch.maximum(top, logits.amax(1).to(full))
-    p = (logits.to(full) - top[:, None]).exp().to(dtype)
+    p = (logits.to(full) - top[:, None]).exp_().to(dtype)
     return top, p, p.sum(1, dtype=full)
 
 
@@ -161,7 +161,7 @@ def _weight_gradient(
     parts = zip(grad.split(rows), h.split(rows), log_norm.split(rows), strict=True)
     for g, block, norm in parts:
         for part, out in zip(weight.split(columns), by_weight.split(columns), strict=True):
-            p = ((block @ part.T).to(full) - norm[:, None]).exp_().mul_(g[:, None])
+            p = (block @ part.T).to(full).sub_(norm[:, None]).exp_().mul_(g[:, None])
             out.sub_(p.to(h.dtype).T @ block)
     return by_weight.to(weight.dtype)
 

@@ -1,0 +1,188 @@
+"""The peak memory that is told before a fit is the one that the fit then has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltm_pyro.cli import main
+from ltm_pyro.config import PRESETS, Fast, FitConfig, ModelConfig, Slow
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.cost import cost_report
+from ltm_pyro.diagnostics.live_tensors import LiveTensors
+from ltm_pyro.diagnostics.memory import COMPILER_BYTES, memory_report
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.guides import build_guide, guide_families
+from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.models.cross_entropy import TILE_COLUMNS
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.priors import prior_names
+
+NANO = ModelConfig(
+    vocab_size=256, seq_len=96, n_layers=2, width=64, n_heads=4, mlp_hidden=172, window=8,
+    thoughts_per_layer=2, thought_dim=8,
+)  # fmt: skip
+FIT = FitConfig(model=NANO, fast=Fast(steps=2), batch_size=4)
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+
+
+def svi_for(config: FitConfig) -> DualRateSVI:
+    model = LatentThoughtModel(config.model)
+    return DualRateSVI(
+        model,
+        build_guide(config.guide, model, **config.guide_options),
+        fast=config.fast,
+        slow=config.slow,
+        elbo=build_objective(config.objective, **config.objective_options),
+        precision=config.precision,
+        micro_batch=config.micro_batch or None,
+        checkpointing=config.checkpointing,
+    )
+
+
+def tokens(config: FitConfig) -> Batch:
+    return Batch(torch.randint(config.model.vocab_size, (config.batch_size, config.model.seq_len)))
+
+
+def measured(config: FitConfig) -> tuple[int, int]:
+    """(peak, before) in bytes of tensors of a real training step, not the first."""
+    svi, batch = svi_for(config), tokens(config)
+    svi.step(batch)
+    moments = [m for s in svi.clock.optimizer.state.values() for m in s.values()]
+    with LiveTensors(*svi.clock.parameters, *moments) as live:
+        stays = live.live_bytes
+        live.add(batch.observed, batch.mask)
+        svi.step(batch)
+    return live.peak_bytes, stays
+
+
+QUICK: list[dict[str, Any]] = [
+    {},
+    {"micro_batch": 3, "checkpointing": True},
+    {"guide": "semi_amortized", "precision": "bf16"},
+]
+THOROUGH: list[dict[str, Any]] = [
+    {"checkpointing": True},
+    {"micro_batch": 1},
+    {"precision": "bf16"},
+    {"model": replace(NANO, window=96)},
+    {"model": replace(NANO, window=80)},
+    {"model": replace(NANO, prior="mixture")},
+    {"model": replace(NANO, prior="flow"), "guide": "flow"},
+    {"objective": "iwae", "objective_options": {"particles": 3}},
+    {"slow": Slow(word_dropout=0.3)},
+    {"fast": Fast(steps=2, noise="fixed", fixed_draws=2)},
+    *({"guide": family} for family in guide_families()),
+    *({"model": replace(NANO, prior=name)} for name in prior_names()),
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*QUICK, *(pytest.param(c, marks=pytest.mark.slow) for c in THOROUGH)],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_predicted_peak_is_that_of_a_real_step(changes: dict[str, Any]) -> None:
+    config = replace(FIT, **changes)
+    report = memory_report(config)
+    peak, stays = measured(config)
+    assert report.staying_bytes == pytest.approx(stays, rel=0.001)  # AdamW's step counts
+    assert report.peak_tensor_bytes == pytest.approx(peak, rel=0.02)
+    assert 0 < report.fast_loop_bytes <= report.step_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({"checkpointing": True}, 0.8), ({"micro_batch": 1}, 0.5), ({"precision": "bf16"}, 0.9)],
+    ids=str,
+)
+def test_saving_memory_saves_memory(changes: dict[str, Any], share: float) -> None:
+    assert measured(replace(FIT, **changes))[0] < share * measured(FIT)[0]
+
+
+def test_the_process_is_told_apart_from_the_tensors() -> None:
+    report = memory_report(replace(FIT, compile=False))
+    compiled = memory_report(replace(FIT, compile=True))
+    assert report.peak_tensor_bytes == report.staying_bytes + report.step_bytes
+    assert report.peak_process_bytes == report.peak_tensor_bytes + report.process_bytes
+    assert compiled.process_bytes == report.process_bytes + COMPILER_BYTES
+    assert compiled.peak_tensor_bytes == report.peak_tensor_bytes
+
+
+def test_unknown_objective_is_named() -> None:
+    with pytest.raises(InputError, match="elbo"):
+        memory_report(replace(FIT, objective="elb"))
+
+
+def fast_loop_bytes(vocab_size: int) -> int:
+    """Beyond the weights, at the worst moment of a real fast loop."""
+    config = replace(FIT, model=replace(NANO, vocab_size=vocab_size, width=16, mlp_hidden=24))
+    svi, batch = svi_for(config), tokens(config)
+    with LiveTensors(*svi.clock.parameters, batch.observed, batch.mask) as live:
+        before = live.live_bytes
+        svi.infer(batch)
+    return live.peak_bytes - before
+
+
+def test_the_fast_loop_holds_nothing_that_grows_with_the_vocabulary() -> None:
+    small, large, larger = (fast_loop_bytes(v) for v in (1_000, 64_000, 128_000))
+    assert larger == large
+    # Up to the width of a tile it holds more logits; three tensors of a tile's size live at most.
+    positions = FIT.batch_size * NANO.seq_len
+    assert large - small <= 3 * 4 * positions * (TILE_COLUMNS - 1_000)
+
+
+def test_live_tensors_counts_storages_once_and_forgets_the_dead() -> None:
+    held = torch.zeros(100)
+    with LiveTensors(held) as live:
+        assert live.live_bytes == 400
+        a = torch.ones(1000)
+        views = a.view(10, 100), a[::2], held[:5], a.add_(1.0)
+        assert live.live_bytes == 4400
+        b = a * 2.0
+        assert live.live_bytes == 8400
+        del a, views
+        assert live.live_bytes == 4400
+        c: Tensor = b.half()
+        assert live.live_bytes == 6400
+    assert live.peak_bytes == 8400
+    assert c.numel() == 1000
+    del b
+    assert live.live_bytes == 2400
+
+
+def test_cost_takes_the_settings_of_a_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*options: str) -> dict[str, Any]:
+        assert main(["cost", "mixture", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    told_of = told("--no-compile", "--micro_batch", "2", "--checkpointing", "--model.seq_len=32")
+    config = replace(
+        PRESETS["mixture"], compile=False, micro_batch=2, checkpointing=True,
+        model=replace(PRESETS["mixture"].model, seq_len=32),
+    )  # fmt: skip
+    assert told_of["memory"] == memory_report(config).as_dict()
+    assert told_of["flops_slow_step"] == cost_report(config).flops_slow_step
+
+
+@pytest.mark.slow
+def test_resident_memory_is_within_15_percent_of_the_prediction() -> None:
+    """In processes of their own: nano and tiny, compiled and not."""
+    out = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--quick", "--json", "-"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
+    cases = json.loads(out)["cases"]
+    assert len(cases) >= 4
+    for case in cases:
+        ratio = case["measured_bytes"] / case["predicted_bytes"]
+        assert ratio == pytest.approx(1.0, abs=0.15), case["case"]
