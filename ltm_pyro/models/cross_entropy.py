@@ -9,12 +9,13 @@ gradient by h, since with p = softmax(h E^T)
 and both sums can be kept up tile by tile against a running maximum, as the attention of Dao et al.
 (2022, arXiv 2205.14135) does with keys. The gradient by E needs p, so it visits the tiles again.
 
-Both visits are operators of their own, which torch.compile takes as they are: left to unroll the
-loop, it would hold the logits of all tiles at once.
+In compiled code both visits are operators of their own, which the compiler takes as they are: left
+to unroll the loop, it would hold the logits of all tiles at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,7 @@ def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
         log_prob: Tensor = _TokenLogProb.apply(h, weight, targets)  # type: ignore[no-untyped-call]
         return log_prob
-    return _visit(h, weight, targets, False, torch.compiler.is_compiling())[0]
+    return _visit(h, weight, targets, gradient=False)[0]
 
 
 class _TokenLogProb(torch.autograd.Function):
@@ -65,8 +66,8 @@ class _TokenLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        log_prob, log_norm, gradient = _visit(h, weight, targets, True, compiling)
+        visit = _visit_compiled if torch.compiler.is_compiling() else _visit
+        log_prob, log_norm, gradient = visit(h, weight, targets)
         if weight.requires_grad:
             ctx.save_for_backward(gradient, h, weight, targets, log_norm)
         else:
@@ -78,7 +79,8 @@ class _TokenLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gradient, *rest = ctx.saved_tensors
         by_h = grad[:, None].to(gradient.dtype) * gradient if ctx.needs_input_grad[0] else None
-        by_weight = _weight_gradient(grad, *rest) if ctx.needs_input_grad[1] else None
+        visit = _visit_again_compiled if torch.compiler.is_compiling() else _visit_again
+        by_weight = visit(grad, *rest) if ctx.needs_input_grad[1] else None
         return by_h, by_weight, None
 
 
@@ -99,15 +101,12 @@ def _weigh(logits: Tensor, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     return top, p, p.sum(1, dtype=full)
 
 
-@cache
-def _weigh_compiled() -> Any:
-    """`_weigh` as one pass over the tile."""
-    return compiled_function(_weigh)
-
-
-@torch.library.custom_op("ltm_pyro::visit_tiles", mutates_args=())
 def _visit(
-    h: Tensor, weight: Tensor, targets: Tensor, gradient: bool, compiled: bool
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    gradient: bool = True,
+    weigh: Callable[..., tuple[Tensor, Tensor, Tensor]] = _weigh,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p(y), log normaliser, d log p(y) / d h): (N,), (N,), (N, H).
 
@@ -116,9 +115,8 @@ def _visit(
         weight: (V, H), of the same dtype.
         targets: (N,).
         gradient: Whether the last is asked for; it is empty otherwise.
-        compiled: Whether a tile's sums are taken by compiled code.
+        weigh: Takes a tile's sums.
     """
-    weigh = _weigh_compiled() if compiled else _weigh
     full = _full(h.dtype)
     rows, columns = tile_shape(len(weight))
     log_norms, means = [], []
@@ -133,6 +131,7 @@ def _visit(
             if gradient:
                 mean.mul_(shrink[:, None]).add_(p @ part)
             top = highest
+            del p  # before the next tile comes
         log_norms.append(top + total.log())
         means.append(mean / total[:, None] if gradient else mean)
     target, log_norm = weight[targets].to(full), torch.cat(log_norms)
@@ -141,16 +140,7 @@ def _visit(
     return log_prob, log_norm, by_h
 
 
-@_visit.register_fake
-def _(
-    h: Tensor, weight: Tensor, targets: Tensor, gradient: bool, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = h.new_empty((len(h),), dtype=_full(h.dtype))
-    return sums, torch.empty_like(sums), h.new_empty(h.shape if gradient else (0,))
-
-
-@torch.library.custom_op("ltm_pyro::visit_tiles_again", mutates_args=())
-def _weight_gradient(
+def _visit_again(
     grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
 ) -> Tensor:
     """sum_n grad_n (1[v = y_n] - p_nv) h_n for every vocabulary entry v, (V, H)."""
@@ -166,6 +156,32 @@ def _weight_gradient(
     return by_weight.to(weight.dtype)
 
 
-@_weight_gradient.register_fake
+@cache
+def _weigh_compiled() -> Any:
+    """`_weigh` as one pass over the tile."""
+    return compiled_function(_weigh)
+
+
+@torch.library.custom_op("ltm_pyro::visit_tiles", mutates_args=())
+def _visit_compiled(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_visit` inside a compiled graph."""
+    return _visit(h, weight, targets, weigh=_weigh_compiled())
+
+
+@_visit_compiled.register_fake
+def _(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sums = h.new_empty((len(h),), dtype=_full(h.dtype))
+    return sums, torch.empty_like(sums), torch.empty_like(h)
+
+
+@torch.library.custom_op("ltm_pyro::visit_tiles_again", mutates_args=())
+def _visit_again_compiled(
+    grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
+) -> Tensor:
+    """`_visit_again` inside a compiled graph."""
+    return _visit_again(grad, h, weight, targets, log_norm)
+
+
+@_visit_again_compiled.register_fake
 def _(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor) -> Tensor:
     return torch.empty_like(weight)
