@@ -169,7 +169,12 @@ def test_a_posterior_is_needed_to_write_one(fitted, tmp_path):
         write_posterior(tmp_path / "p.nc", run, score_run(run, run.corpus(), mode="prior"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+LARGER = ("ltm-medium", "ltm-large")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGER)) for n in PRESETS]
+)
 def test_cost_of_every_preset(name, capsys):
     assert main(["cost", name]) == 0
     assert f"Cost of {name}" in capsys.readouterr().out

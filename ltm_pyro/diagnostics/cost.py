@@ -292,7 +292,8 @@ def _memory_rows(memory: MemoryReport) -> list[tuple[str, str]]:
         ("  fast loop, beyond them", _bytes(memory.fast_loop_bytes)),
         ("  training step, beyond them", _bytes(memory.step_bytes)),
         ("  peak of all tensors", _bytes(memory.peak_tensor_bytes)),
-        ("  Python, torch and Pyro", _bytes(memory.process_bytes)),
+        ("  Python, libraries, compiler", _bytes(memory.process_bytes)),
+        ("  kept by the C library", _bytes(memory.allocator_bytes)),
         ("  peak of the process, on a CPU", _bytes(memory.peak_process_bytes)),
     ]
 
