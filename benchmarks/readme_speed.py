@@ -2,7 +2,8 @@
 
     python benchmarks/readme_speed.py            # docs/fast_loop.json, docs/fast_loop_scaling.json
 
-Replaces what stands between the markers in README.md. Nothing is measured here.
+Replaces what stands between the markers in README.md; without the second file the part on scaling
+is left out. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -44,22 +45,24 @@ def main() -> None:
     parser.add_argument("scaling", type=Path, nargs="?", default=ROOT / SCALING)
     args = parser.parse_args()
     readme = ROOT / "README.md"
-    text = block(json.loads(args.table.read_text()), json.loads(args.scaling.read_text()))
+    scaling = json.loads(args.scaling.read_text()) if args.scaling.exists() else None
+    text = block(json.loads(args.table.read_text()), scaling)
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def block(result: Row, scaling: Row) -> str:
+def block(result: Row, scaling: Row | None = None) -> str:
     """The whole section between the markers."""
-    return "\n".join(
-        [
-            *markdown_table(result["rows"]), "", legend(result["rows"]), "",
-            footnote(result["header"]), "",
-            f"![Cost of the fast loop as one thing grows]({FIGURE})", "",
+    lines = [
+        *markdown_table(result["rows"]), "", legend(result["rows"]), "", footnote(result["header"]),
+    ]  # fmt: skip
+    if scaling is not None:
+        lines += [
+            "", f"![Cost of the fast loop as one thing grows]({FIGURE})", "",
             *scaling_table(scaling), "", footnote(scaling["header"]),
-        ]
-    )  # fmt: skip
+        ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def markdown_table(rows: Sequence[Row]) -> list[str]:
