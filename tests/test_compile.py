@@ -69,8 +69,9 @@ def test_wrapping_leaves_validation_as_it_was() -> None:
 
 
 @pytest.mark.slow
-# torch's tracer warns and hides its own warning, which as an error would end the compilation.
+# torch's tracer warns and hides its own warnings, which as errors would end the compilation.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 def test_compiled_and_eager_loops_agree() -> None:
     """Compilation takes from ten seconds to a minute."""
     model, batch = small_model(), ltm.Batch(torch.randint(0, 256, (3, 16)))

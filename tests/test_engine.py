@@ -235,8 +235,9 @@ def test_a_ragged_batch_scores_the_same_after_it_is_prepared(longest: int) -> No
 
 
 @pytest.mark.slow
-# torch's tracer warns and hides its own warning, which as an error would end the compilation.
+# torch's tracer warns and hides its own warnings, which as errors would end the compilation.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_ragged_batches_equal_eager_ones(precision: Any) -> None:
     """Two shapes; in bf16 the compiler keeps more digits between operations."""
