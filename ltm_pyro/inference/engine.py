@@ -61,8 +61,7 @@ class Engine:
         """
         if not isinstance(model, Computes):
             return nullcontext()
-        halves = processes == 1 and self.micro_batch is None
-        return model.computing(self.precision, self.checkpointing, halves)
+        return model.computing(self.precision, self.checkpointing, in_halves=processes == 1)
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""
