@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -38,9 +40,11 @@ def sequence_terms(
     recorder: TermRecorder, guide: LocalGuide, prior: TorchDistribution
 ) -> tuple[Tensor, Tensor]:
     """(nll, kl) per sequence, (B,) each, the KL in closed form where the family has one."""
-    with torch.no_grad():
-        closed = guide.kl(prior)
-    return recorder.nll(), recorder.kl() if closed is None else closed
+    kl = recorder.closed_kl
+    if kl is None:
+        with torch.no_grad():
+            kl = guide.kl(prior)
+    return recorder.nll(), recorder.kl() if kl is None else kl
 
 
 def objective(loss: Loss, batch: Batch, draws: int) -> Tensor:
@@ -129,7 +133,7 @@ def run_fast_loop(
             if fast.noise == "fixed":
                 torch.manual_seed(seed)
             lr = learning_rate(fast, step, steps)
-            with TermRecorder() as recorder, KLWeight(kl_weight):
+            with TermRecorder() as recorder, KLWeight(kl_weight), _validation(step):
                 value = objective(loss, batch, draws)
             gradients = torch.autograd.grad(value, list(params.values()))
             if record:
@@ -137,7 +141,8 @@ def run_fast_loop(
             optimizer.step(dict(zip(params, gradients, strict=True)), lr)
             tail.add(step)
             last = value.detach()
-            _refuse_non_finite(params, last, recorder, batch)
+            if step == steps - 1 or not math.isfinite(last.item()):
+                _refuse_non_finite(params, last, recorder, batch)
             first = last if step == 0 else first
             if step == steps - 1:
                 norm = _row_norms(gradients).mean()
@@ -148,6 +153,14 @@ def run_fast_loop(
             else None
         )
     return FastResult(first, last, norm, own, course.trace() if record and steps else None)
+
+
+def _validation(step: int) -> AbstractContextManager[None]:
+    """Pyro's and torch's checks at the first step alone: the later ones run the same program.
+
+    What may change, that numbers are finite, the loop checks itself.
+    """
+    return nullcontext() if step == 0 else pyro.validation_enabled(False)
 
 
 class _TailMean:

@@ -70,23 +70,23 @@ class CompiledScore:
         self._plain = score
         self._compiled: Score | None = compiled_function(score)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Log p(x | z) per row, (B,)."""
+    def __call__(self, *inputs: Tensor, **shared: Any) -> Tensor:
+        """Log p(x | z) per row, (B,), of inputs that each have B rows, and others by name."""
         if self._compiled is None:
-            return self._plain(*inputs)
+            return self._plain(*inputs, **shared)
         rows = len(inputs[0])
         empty = bucket_rows(rows) - rows
         filled = [_filled(value, empty) for value in inputs]
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-                return self._compiled(*filled)[:rows]
+                return self._compiled(*filled, **shared)[:rows]
         except Exception as error:  # whatever a missing or broken compiler raises
             warnings.warn(
                 f"the likelihood runs uncompiled, more slowly: {type(error).__name__}",
                 stacklevel=2,
             )
             self._compiled = None
-            return self._plain(*inputs)
+            return self._plain(*inputs, **shared)
 
 
 def _filled(value: Tensor, empty: int) -> Tensor:

@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from ltm_pyro.models.compiled import compiled_function
 
-TILE_ELEMENTS = 2**22
-"""Logits held at once: 16 MB in float32, so that a tile stays in or near the cache."""
-TILE_COLUMNS = 4096
+TILE_ELEMENTS = 2**21
+"""Logits held at once: 8 MB in float32, so that a tile stays in or near the cache."""
+TILE_COLUMNS = 1024
 """Vocabulary entries of a tile."""
 
 
@@ -89,16 +89,35 @@ def _full(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _weigh(logits: Tensor, top: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A tile's share of the sums: the new maximum (N,), exp(logits - maximum), and its sum (N,).
+def _weigh(tile: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's share of the sums: the new maximum, the factor by which older sums shrink, the sum.
 
-    The sum is of the weights as rounded to `dtype`, so that a mean by them has weights that sum to
-    one whatever the precision.
+    The weights exp(tile - maximum) replace the logits in `tile`. Summed are the weights as they are
+    stored there, so that a mean by them has weights that sum to one whatever the precision. All
+    that is returned is (N,).
     """
-    full = _full(logits.dtype)
-    top = torch.maximum(top, logits.amax(1).to(full))
-    p = (logits.to(full) - top[:, None]).exp_().to(dtype)
-    return top, p, p.sum(1, dtype=full)
+    full = _full(tile.dtype)
+    highest = torch.maximum(top, tile.amax(1).to(full))
+    tile.copy_((tile.to(full) - highest[:, None]).exp_())
+    return highest, (top - highest).exp(), tile.sum(1, dtype=full)
+
+
+def _move(mean: Tensor, shrink: Tensor, product: Tensor) -> None:
+    """Takes a tile's weighted sum of embeddings (N, H) into `mean`."""
+    mean.mul_(shrink[:, None]).add_(product)
+
+
+def _normalise(tile: Tensor, log_norm: Tensor) -> None:
+    """Replaces the logits in `tile` by probabilities, given the log normaliser (N,)."""
+    tile.copy_((tile.to(_full(tile.dtype)) - log_norm[:, None]).exp_())
+
+
+Via = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Takes one of the passes above and returns it, compiled or as it is."""
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _visit(
@@ -106,7 +125,7 @@ def _visit(
     weight: Tensor,
     targets: Tensor,
     gradient: bool = True,
-    weigh: Callable[..., tuple[Tensor, Tensor, Tensor]] = _weigh,
+    via: Via = _plain,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p(y), log normaliser, d log p(y) / d h): (N,), (N,), (N, H).
 
@@ -115,57 +134,77 @@ def _visit(
         weight: (V, H), of the same dtype.
         targets: (N,).
         gradient: Whether the last is asked for; it is empty otherwise.
-        weigh: Takes a tile's sums.
+        via: For the passes between the matrix products.
     """
     full = _full(h.dtype)
     rows, columns = tile_shape(len(weight))
-    log_norms, means = [], []
-    for block in h.split(rows):
-        top = block.new_full((len(block),), -torch.inf, dtype=full)
-        total = torch.zeros_like(top)
+    logits = _Tiles(h, min(rows, len(h)) * columns)
+    log_norm = h.new_empty((len(h),), dtype=full)
+    by_h = torch.empty_like(h) if gradient else h.new_empty(0)
+    target = weight[targets].to(full)
+    for i in range(0, len(h), rows):
+        block, norm = h[i : i + rows], log_norm[i : i + rows]
+        top, total = torch.full_like(norm, -torch.inf), torch.zeros_like(norm)
         mean = torch.zeros(block.shape if gradient else (0,), dtype=full, device=h.device)
         for part in weight.split(columns):
-            highest, p, tile_total = weigh(block @ part.T, top, h.dtype)
-            shrink = (top - highest).exp()
-            total = total * shrink + tile_total
+            tile = logits(block, part)
+            top, shrink, tile_total = via(_weigh)(tile, top)
+            total.mul_(shrink).add_(tile_total)
             if gradient:
-                mean.mul_(shrink[:, None]).add_(p @ part)
-            top = highest
-            del p  # before the next tile comes
-        log_norms.append(top + total.log())
-        means.append(mean / total[:, None] if gradient else mean)
-    target, log_norm = weight[targets].to(full), torch.cat(log_norms)
-    log_prob = (h.to(full) * target).sum(1) - log_norm
-    by_h = (target - torch.cat(means)).to(h.dtype) if gradient else h.new_empty(0)
-    return log_prob, log_norm, by_h
+                via(_move)(mean, shrink, tile @ part)
+        norm.copy_(top + total.log())
+        if gradient:
+            by_h[i : i + rows] = target[i : i + rows] - mean.div_(total[:, None])
+    return (h.to(full) * target).sum(1) - log_norm, log_norm, by_h
 
 
 def _visit_again(
-    grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    via: Via = _plain,
 ) -> Tensor:
     """sum_n grad_n (1[v = y_n] - p_nv) h_n for every vocabulary entry v, (V, H)."""
     full = _full(h.dtype)
     rows, columns = tile_shape(len(weight))
+    logits = _Tiles(h, min(rows, len(h)) * columns)
     by_weight = torch.zeros(weight.shape, dtype=full, device=weight.device)
-    by_weight.index_add_(0, targets, grad[:, None].to(full) * h.to(full))
-    parts = zip(grad.split(rows), h.split(rows), log_norm.split(rows), strict=True)
-    for g, block, norm in parts:
+    weighted = grad[:, None].to(full) * h.to(full)
+    by_weight.index_add_(0, targets, weighted)
+    weighted = weighted.to(h.dtype)
+    for i in range(0, len(h), rows):
+        block, norm, addend = (a[i : i + rows] for a in (h, log_norm, weighted))
         for part, out in zip(weight.split(columns), by_weight.split(columns), strict=True):
-            p = (block @ part.T).to(full).sub_(norm[:, None]).exp_().mul_(g[:, None])
-            out.sub_(p.to(h.dtype).T @ block)
+            tile = logits(block, part)
+            via(_normalise)(tile, norm)
+            out.sub_(tile.T @ addend)
     return by_weight.to(weight.dtype)
 
 
+class _Tiles:
+    """Tiles of logits, one after the other in the same memory: fresh memory is slow to touch."""
+
+    def __init__(self, h: Tensor, size: int) -> None:
+        self._memory = h.new_empty(size)
+
+    def __call__(self, block: Tensor, part: Tensor) -> Tensor:
+        """The product block @ part.T, valid until the next call."""
+        shape = len(block), len(part)
+        return torch.mm(block, part.T, out=self._memory[: shape[0] * shape[1]].view(shape))
+
+
 @cache
-def _weigh_compiled() -> Any:
-    """`_weigh` as one pass over the tile."""
-    return compiled_function(_weigh)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in one or two passes over memory."""
+    return compiled_function(function)
 
 
 @torch.library.custom_op("ltm_pyro::visit_tiles", mutates_args=())
 def _visit_compiled(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_visit` inside a compiled graph."""
-    return _visit(h, weight, targets, weigh=_weigh_compiled())
+    return _visit(h, weight, targets, via=_compiled)
 
 
 @_visit_compiled.register_fake
@@ -179,7 +218,7 @@ def _visit_again_compiled(
     grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
 ) -> Tensor:
     """`_visit_again` inside a compiled graph."""
-    return _visit_again(grad, h, weight, targets, log_norm)
+    return _visit_again(grad, h, weight, targets, log_norm, via=_compiled)
 
 
 @_visit_again_compiled.register_fake

@@ -156,6 +156,9 @@ class Decoder(nn.Module):
         log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
 
+    forward = score
+    """So that `torch.func.functional_call` can score with other weights."""
+
     def score_all(
         self, tokens: Tensor, mask: Tensor, z: Tensor, hidden: Tensor | None = None
     ) -> Tensor:

@@ -8,15 +8,16 @@ The length of a sequence is given, not modelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
@@ -30,12 +31,17 @@ from ltm_pyro.models.priors import ThoughtPrior, build_prior
 
 @dataclass(frozen=True)
 class PreparedBatch(Batch):
-    """A batch with the decoder's trunk (B, T, H) computed: valid while the weights stay.
+    """A batch with what the fast loop shares between its steps; valid while the weights stay.
 
     T may be shorter than in the batch it was made from: columns that no row fills are cut off.
+
+    Attributes:
+        trunk: The decoder's trunk (B, T, H).
+        rounded: The decoder's matrices by name, in the products' precision where it is not theirs.
     """
 
     trunk: Tensor = None  # type: ignore[assignment]
+    rounded: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class LatentThoughtModel(nn.Module):
         self.thought_prior: ThoughtPrior = build_prior(
             config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
         )
-        self._fast_score: Score = self.decoder.score
+        self._fast_score: Score = self._score_by
         self._slow_score: Score | None = None
         self._precision: Precision = "fp32"
         self._in_halves = False
@@ -177,10 +183,11 @@ class LatentThoughtModel(nn.Module):
                 return self._slow_score(tokens, batch.mask, rows, *hidden)
         # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
         only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
-        scorer = self._fast_score if only_thoughts else self.decoder.score
+        scorer = self._fast_score if only_thoughts else self._score_by
         mask = batch.mask
+        rounded: Mapping[str, Tensor] = {}
         if isinstance(batch, PreparedBatch) and tokens is batch.x:
-            trunk = batch.trunk
+            trunk, rounded = batch.trunk, batch.rounded
         else:
             shown = batch if tokens is batch.x else None
             trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown)
@@ -191,7 +198,14 @@ class LatentThoughtModel(nn.Module):
                 a.expand(*lead, a.shape[-1]).reshape(-1, a.shape[-1]) for a in (tokens, mask)
             )
         with self._autocast():
-            return scorer(trunk, tokens, mask, rows).view(lead)
+            return scorer(trunk, tokens, mask, rows, weights=rounded).view(lead)
+
+    def _score_by(self, *inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`Decoder.score` with some weights replaced."""
+        if not weights:
+            return self.decoder.score(*inputs)
+        score: Tensor = functional_call(self.decoder, dict(weights), inputs)
+        return score
 
     @contextmanager
     def computing(
@@ -233,7 +247,14 @@ class LatentThoughtModel(nn.Module):
         length = bucket_length(batch)
         trunk = self._trunk(batch.observed[:, :length], batch)
         x, mask = batch.observed[:, :length], batch.mask[:, :length]
-        return PreparedBatch(x, mask, batch.ids, trunk)
+        return PreparedBatch(x, mask, batch.ids, trunk, self._rounded())
+
+    def _rounded(self) -> dict[str, Tensor]:
+        """The decoder's matrices as autocast would round them, again and again, at every step."""
+        if self._precision == "fp32":
+            return {}
+        named = self.decoder.named_parameters()
+        return {name: p.to(torch.bfloat16) for name, p in named if p.dim() > 1}
 
     def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""
@@ -276,5 +297,5 @@ class LatentThoughtModel(nn.Module):
         weights learning. Scores and simulations stay uncompiled.
         """
         if not isinstance(self._fast_score, CompiledScore):
-            self._fast_score = CompiledScore(self.decoder.score)
+            self._fast_score = CompiledScore(self._score_by)
             self._slow_score = CompiledScore(self.decoder.score_all)

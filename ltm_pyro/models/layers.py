@@ -15,7 +15,7 @@ def block_shape(window: int, length: int) -> tuple[int, int, int]:
     if window >= length:
         return 1, length, length
     block = max(window, min(max(2 * window, SMALL_BLOCK), LARGE_BLOCK))
-    return -(-length // block), block, block + window - 1
+    return -(-length // block), block, block + window
 
 
 def fused(window: int, length: int) -> bool:
@@ -72,28 +72,36 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     if window == 1:
         return v
     n_blocks, block, span = block_shape(window, length)
-    reach = window - 1
-    pad = n_blocks * block - length
-    queries = F.pad(q, (0, 0, 0, pad)).view(rows, heads, n_blocks, block, head_dim)
-    # Each block's keys are its own and the `reach` before it: overlapping stretches of one tensor.
-    keys = F.pad(k, (0, 0, reach, pad)).unfold(2, span, block)
-    values = F.pad(v, (0, 0, reach, pad)).unfold(2, span, block).transpose(-1, -2)
+    q, k, v = (
+        F.pad(a, (0, 0, 0, n_blocks * block - length)).view(rows, heads, n_blocks, block, head_dim)
+        for a in (q, k, v)
+    )
+    keys, values = (_with_reach(a, span - block) for a in (k, v))
     visible = _visible(n_blocks, block, window, q.device)
     if fused(window, length):
-        out = _fused_blocks(queries, keys.transpose(-1, -2), values, visible)
+        out = _fused_blocks(q, keys, values, visible)
     else:
-        scores = ((queries @ keys) * head_dim**-0.5).masked_fill(~visible, -torch.inf)
+        scores = (q @ keys.transpose(-1, -2) * head_dim**-0.5).masked_fill(~visible, -torch.inf)
         out = softmax(scores) @ values
     return out.reshape(rows, heads, n_blocks * block, head_dim)[:, :, :length]
 
 
+def _with_reach(blocks: Tensor, reach: int) -> Tensor:
+    """Each block with the last `reach` positions of the one before it put in front.
+
+    (B, heads, n_blocks, positions, head_dim). Before the first block are zeros. Slices are cheaper
+    to differentiate than overlapping views of one tensor, whose gradient is scattered.
+    """
+    before = F.pad(blocks[:, :, :-1, -reach:], (0, 0, 0, 0, 1, 0))
+    return torch.cat((before, blocks), dim=-2)
+
+
 def _visible(n_blocks: int, block: int, window: int, device: torch.device) -> Tensor:
     """Which of its keys each query of a block sees, (n_blocks, block, keys per block) bool."""
-    reach = window - 1
-    key = torch.arange(block + reach, device=device)
+    key = torch.arange(block + window, device=device)
     offset = key - torch.arange(block, device=device)[:, None]
     start = torch.arange(n_blocks, device=device)[:, None, None] * block
-    return (offset >= 0) & (offset <= reach) & (start + key >= reach)
+    return (offset >= 1) & (offset <= window) & (start + key >= window)
 
 
 def _fused_blocks(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

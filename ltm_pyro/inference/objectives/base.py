@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -69,9 +70,9 @@ class Draws:
         prior: p(z), event shape (K, D).
         z: (S, B, K, D).
         log_lik: (S, B) log p(x | z).
-        log_prior: (S, B) c log p(z).
         weight: c, the KL weight.
         site: The guide's site `z`, with its leading dimensions as drawn.
+        prior_site: The model's site `z`.
         n_layers: Decoder layers that the thoughts feed in equal blocks; `None` where the model has
             no layers.
     """
@@ -80,10 +81,15 @@ class Draws:
     prior: TorchDistribution
     z: Tensor
     log_lik: Tensor
-    log_prior: Tensor
     weight: Any
     site: dict[str, Any]
+    prior_site: dict[str, Any]
     n_layers: int | None
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """C log p(z), (S, B)."""
+        return _log_prob(self.prior_site).reshape(self.log_lik.shape)
 
     def log_q(self, stopped: bool = False) -> Tensor:
         """C log q(z), (S, B); with `stopped`, at parameters held constant."""
@@ -167,9 +173,9 @@ class Objective(ELBO):
             prior=prior,
             z=z.reshape(*shape, *z.shape[-2:]),
             log_lik=_log_prob(x).reshape(shape),
-            log_prior=_log_prob(p).reshape(shape),
             weight=q["scale"],
             site=q,
+            prior_site=p,
             n_layers=getattr(getattr(model, "config", None), "n_layers", None),
         )
 

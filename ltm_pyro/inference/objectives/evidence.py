@@ -12,6 +12,7 @@ from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives.base import Draws, Objective, finite_number
 from ltm_pyro.inference.objectives.group_kl import kl_by_group
+from ltm_pyro.inference.objectives.handlers import closed_kl
 
 
 class Elbo(Objective):
@@ -29,7 +30,7 @@ class Elbo(Objective):
 
     def kl(self, draws: Draws) -> Tensor:
         """C KL(q || p), (B,)."""
-        closed = self.closed_kl(draws.guide, draws.prior)
+        closed = closed_kl(draws.guide, draws.prior)
         if closed is not None:
             return draws.weight * closed
         return (draws.log_q() - draws.log_prior).mean(0)
