@@ -30,7 +30,7 @@ def test_without_a_compiler_the_loop_runs_as_before(monkeypatch: pytest.MonkeyPa
     expected = infer(model, batch)
 
     def broken(function: object, **options: object) -> object:
-        def call(*args: object) -> None:
+        def call(*args: object, **shared: object) -> None:
             raise RuntimeError("no C++ compiler")
 
         return call
@@ -47,9 +47,9 @@ def test_only_the_clocks_call_the_compiled_likelihood(monkeypatch: pytest.Monkey
     calls: list[int] = []
 
     def counting(function, **options):
-        def call(*args):
+        def call(*args, **shared):
             calls.append(1)
-            return function(*args)
+            return function(*args, **shared)
 
         return call
 

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,7 +28,7 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
         self.add(*held)
 
     def __torch_dispatch__(
@@ -50,17 +49,18 @@ class LiveTensors(TorchDispatchMode):
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, n_bytes = id(storage), storage.nbytes()
+        # oneDNN's own tensors have no storage that could be shared.
+        owner = tensor if tensor.is_mkldnn else tensor.untyped_storage()
+        key, n_bytes = id(owner), owner.nbytes if isinstance(owner, Tensor) else owner.nbytes()
         known = self._known.get(key)
-        if known is not None and known() is storage:
+        if known is not None and known() is owner:
             return
 
-        def gone(reference: weakref.ref[torch.UntypedStorage]) -> None:
+        def gone(reference: weakref.ref[Any]) -> None:
             self.live_bytes -= n_bytes
             if self._known.get(key) is reference:
                 del self._known[key]
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(owner, gone)
         self.live_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

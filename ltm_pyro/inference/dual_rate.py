@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import cast
 
 import torch
@@ -29,50 +29,29 @@ from ltm_pyro.inference.fast_loop import (
     frozen,
     local_optimizer,
     run_fast_loop,
-    sequence_terms,
 )
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.objectives import (
-    KLWeight,
-    TermRecorder,
     build_objective,
     describe,
     differentiable,
     kl_estimator,
-    over_particles,
-    quiet_about_nan,
 )
 from ltm_pyro.inference.parallel import Parallel, slow_clock
 from ltm_pyro.inference.parallel.held_draws import HeldDraws
 from ltm_pyro.inference.parallel.inferring import fit_shared
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
+from ltm_pyro.inference.slow_objective import SlowLoss, SlowObjective
 from ltm_pyro.inference.training_data import RowsOf, TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class _SlowLoss:
-    """What a slow step descends, and what it reports.
-
-    Attributes:
-        descended: In nats, summed over the batch.
-        objective: The part of it that is the objective at the fitted q.
-        nll: (B,) -log p(x | z), every input token shown.
-        kl: (B,).
-    """
-
-    descended: Tensor
-    objective: Tensor
-    nll: Tensor
-    kl: Tensor
 
 
 class DualRateSVI:
@@ -131,6 +110,7 @@ class DualRateSVI:
         elbo = "elbo" if elbo is None else elbo
         self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
+        self.slow_objective = SlowObjective(model, guide, self.loss, seed)
         self.seed = seed
         self.parallel = parallel or Parallel()
         self.store: RowStore | None = LocalStore() if persistent else None
@@ -417,11 +397,11 @@ class DualRateSVI:
         with noise:
             if thinks:
                 result, moments = self._fast_loop(shown, weight)
-                loss = self._slow_loss(batch, shown, weight)
+                loss = self.slow_objective.at_fitted(batch, shown, weight, self.slow_step)
                 if self.store is not None:
                     fitted = {**self.guide.rows(), **moments.state()}
             else:
-                loss = self._thoughtless_loss(batch, shown)
+                loss = self.slow_objective.without_thoughts(batch, shown)
         self._slow_gradient(batch, loss)
         sums = StepSums(
             nll=loss.nll.sum() / n,
@@ -441,37 +421,7 @@ class DualRateSVI:
         except NonFiniteError as error:
             raise NonFiniteError(error.ids, self.slow_step) from None
 
-    def _slow_loss(self, batch: Batch, shown: Batch, weight: float) -> _SlowLoss:
-        """At the fitted q on fresh draws; `shown` is the batch after word dropout."""
-        noise = derive_seed(self.seed, Stream.SLOW, self.slow_step)
-        with (
-            frozen(self.guide.local_parameters().values()),
-            seeded(noise, batch.device),
-            quiet_about_nan(),
-            KLWeight(weight),
-        ):
-            with TermRecorder() as recorder:
-                objective = self.loss(shown)
-            nll, kl = sequence_terms(recorder, self.guide, self.model.prior())
-            with frozen(self.model.parameters()):
-                extra = self.guide.shared_loss(self.loss, shown)
-        if shown is not batch:
-            nll = self._nll(recorder.thoughts(), batch)
-        return _SlowLoss(objective if extra is None else objective + extra, objective, nll, kl)
-
-    def _thoughtless_loss(self, batch: Batch, shown: Batch) -> _SlowLoss:
-        """The same before thoughts join: -log p(x | z = 0), no KL."""
-        z = self.guide.anchor.new_zeros((len(batch), *self.model.thought_shape))
-        losses = -self.model.log_likelihood(z, shown)
-        nll = losses.detach() if shown is batch else self._nll([z], batch)
-        return _SlowLoss(losses.sum(), losses.sum(), nll, torch.zeros_like(nll))
-
-    @torch.no_grad()
-    def _nll(self, thoughts: list[Tensor], batch: Batch) -> Tensor:
-        """-log p(x | z) per sequence, (B,), mean over given draws."""
-        return over_particles([-self.model.log_likelihood(z, batch) for z in thoughts])
-
-    def _slow_gradient(self, batch: Batch, loss: _SlowLoss) -> None:
+    def _slow_gradient(self, batch: Batch, loss: SlowLoss) -> None:
         """Adds the slow gradient of the loss.
 
         Raises:

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
-from ltm_pyro.models.layers import DecoderLayer, rotary_angles
+from ltm_pyro.models.layers import DecoderLayer, Projection, rotary_angles
+from ltm_pyro.models.packed import arrange_frozen
 from ltm_pyro.models.writing import LARGE, LayerWriter, Norm, Turns, arrange, product
 
 
@@ -65,6 +66,15 @@ class Decoder(nn.Module):
         )
         self.norm = nn.RMSNorm(config.width)
         self.checkpointing = False
+        positions = torch.arange(config.seq_len)
+        self.cosines: Tensor
+        self.sines: Tensor
+        for name, angles in zip(
+            ("cosines", "sines"),
+            rotary_angles(positions, config.width // config.n_heads),
+            strict=True,
+        ):
+            self.register_buffer(name, angles, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,9 +102,9 @@ class Decoder(nn.Module):
     def _blocks(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
-    def _angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(start, stop, device=self.bos.device)
-        return rotary_angles(positions, self.config.width // self.config.n_heads)
+    def _angles(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary angles of the first positions; kept, or compiled code would make them anew."""
+        return self.cosines[:length], self.sines[:length]
 
     def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H).
@@ -111,7 +121,7 @@ class Decoder(nn.Module):
     def trunk(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Everything below the first cross-attention, (B, T) to (B, T, H); free of z."""
         h = self.embed(tokens, hidden)
-        return self._blocks()[0].attend(h, self._angles(0, tokens.shape[1]))
+        return self._blocks()[0].attend(h, self._angles(tokens.shape[1]))
 
     def thought_keys(self, z: Tensor) -> list[Tensor]:
         """Per layer, its block of thoughts as positions meet it; z is (B, K, D)."""
@@ -123,7 +133,7 @@ class Decoder(nn.Module):
     def above(self, trunk: Tensor, z: Tensor) -> Tensor:
         """From the first cross-attention to the final norm: (B, T, H), (B, K, D) to (B, T, H)."""
         h = trunk
-        angles = self._angles(0, trunk.shape[1])
+        angles = self._angles(trunk.shape[1])
         recompute = self.checkpointing and torch.is_grad_enabled() and self.bos.requires_grad
         first, *others = zip(self._blocks(), self.thought_keys(z), strict=True)
         calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = [(first[0].think, first[1:])]
@@ -155,6 +165,23 @@ class Decoder(nn.Module):
         h = self.above(trunk, z)
         log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Matrices that `score` multiplies by, for `functional_call`, while the weights stay.
+
+        They are rounded as autocast would round them, again and again, at every step; those of the
+        layers are arranged for their products.
+        """
+        device = self.bos.device.type
+        low = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if low else self.bos.dtype
+        out: dict[str, Tensor] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Projection):
+                out[f"{name}.weight"] = arrange_frozen(module.weight.to(dtype))
+            elif low and isinstance(module, nn.Linear | nn.Embedding):
+                out[f"{name}.weight"] = module.weight.detach().to(dtype)
+        return out
 
     forward = score
     """So that `torch.func.functional_call` can score with other weights."""
@@ -188,7 +215,7 @@ class Decoder(nn.Module):
         called P times before.
         """
         h = self.embed(tokens)
-        angles = self._angles(0, tokens.shape[1])
+        angles = self._angles(tokens.shape[1])
         blocks = self._blocks()
         for layer, memory, thoughts in zip(blocks, state.layers, state.thoughts, strict=True):
             memory.remember(h, angles)

@@ -37,11 +37,12 @@ class PreparedBatch(Batch):
 
     Attributes:
         trunk: The decoder's trunk (B, T, H).
-        rounded: The decoder's matrices by name, in the products' precision where it is not theirs.
+        weights: Matrices of the decoder by name, in the precision of its products and arranged for
+            them; the others are the decoder's own.
     """
 
     trunk: Tensor = None  # type: ignore[assignment]
-    rounded: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ class LatentThoughtModel(nn.Module):
         only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
         scorer = self._fast_score if only_thoughts else self._score_by
         mask = batch.mask
-        rounded: Mapping[str, Tensor] = {}
+        weights: Mapping[str, Tensor] = {}
         if isinstance(batch, PreparedBatch) and tokens is batch.x:
-            trunk, rounded = batch.trunk, batch.rounded
+            trunk, weights = batch.trunk, batch.weights
         else:
             shown = batch if tokens is batch.x else None
             trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown)
@@ -198,7 +199,7 @@ class LatentThoughtModel(nn.Module):
                 a.expand(*lead, a.shape[-1]).reshape(-1, a.shape[-1]) for a in (tokens, mask)
             )
         with self._autocast():
-            return scorer(trunk, tokens, mask, rows, weights=rounded).view(lead)
+            return scorer(trunk, tokens, mask, rows, weights=weights).view(lead)
 
     def _score_by(self, *inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """`Decoder.score` with some weights replaced."""
@@ -247,14 +248,8 @@ class LatentThoughtModel(nn.Module):
         length = bucket_length(batch)
         trunk = self._trunk(batch.observed[:, :length], batch)
         x, mask = batch.observed[:, :length], batch.mask[:, :length]
-        return PreparedBatch(x, mask, batch.ids, trunk, self._rounded())
-
-    def _rounded(self) -> dict[str, Tensor]:
-        """The decoder's matrices as autocast would round them, again and again, at every step."""
-        if self._precision == "fp32":
-            return {}
-        named = self.decoder.named_parameters()
-        return {name: p.to(torch.bfloat16) for name, p in named if p.dim() > 1}
+        with self._autocast():
+            return PreparedBatch(x, mask, batch.ids, trunk, self.decoder.frozen_weights())
 
     def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltm_pyro.models.packed import linear
+
 SMALL_BLOCK, LARGE_BLOCK = 16, 64
 """Queries per attention block: fewer make slow, small matrix products, more are masked in vain."""
 
@@ -113,6 +115,17 @@ def _fused_blocks(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor
     return out.unflatten(0, (rows, n_blocks)).transpose(1, 2)
 
 
+class Projection(nn.Linear):
+    """A linear map without bias; quicker where its weight is frozen and arranged."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return linear(x, self.weight)
+
+
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention over a sliding window, with rotary positions."""
 
@@ -120,8 +133,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.window = window
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = Projection(width, 3 * width)
+        self.out = Projection(width, width)
 
     def _heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, length, _ = h.shape
@@ -183,8 +196,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = Projection(width, 2 * hidden)
+        self.down = Projection(hidden, width)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""

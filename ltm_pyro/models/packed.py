@@ -1,0 +1,124 @@
+"""Frozen matrices, arranged once for many products.
+
+A matrix product on the CPU rearranges its second factor before it begins. In the fast loop that
+factor is a weight which stays as it is for T_fast steps, forward as W^T and backward as W. oneDNN
+can be handed both arranged; the product is the same, and sooner done. Where oneDNN has no such
+arrangement (other devices, other precisions) products are plain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_PRECISIONS = (torch.float32, torch.bfloat16)
+_ROWS = 2048
+"""Rows of the first factor that an arrangement is made for; others are as welcome."""
+
+
+class Arranged(NamedTuple):
+    """A matrix W as products take it: x W^T, and x W."""
+
+    transposed: Tensor
+    plain: Tensor
+
+
+_ARRANGED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weights to their arrangements; a weight that is gone takes its own along."""
+
+
+def arrange_frozen(weight: Tensor) -> Tensor:
+    """The same matrix, detached, with its products arranged while that tensor lives.
+
+    Args:
+        weight: (out, in); must not change as long as the result is used.
+    """
+    weight = weight.detach()
+    if _can_arrange(weight):
+        _ARRANGED[weight] = Arranged(_arranged(weight), _arranged(weight.T))
+    return weight
+
+
+def arrangement(weight: Tensor) -> Arranged | None:
+    """What `arrange_frozen` made for this very tensor."""
+    found: Arranged | None = _ARRANGED.get(weight)
+    return found
+
+
+def _can_arrange(weight: Tensor) -> bool:
+    known = all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+    usable = weight.is_cpu and weight.dtype in _PRECISIONS and torch.backends.mkldnn.is_available()
+    return usable and known
+
+
+def _arranged(second: Tensor) -> Tensor:
+    """What a product with second^T takes."""
+    if isinstance(second, FakeTensor):  # in a simulation of memory: as many bytes
+        return second.clone(memory_format=torch.contiguous_format)
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(second.contiguous(), _ROWS)
+    return out
+
+
+@torch.library.custom_op("ltm_pyro::frozen_product", mutates_args=())
+def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """The product of x (..., in) with W^T, or of x (..., out) with W."""
+    found = arrangement(weight)
+    if found is None:
+        return x @ (weight.T if transposed else weight)
+    second = found.transposed if transposed else found.plain
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, second, None, "none", [], "")
+    return out
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0 if transposed else 1]))
+
+
+@register_flop_formula(torch.ops.ltm_pyro.frozen_product)
+def _flops(x: Sequence[int], weight: Sequence[int], transposed: bool, **_: Any) -> int:
+    """For `torch.utils.flop_counter`."""
+    del transposed
+    return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[1])
+    ctx.transposed = inputs[2]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (weight,) = ctx.saved_tensors
+    return _product(grad.contiguous(), weight, not ctx.transposed), None, None
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product x W^T, from the arrangement of a frozen weight where there is one.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+
+    Returns:
+        (..., out).
+    """
+    casting = torch.is_autocast_enabled("cpu")
+    low = weight.dtype == torch.get_autocast_dtype("cpu")
+    if weight.requires_grad or not weight.is_cpu or (casting and not low):
+        return F.linear(x, weight)
+    product: Tensor = _product(x.to(weight.dtype), weight, True)
+    return product
