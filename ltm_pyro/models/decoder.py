@@ -177,6 +177,8 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(device) if low else self.bos.dtype
         out: dict[str, Tensor] = {}
         for name, module in self.named_modules():
+            if name.startswith("layers.0.self_attention"):  # in the trunk, which is computed
+                continue
             if isinstance(module, Projection):
                 out[f"{name}.weight"] = arrange_frozen(module.weight.to(dtype))
             elif low and isinstance(module, nn.Linear | nn.Embedding):
