@@ -188,11 +188,14 @@ class Decoder(nn.Module):
     forward = score
     """So that `torch.func.functional_call` can score with other weights."""
 
-    def score_all(
-        self, tokens: Tensor, mask: Tensor, z: Tensor, hidden: Tensor | None = None
-    ) -> Tensor:
-        """`score` with its trunk, as a slow step needs it: (B,)."""
-        return self.score(self.trunk(tokens, hidden), tokens, mask, z)
+    def score_embedded(self, embedded: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """`score` from `self.embed(tokens)` on, (B,), as a slow step compiles it.
+
+        The embedding itself stays uncompiled: a compiler adds up its gradient in whatever order
+        threads come, and two runs would no longer agree to the bit.
+        """
+        trunk = self._blocks()[0].attend(embedded, self._angles(embedded.shape[1]))
+        return self.score(trunk, tokens, mask, z)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:

@@ -179,9 +179,10 @@ class LatentThoughtModel(nn.Module):
         rows = z.reshape(-1, *z.shape[-2:])
         learning = torch.is_grad_enabled() and self.decoder.bos.requires_grad
         if learning and self._slow_score is not None and len(lead) == 1 and tokens is batch.x:
-            hidden = [batch.hidden] if isinstance(batch, HiddenInputs) else []
+            hidden = batch.hidden if isinstance(batch, HiddenInputs) else None
             with self._autocast():
-                return self._slow_score(tokens, batch.mask, rows, *hidden)
+                embedded = self.decoder.embed(tokens, hidden)
+                return self._slow_score(embedded, tokens, batch.mask, rows)
         # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
         only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
         scorer = self._fast_score if only_thoughts else self._score_by
@@ -293,4 +294,4 @@ class LatentThoughtModel(nn.Module):
         """
         if not isinstance(self._fast_score, CompiledScore):
             self._fast_score = CompiledScore(self._score_by)
-            self._slow_score = CompiledScore(self.decoder.score_all)
+            self._slow_score = CompiledScore(self.decoder.score_embedded)
