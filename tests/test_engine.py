@@ -111,12 +111,15 @@ def test_layers_are_computed_again_in_the_slow_step_alone(monkeypatch: pytest.Mo
 def test_parts_without_word_dropout_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_language_model()
     score, calls = model.decoder.score, []
-    monkeypatch.setattr(model.decoder, "score", lambda *a: calls.append(1) or score(*a))
+
+    def spy(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append("slow" if model.decoder.bos.requires_grad else "fast")
+        return score(*inputs)
+
+    monkeypatch.setattr(model.decoder, "score", spy)
     svi = DualRateSVI(model, build_guide("mean_field", model), FAST, SLOW, micro_batch=2)
-    calls.clear()
     svi.step(make_tokens(4))
-    # Two parts in two halves; the fast loop scores with weights of its own, by `forward`.
-    assert len(calls) == 4
+    assert calls == 2 * (["fast"] * FAST.steps + ["slow"] * 2)  # two parts, in two halves
 
 
 WIDE = ModelConfig(

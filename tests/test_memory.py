@@ -102,11 +102,13 @@ def test_predicted_peak_is_that_of_a_real_step(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "share"),
-    [({"checkpointing": True}, 0.85), ({"micro_batch": 1}, 0.55), ({"precision": "bf16"}, 0.9)],
+    [({"checkpointing": True}, 0.8), ({"micro_batch": 1}, 0.5), ({"precision": "bf16"}, 0.9)],
     ids=str,
 )
 def test_saving_memory_saves_memory(changes: dict[str, Any], share: float) -> None:
-    assert measured(replace(FIT, **changes))[0] < share * measured(FIT)[0]
+    # What is saved are activations; on few rows the fast loop's arranged weights weigh as much.
+    fit = replace(FIT, batch_size=8)
+    assert measured(replace(fit, **changes))[0] < share * measured(fit)[0]
 
 
 def test_the_process_is_told_apart_from_the_tensors() -> None:

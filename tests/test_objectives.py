@@ -31,6 +31,7 @@ from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.objectives import (
     OBJECTIVES,
+    Elbo,
     KLWeight,
     TermRecorder,
     build_objective,
@@ -101,6 +102,27 @@ def test_correlated_families_get_their_kl_in_closed_form(block: str) -> None:
     assert kl is not None
     EXACT.assert_close(loss.detach(), (recorder.nll() + kl.detach()).sum())
     assert not torch.allclose(recorder.kl(), kl)
+
+
+class Doubled(Elbo):
+    """Charges twice what the guide's closed form says."""
+
+    def closed_kl(self, guide: LocalGuide, prior: TorchDistribution) -> Tensor | None:
+        kl = super().closed_kl(guide, prior)
+        return None if kl is None else 2 * kl
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_closed_kl_that_an_objective_states_is_charged_and_recorded(weight: float) -> None:
+    oracle, guide, batch = oracle_case()
+    with TermRecorder() as recorder, KLWeight(weight):
+        loss = Doubled()(oracle, guide)(batch)
+    kl = guide.kl(oracle.prior())
+    assert kl is not None
+    assert recorder.closed_kl is not None
+    EXACT.assert_close(recorder.closed_kl, 2 * kl.detach())
+    assert not recorder.closed_kl.requires_grad
+    EXACT.assert_close(loss.detach(), (recorder.nll() + 2 * weight * kl.detach()).sum())
 
 
 @pytest.mark.parametrize("name", ["elbo", "stl", "iwae", "dreg", "renyi"])

@@ -37,7 +37,7 @@ def test_value_and_gradient_are_those_of_the_plain_product(
 ) -> None:
     x, weight = matrices(dtype)
     if not arranged:
-        monkeypatch.setattr(packed, "_can_arrange", lambda weight: False)
+        monkeypatch.setattr(packed, "can_arrange", lambda weight: False)
     weight = arrange_frozen(weight)
     assert (arrangement(weight) is not None) == arranged
     results = []

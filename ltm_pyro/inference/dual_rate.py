@@ -110,7 +110,7 @@ class DualRateSVI:
         elbo = "elbo" if elbo is None else elbo
         self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
-        self.slow_objective = SlowObjective(model, guide, self.loss, seed)
+        self.slow_objective = SlowObjective(model, guide, self.loss)
         self.seed = seed
         self.parallel = parallel or Parallel()
         self.store: RowStore | None = LocalStore() if persistent else None
@@ -397,7 +397,8 @@ class DualRateSVI:
         with noise:
             if thinks:
                 result, moments = self._fast_loop(shown, weight)
-                loss = self.slow_objective.at_fitted(batch, shown, weight, self.slow_step)
+                draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
+                loss = self.slow_objective.at_fitted(batch, shown, weight, draws)
                 if self.store is not None:
                     fitted = {**self.guide.rows(), **moments.state()}
             else:

@@ -17,7 +17,7 @@ from ltm_pyro.inference.objectives import (
     over_particles,
     quiet_about_nan,
 )
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.base import LatentModel
 
 
@@ -45,7 +45,6 @@ class SlowObjective:
         model: The model.
         guide: Its local parameters are fitted already.
         loss: Summed -ELBO of a batch.
-        seed: Of the fit.
     """
 
     def __init__(
@@ -53,20 +52,18 @@ class SlowObjective:
         model: LatentModel,
         guide: LocalGuide,
         loss: Callable[[Batch], Tensor],
-        seed: int,
     ) -> None:
-        self.model, self.guide, self.loss, self.seed = model, guide, loss, seed
+        self.model, self.guide, self.loss = model, guide, loss
 
-    def at_fitted(self, batch: Batch, shown: Batch, weight: float, step: int) -> SlowLoss:
+    def at_fitted(self, batch: Batch, shown: Batch, weight: float, noise: int) -> SlowLoss:
         """At the fitted q, on fresh draws.
 
         Args:
             batch: The rows.
             shown: The same after word dropout, or the same object without.
             weight: Of the KL.
-            step: Slow steps done.
+            noise: Seed of the draws.
         """
-        noise = derive_seed(self.seed, Stream.SLOW, step)
         with (
             frozen(self.guide.local_parameters().values()),
             seeded(noise, batch.device),

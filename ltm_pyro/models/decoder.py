@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.layers import DecoderLayer, Projection, rotary_angles
-from ltm_pyro.models.packed import arrange_frozen
+from ltm_pyro.models.packed import arrange_frozen, can_arrange
 from ltm_pyro.models.writing import LARGE, LayerWriter, Norm, Turns, arrange, product
 
 
@@ -176,6 +176,8 @@ class Decoder(nn.Module):
         low = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if low else self.bos.dtype
         out: dict[str, Tensor] = {}
+        if not low and not can_arrange(self.bos):
+            return out
         for name, module in self.named_modules():
             if name.startswith("layers.0.self_attention"):  # in the trunk, which is computed
                 continue

@@ -42,7 +42,7 @@ def arrange_frozen(weight: Tensor) -> Tensor:
         weight: (out, in); must not change as long as the result is used.
     """
     weight = weight.detach()
-    if _can_arrange(weight):
+    if can_arrange(weight):
         _ARRANGED[weight] = Arranged(_arranged(weight), _arranged(weight.T))
     return weight
 
@@ -53,7 +53,8 @@ def arrangement(weight: Tensor) -> Arranged | None:
     return found
 
 
-def _can_arrange(weight: Tensor) -> bool:
+def can_arrange(weight: Tensor) -> bool:
+    """Whether oneDNN has arrangements for a matrix of this device and precision."""
     known = all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
@@ -119,6 +120,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     casting = torch.is_autocast_enabled("cpu")
     low = weight.dtype == torch.get_autocast_dtype("cpu")
     if weight.requires_grad or not weight.is_cpu or (casting and not low):
+        return F.linear(x, weight)
+    # A compiler cannot ask; in its graphs the product itself does.
+    if not torch.compiler.is_compiling() and arrangement(weight) is None:
         return F.linear(x, weight)
     product: Tensor = _product(x.to(weight.dtype), weight, True)
     return product

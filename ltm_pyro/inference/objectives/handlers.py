@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import SITE_X, SITE_Z
-
-
-@effectful(type="closed_kl")
-def closed_kl(guide: LocalGuide, prior: TorchDistribution) -> Tensor | None:
-    """`guide.kl(prior)`, (B,) or `None`, passing handlers by on its way."""
-    return guide.kl(prior)
 
 
 class KLWeight(Messenger):
@@ -55,6 +47,7 @@ class TermRecorder(Messenger):
         """The KL in closed form, (B,), where the objective asked for one."""
 
     def _pyro_post_closed_kl(self, msg: Any) -> None:
+        # Sent by `Elbo.kl`, so that the KL is not computed again for the record.
         self.closed_kl = None if msg["value"] is None else msg["value"].detach()
 
     def _pyro_post_sample(self, msg: Any) -> None:
