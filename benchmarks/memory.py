@@ -37,6 +37,7 @@ QUICK: dict[str, tuple[str, dict[str, Any]]] = {
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "ltm-small": ("ltm-small", {}),
     "ltm-small, compiled": ("ltm-small", {"compile": True}),
+    "ltm-small, compiled, bf16": ("ltm-small", {"compile": True, "precision": "bf16"}),
     "ltm-small, bf16": ("ltm-small", {"precision": "bf16"}),
     "ltm-small, checkpointing": ("ltm-small", {"checkpointing": True}),
     "ltm-small, micro_batch 2": ("ltm-small", {"micro_batch": 2}),

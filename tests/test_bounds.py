@@ -10,6 +10,7 @@ import torch
 from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
+from ltm_pyro.diagnostics import bounds
 from ltm_pyro.diagnostics.bounds import per_token_perplexity
 
 
@@ -93,6 +94,21 @@ def test_prefix_mode_scores_only_what_was_not_seen() -> None:
         rest = model.log_likelihood(z, batch.suffix(3)).double()
     error = np.hypot(scores.nll_given_z_se, (rest.std(0) / 2000**0.5).numpy())
     MC.assert_close(scores.nll_given_z, error, -rest.mean(0).numpy(), draws=32)
+
+
+def test_rows_scored_some_at_a_time_get_the_scores_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ltm.LatentThoughtModel.from_preset("nano", vocab_size=9, seq_len=12)
+    torch.nn.init.normal_(model.decoder.layers[0].cross_attention.out.weight)
+    batch = ltm.Batch(torch.randint(9, (5, 12), generator=torch.Generator().manual_seed(0)))
+    whole = ltm.evaluate(model, None, batch, draws=3, mode="prior")
+    sizes: list[int] = []
+    prepare = model.prepare
+    monkeypatch.setattr(model, "prepare", lambda part: sizes.append(len(part)) or prepare(part))
+    monkeypatch.setattr(bounds, "TOKENS_AT_ONCE", 24)
+    parts = ltm.evaluate(model, None, batch, draws=3, mode="prior")
+    assert set(sizes) == {2, 1}
+    # Matrix products of fewer rows may add in another order.
+    np.testing.assert_allclose(parts["iw_bound"], whole["iw_bound"], rtol=1e-6)
 
 
 def test_the_whole_is_prefix_plus_suffix() -> None:

@@ -205,6 +205,23 @@ def test_a_kill_at_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch, w
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
+def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):
+    tied = torch.arange(6.0)
+    checkpoints.save(tmp_path / "c", Checkpoint({"a": tied, "b": tied, "c": tied[2:4]}, {}))
+    found = checkpoints.load(tmp_path / "c", "run").tensors
+    assert found["a"].tolist() == found["b"].tolist() == tied.tolist()
+    assert found["c"].tolist() == [2.0, 3.0]
+
+
+def test_held_out_sequences_are_inferred_some_at_a_time(tmp_path, config):
+    run = create_run(tmp_path / "run", config)
+    sizes = []
+    run.svi.loss = lambda batch, loss=run.svi.loss: sizes.append(len(batch)) or loss(batch)
+    rows = 2 * config.batch_size + 1
+    run.svi.infer(run.corpus().train.batch(range(rows)), 1)
+    assert sizes == [config.batch_size, config.batch_size, 1]
+
+
 def test_a_checkpoint_is_read_while_another_takes_its_place(tmp_path, monkeypatch):
     first = Checkpoint({"a": torch.zeros(3)}, {"slow_step": 1})
     second = Checkpoint({"a": torch.ones(3)}, {"slow_step": 2})

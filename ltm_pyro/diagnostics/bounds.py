@@ -37,6 +37,8 @@ MODES = {
 }
 SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
+TOKENS_AT_ONCE = 8192
+"""Tokens that the decoder scores at a time: enough to keep a processor busy."""
 
 
 def evaluate(
@@ -143,21 +145,28 @@ def _proposal(
 
 
 class _Likelihoods:
-    """Log p(x | z_s), (S, B) float64, one draw at a time so that memory does not grow with S.
+    """Log p(x | z_s), (S, B) float64, for one draw and some rows at a time.
 
-    Processes share the sequences; draws are cheap, and are all made by each.
+    So memory grows neither with S nor with B. Processes share the sequences; draws are cheap, and
+    are all made by each.
     """
 
     def __init__(self, model: LatentModel, batch: Batch, parallel: Parallel) -> None:
         self.model = model
         self.parallel = Parallel() if len(batch) < parallel.size else parallel
-        self.rows = self.parallel.share(len(batch))
-        self.prepared = model.prepare(batch.select(self.rows))
-        self.n_sequences = len(batch)
+        mine = self.parallel.share(len(batch))
+        size = max(1, TOKENS_AT_ONCE // batch.mask.shape[1])
+        starts = range(mine.start, mine.stop, size)
+        self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
+        self.batch = batch
 
     def __call__(self, z: Tensor) -> Tensor:
-        mine = [self.model.log_likelihood(draw[self.rows], self.prepared).double() for draw in z]
-        return self.parallel.gather_rows(torch.stack(mine), dim=1)
+        mine = torch.cat([self._of_rows(rows, z) for rows in self.parts], dim=1)
+        return self.parallel.gather_rows(mine, dim=1)
+
+    def _of_rows(self, rows: slice, z: Tensor) -> Tensor:
+        prepared = self.model.prepare(self.batch.select(rows))
+        return torch.stack([self.model.log_likelihood(d[rows], prepared).double() for d in z])
 
 
 def _controls(likelihoods: _Likelihoods, z: Tensor) -> dict[str, Tensor]:
@@ -166,7 +175,7 @@ def _controls(likelihoods: _Likelihoods, z: Tensor) -> dict[str, Tensor]:
     nll_z0 = -likelihoods(torch.zeros_like(z[:1]))[0].to(z.dtype)
     return {
         "nll_z0": nll_z0,
-        "nll_shuffled": shuffled.mean(0) if likelihoods.n_sequences > 1 else nll_z0 * torch.nan,
+        "nll_shuffled": shuffled.mean(0) if z.shape[1] > 1 else nll_z0 * torch.nan,
         "nll_shuffled_se": _standard_error(shuffled),
     }
 

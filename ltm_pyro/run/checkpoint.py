@@ -50,9 +50,7 @@ class Checkpoint:
 
 def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The checkpoint's files by name, the tensor file first."""
-    held = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
-    # Clones, because tied weights share memory, which the format refuses.
-    data = safetensors.torch.save({name: t.clone() for name, t in held.items()})
+    data = safetensors.torch.save(_apart(checkpoint.tensors))
     digest = sha256(data)
     name = f"tensors-{digest[:12]}.safetensors"
     body = {"tensors": name, "sha256": digest, "state": checkpoint.state}
@@ -143,6 +141,18 @@ def check_names(expected: dict[str, Tensor], found: dict[str, Tensor], owner: st
             raise InputError(
                 f"{owner} holds another model: {name} should be {shapes[0]} and is {shapes[1]}"
             )
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, those that share memory copied: the format refuses tied weights."""
+    out: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        place = held.untyped_storage().data_ptr()
+        out[name] = held.clone() if place in known else held
+        known.add(place)
+    return out
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -70,6 +70,8 @@ class Run:
         self.tokenizer = tokenizer
         self.model = initial_model(config, device)
         self.guide = initial_guide(config, self.model)
+        # Held-out sequences, of whatever number, are then inferred in parts of that size too.
+        rows = max(1, config.batch_size // self.parallel.size)
         self.svi = DualRateSVI(
             self.model,
             self.guide,
@@ -79,7 +81,7 @@ class Run:
             seed=config.seed,
             persistent=config.persistent,
             precision=config.precision,
-            micro_batch=config.micro_batch or None,
+            micro_batch=config.micro_batch or rows,
             checkpointing=config.checkpointing,
             parallel=self.parallel,
         )

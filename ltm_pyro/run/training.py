@@ -98,6 +98,8 @@ def train_control(
     remaining = config.steps - fit.slow_step
     if remaining <= 0:
         return fit
+    if config.compile:
+        fit.model.compile_fast_loop()
     metrics, first = run.control_metrics_file, run.parallel.first
     run.parallel.lead(lambda: _ready_control(run, fit.slow_step))
 
