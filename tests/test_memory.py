@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,7 +119,35 @@ def test_the_process_is_told_apart_from_the_tensors() -> None:
     around = report.process_bytes + report.allocator_bytes
     assert report.peak_process_bytes == report.peak_tensor_bytes + around
     assert compiled.process_bytes == report.process_bytes + COMPILER_BYTES
+    assert report.allocator_bytes > compiled.allocator_bytes == 0
     assert compiled.peak_tensor_bytes == report.peak_tensor_bytes
+
+
+FREEING = """
+import torch
+from ltm_pyro.run.freed import keep_little_freed
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed: from now on glibc keeps up to 32 MB
+kept = [torch.zeros(2**20) if i % 2 else torch.zeros(2**17) for i in range(100)]
+full = resident()
+kept = kept[::2]  # small ones between the large ones
+freed = resident()
+keep_little_freed()
+print(full - freed, full - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    told = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True)
+    before, after = (int(n) for n in told.stdout.split())
+    large = 50 * 4 * 2**20
+    # A tenth: pages that are shared with what stays.
+    assert before < 0.5 * large
+    assert after > 0.9 * large
 
 
 def test_unknown_objective_is_named() -> None:

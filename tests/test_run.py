@@ -18,6 +18,7 @@ from cli_helpers import write_text
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.data.mixture import MixtureCorpus
 from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_device
@@ -211,6 +212,17 @@ def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):
     found = checkpoints.load(tmp_path / "c", "run").tensors
     assert found["a"].tolist() == found["b"].tolist() == tied.tolist()
     assert found["c"].tolist() == [2.0, 3.0]
+
+
+def test_fit_and_control_are_compiled_alike(tmp_path, config, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        LatentThoughtModel, "compile_fast_loop", lambda model: compiled.append(model)
+    )
+    run = create_run(tmp_path / "run", dataclasses.replace(config, compile=True))
+    train(run, run.corpus(), progress=False)
+    control = train_control(run, run.corpus(), progress=False)
+    assert [id(model) for model in compiled] == [id(run.model), id(control.model)]
 
 
 def test_held_out_sequences_are_inferred_some_at_a_time(tmp_path, config):

@@ -37,7 +37,7 @@ COMPILER_BYTES = 115_000_000
 ALLOCATOR_SHARE = 0.35
 """Of the tensors' peak: memory that glibc keeps, in pieces, when tensors of up to 32 MB are freed.
 
-Measured from 0.2 to 0.5 in uncompiled code, and no two runs agree; with
+Measured from 0.1 to 0.5 in uncompiled code, and no two runs agree; with
 `MALLOC_MMAP_THRESHOLD_=4194304` in the environment it is near 0, and a step of `tiny` takes 4 %
 longer. Compiled code keeps fewer tensors than are counted here, by about as much: none is added."""
 
