@@ -93,7 +93,7 @@ def test_the_fast_loop_computes_no_weight_gradient(monkeypatch: pytest.MonkeyPat
     assert isinstance(model, LatentThoughtModel)
     asked = []
 
-    def spy(*args: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def spy(*args: Tensor, weights: dict[str, Tensor], table: None) -> Tensor:
         used = [*model.parameters(), *weights.values()]
         asked.append(any(p.requires_grad for p in used))
         return model.decoder.score(*args)
@@ -107,7 +107,7 @@ def test_the_trunk_is_computed_once_per_batch(monkeypatch: pytest.MonkeyPatch) -
     svi = language_svi()
     decoder = svi.model.decoder  # type: ignore[attr-defined]
     trunk, calls = decoder.trunk, []
-    monkeypatch.setattr(decoder, "trunk", lambda tokens: calls.append(1) or trunk(tokens))
+    monkeypatch.setattr(decoder, "trunk", lambda *inputs: calls.append(1) or trunk(*inputs))
     svi.infer(make_tokens(2))
     assert len(calls) == 1
 

@@ -120,9 +120,38 @@ def test_whatever_is_fitted_two_processes_have_the_numbers_of_one(name, found_sl
 
 
 def test_in_single_precision_ten_steps_differ_by_a_millionth_at_most(found):
+    # Expected is no difference at all; kernels may round one row by how many come with it.
     one = SCENARIOS["single precision"](Parallel())["weights"]
     for answer in found["single precision"]:
-        assert float((answer["weights"] - one).norm() / one.norm()) < 1e-6
+        assert float((answer["weights"] - one).abs().max()) <= 1e-6
+
+
+# torch's tracer warns and hides its own warnings, which as errors would end the compilation.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_gradient_of_one_process_is_the_sum_of_two_halves_to_the_bit(kind, hidden):
+    model, batch = make_language_model(dtype=torch.float32), make_tokens(4)
+    if hidden:
+        batch = model.hide_inputs(
+            batch, torch.arange(batch.mask.numel()).view_as(batch.mask) % 3 == 0
+        )
+    if kind == "compiled":
+        model.compile_fast_loop()
+    z = torch.randn(4, *model.thought_shape, generator=torch.Generator().manual_seed(0))
+
+    def gradients(rows: slice, in_halves: bool) -> list[torch.Tensor]:
+        with model.computing(in_halves=in_halves):
+            score = model.log_likelihood(z[rows], batch.select(rows)).sum()
+        return list(torch.autograd.grad(score, list(model.parameters())))
+
+    one = gradients(slice(0, 4), in_halves=True)
+    two = zip(
+        *(gradients(rows, in_halves=False) for rows in (slice(0, 2), slice(2, 4))), strict=True
+    )
+    for whole, (first, second) in zip(one, two, strict=True):
+        assert torch.equal(whole, first + second)
 
 
 def test_sequences_stay_with_their_process_in_a_persistent_fit(found):

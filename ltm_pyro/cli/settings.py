@@ -47,14 +47,18 @@ def add_settings(parser: Parser, defaults: FitConfig) -> None:
 
 
 def expand_shortcuts(arguments: list[str]) -> list[str]:
-    """Writes `--corpus X` as `--corpus.name X`, `--no-control` as `--control=false`, and so on."""
+    """Writes `--corpus X` as `--corpus.name X`, `--no-control` as `--control=false`, and so on.
+
+    A switch that is followed by its value, `--control false`, is written out already.
+    """
     switches = {f"--{name}": f"--{name}=true" for name in _SWITCHES}
     switches |= {f"--no-{name}": f"--{name}=false" for name in _SWITCHES}
     out = []
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         full = _SHORTCUTS.get(name, name) + equals + value
-        out.append(switches.get(argument, full))
+        told = argument.removeprefix("--") in _SWITCHES and following.lower() in ("true", "false")
+        out.append(full if told else switches.get(argument, full))
     return out
 
 

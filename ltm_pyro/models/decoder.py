@@ -106,22 +106,29 @@ class Decoder(nn.Module):
         """Rotary angles of the first positions; kept, or compiled code would make them anew."""
         return self.cosines[:length], self.sines[:length]
 
-    def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, hidden: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H).
 
         Where `hidden` (B, T) is true the next position reads BOS instead of the token: a vector of
         the right size that tells nothing. Zeros would meet the norms at their singular point.
+        `table` (V, H) takes the place of the embedding's weight.
         """
-        rows = tokens.shape[0]
-        shifted = self.embedding(tokens[:, :-1])
+        start = torch.arange(tokens.shape[1], device=tokens.device) == 0
         if hidden is not None:
-            shifted = torch.where(hidden[:, :-1, None], self.bos, shifted)
-        return torch.cat((self.bos.expand(rows, 1, -1), shifted), dim=1)
+            start = start | hidden.roll(1, dims=1)
+        weight = self.embedding.weight if table is None else table
+        return torch.where(start[..., None], self.bos, F.embedding(tokens.roll(1, dims=1), weight))
 
-    def trunk(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def trunk(
+        self, tokens: Tensor, hidden: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         """Everything below the first cross-attention, (B, T) to (B, T, H); free of z."""
-        h = self.embed(tokens, hidden)
-        return self._blocks()[0].attend(h, self._angles(tokens.shape[1]))
+        return self._trunk(self.embed(tokens, hidden, table))
+
+    def _trunk(self, embedded: Tensor) -> Tensor:
+        return self._blocks()[0].attend(embedded, self._angles(embedded.shape[1]))
 
     def thought_keys(self, z: Tensor) -> list[Tensor]:
         """Per layer, its block of thoughts as positions meet it; z is (B, K, D)."""
@@ -150,7 +157,9 @@ class Decoder(nn.Module):
         """All logits, (B, T) and (B, K, D) to (B, T, V): the plain reference, for short texts."""
         return self.above(self.trunk(tokens), z) @ self.embedding.weight.T
 
-    def score(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+    def score(
+        self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor, table: Tensor | None = None
+    ) -> Tensor:
         """Log p(x | z) per row, in nats, without ever holding all logits.
 
         Args:
@@ -158,12 +167,14 @@ class Decoder(nn.Module):
             tokens: (B, T).
             mask: (B, T) bool; only true positions count.
             z: (B, K, D).
+            table: (V, H), in place of the embedding's weight.
 
         Returns:
             (B,).
         """
         h = self.above(trunk, z)
-        log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
+        weight = self.embedding.weight if table is None else table
+        log_prob = token_log_prob(h.flatten(0, 1), weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
 
     def frozen_weights(self) -> dict[str, Tensor]:
@@ -190,14 +201,20 @@ class Decoder(nn.Module):
     forward = score
     """So that `torch.func.functional_call` can score with other weights."""
 
-    def score_embedded(self, embedded: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+    def score_embedded(
+        self,
+        embedded: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        table: Tensor | None = None,
+    ) -> Tensor:
         """`score` from `self.embed(tokens)` on, (B,), as a slow step compiles it.
 
         The embedding itself stays uncompiled: a compiler adds up its gradient in whatever order
         threads come, and two runs would no longer agree to the bit.
         """
-        trunk = self._blocks()[0].attend(embedded, self._angles(embedded.shape[1]))
-        return self.score(trunk, tokens, mask, z)
+        return self.score(self._trunk(embedded), tokens, mask, z, table)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:

@@ -168,21 +168,32 @@ class LatentThoughtModel(nn.Module):
         if not (self._in_halves and learning and n > 1 and tokens is batch.x):
             return self._score_rows(tokens, z, batch)
         halves = [(batch.select(rows), rows) for rows in (slice(0, n // 2), slice(n // 2, n))]
+        # The embedding is read at both ends. Through a view of its own each half adds up its two
+        # gradients first, as a process does before it sends their sum.
+        table = self.decoder.embedding.weight
         return torch.cat(
-            [self._score_rows(half.observed, z[..., rows, :, :], half) for half, rows in halves],
+            [
+                self._score_rows(half.observed, z[..., rows, :, :], half, table.view_as(table))
+                for half, rows in halves
+            ],
             dim=-1,
         )
 
-    def _score_rows(self, tokens: Tensor, z: Tensor, batch: Batch) -> Tensor:
-        """`_score` of rows taken together; flattens leading dims."""
+    def _score_rows(
+        self, tokens: Tensor, z: Tensor, batch: Batch, table: Tensor | None = None
+    ) -> Tensor:
+        """`_score` of rows taken together; flattens leading dims.
+
+        `table` (V, H) is read in place of the embedding's weight, where weights learn.
+        """
         lead = z.shape[:-2]
         rows = z.reshape(-1, *z.shape[-2:])
         learning = torch.is_grad_enabled() and self.decoder.bos.requires_grad
         if learning and self._slow_score is not None and len(lead) == 1 and tokens is batch.x:
             hidden = batch.hidden if isinstance(batch, HiddenInputs) else None
             with self._autocast():
-                embedded = self.decoder.embed(tokens, hidden)
-                return self._slow_score(embedded, tokens, batch.mask, rows)
+                embedded = self.decoder.embed(tokens, hidden, table)
+                return self._slow_score(embedded, tokens, batch.mask, rows, table=table)
         # Only the fast loop differentiates by thoughts alone; one compiled graph serves just that.
         only_thoughts = z.requires_grad and not self.decoder.bos.requires_grad
         scorer = self._fast_score if only_thoughts else self._score_by
@@ -192,7 +203,7 @@ class LatentThoughtModel(nn.Module):
             trunk, weights = batch.trunk, batch.weights
         else:
             shown = batch if tokens is batch.x else None
-            trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown)
+            trunk = self._trunk(tokens.reshape(-1, tokens.shape[-1]), shown, table)
             trunk = trunk.view(*tokens.shape, -1)
         if len(lead) > 1:
             trunk = trunk.expand(*lead, *trunk.shape[-2:]).flatten(0, -3)
@@ -200,13 +211,22 @@ class LatentThoughtModel(nn.Module):
                 a.expand(*lead, a.shape[-1]).reshape(-1, a.shape[-1]) for a in (tokens, mask)
             )
         with self._autocast():
-            return scorer(trunk, tokens, mask, rows, weights=weights).view(lead)
+            return scorer(trunk, tokens, mask, rows, weights=weights, table=table).view(lead)
 
-    def _score_by(self, *inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _score_by(
+        self,
+        trunk: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        *,
+        weights: Mapping[str, Tensor],
+        table: Tensor | None,
+    ) -> Tensor:
         """`Decoder.score` with some weights replaced."""
         if not weights:
-            return self.decoder.score(*inputs)
-        score: Tensor = functional_call(self.decoder, dict(weights), inputs)
+            return self.decoder.score(trunk, tokens, mask, z, table)
+        score: Tensor = functional_call(self.decoder, dict(weights), (trunk, tokens, mask, z))
         return score
 
     @contextmanager
@@ -252,12 +272,11 @@ class LatentThoughtModel(nn.Module):
         with self._autocast():
             return PreparedBatch(x, mask, batch.ids, trunk, self.decoder.frozen_weights())
 
-    def _trunk(self, tokens: Tensor, batch: Batch | None) -> Tensor:
+    def _trunk(self, tokens: Tensor, batch: Batch | None, table: Tensor | None = None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""
+        hidden = batch.hidden[:, : tokens.shape[1]] if isinstance(batch, HiddenInputs) else None
         with self._autocast():
-            if isinstance(batch, HiddenInputs):
-                return self.decoder.trunk(tokens, batch.hidden[:, : tokens.shape[1]])
-            return self.decoder.trunk(tokens)
+            return self.decoder.trunk(tokens, hidden, table)
 
     def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
         """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
