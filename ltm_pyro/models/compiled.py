@@ -46,15 +46,15 @@ def bucket_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def compiled_function(function: F) -> F:
-    """`function`, compiled for each shape that it meets.
+def compiled_function(function: F, dynamic: bool = False) -> F:
+    """`function`, compiled for each shape that it meets; with `dynamic`, once for all shapes.
 
     Compiled code is kept in the package's cache folder, so the next process starts faster.
     """
     os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))
     # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
     validate = Distribution._validate_args
-    compiled: Any = torch.compile(function, dynamic=False)
+    compiled: Any = torch.compile(function, dynamic=dynamic)
     Distribution.set_default_validate_args(validate)
     return cast("F", compiled)
 

@@ -197,8 +197,12 @@ class _Tiles:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in one or two passes over memory."""
-    return compiled_function(function)
+    """The function in one or two passes over memory, for tiles of any size.
+
+    Tiles at the edges are smaller, differently for each length of batch and vocabulary: a graph for
+    each would soon be more than torch keeps.
+    """
+    return compiled_function(function, dynamic=True)
 
 
 @torch.library.custom_op("ltm_pyro::visit_tiles", mutates_args=())
