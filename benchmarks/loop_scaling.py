@@ -21,7 +21,7 @@ from loop_cases import Case, Workload
 
 AXES = ("fast_steps", "length", "vocab_size", "batch_size", "preset")
 SHORT_STEPS = 4
-"""T_fast where something else is the axis."""
+"""T_fast on the axes of V, B and preset. Against T it is the preset's own, as against T_fast."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def axis_points(axis: str, base: Case, *, quick: bool = False) -> list[Point]:
         points = [Point(n, replace(one, fast_steps=n)) for n in (4, 8, 16, 32, 64)]
     elif axis == "length":
         points = [
-            Point(n, replace(short, batch_size=1, length=n, model={**base.model, "seq_len": n}))
+            Point(n, replace(base, batch_size=1, length=n, model={**base.model, "seq_len": n}))
             for n in (256, 512, 1024, 2048, 4096)
         ]
     elif axis == "vocab_size":
