@@ -54,7 +54,7 @@ def expand_shortcuts(arguments: list[str]) -> list[str]:
     switches = {f"--{name}": f"--{name}=true" for name in _SWITCHES}
     switches |= {f"--no-{name}": f"--{name}=false" for name in _SWITCHES}
     out = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         full = _SHORTCUTS.get(name, name) + equals + value
         told = argument.removeprefix("--") in _SWITCHES and following.lower() in ("true", "false")
