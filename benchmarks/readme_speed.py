@@ -153,7 +153,7 @@ def memory_sentence(axis: Row) -> str:
     return (
         f"From V = {points[0]['value']} to {points[-1]['value']} the peak memory of c's fast loop "
         f"beyond the weights lies between {_megabytes(c['smallest'])} and "
-        f"{_megabytes(c['largest'])}, {c['bytes_per_vocabulary_entry']:.3g} bytes for each entry "
+        f"{_megabytes(c['largest'])}, {c['bytes_per_vocabulary_entry']:z,.0f} bytes for each entry "
         f"of the vocabulary; of a's between {_megabytes(a['smallest'])} and "
         f"{_megabytes(a['largest'])}, {a['bytes_per_vocabulary_entry']:,.0f} bytes. One (B, T, V) "
         f"tensor takes {c['bytes_per_vocabulary_entry_of_logits']:,.0f} bytes an entry."
