@@ -125,7 +125,7 @@ def test_the_process_is_told_apart_from_the_tensors() -> None:
 
 FREEING = """
 import torch
-from ltm_pyro.run.freed import keep_little_freed
+from ltm_pyro.inference.freed import give_back_freed
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -135,7 +135,7 @@ kept = [torch.zeros(2**20) if i % 2 else torch.zeros(2**17) for i in range(100)]
 full = resident()
 kept = kept[::2]  # small ones between the large ones
 freed = resident()
-keep_little_freed()
+give_back_freed()
 print(full - freed, full - resident())
 """
 

@@ -223,11 +223,11 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     from ltm_pyro.cli.artefacts import list_files, write_artefacts
     from ltm_pyro.cli.printing import format_scores
     from ltm_pyro.diagnostics.collapse import format_panel
+    from ltm_pyro.inference.freed import give_back_freed
     from ltm_pyro.run import load_run
-    from ltm_pyro.run.freed import keep_little_freed
     from ltm_pyro.run.scoring import score_run, summary
 
-    keep_little_freed()
+    give_back_freed()
     parallel = fitted.parallel if fitted.parallel.size > 1 else None
     saved = load_run(fitted.folder, device=str(fitted.model.device), parallel=parallel)
     held_out = score_run(saved, corpus)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ltm_pyro.config import PRECISIONS, Precision
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.freed import keep_freed
 from ltm_pyro.models.base import Computes, LatentModel
 
 
@@ -36,7 +37,7 @@ class Engine:
             raise InputError(f"micro_batch is {rows!r}: must be a whole number above 0, or None")
 
     def prepare(self, model: LatentModel) -> None:
-        """Compiles what is to be compiled.
+        """Compiles what is to be compiled; on the CPU, has freed memory kept.
 
         Raises:
             InputError: if the model knows one way to compute alone and another is asked for.
@@ -49,6 +50,8 @@ class Engine:
                 )
         elif self.compile:
             model.compile_fast_loop()
+        if model.device.type == "cpu":
+            keep_freed()
 
     def computing(self, model: LatentModel, processes: int = 1) -> AbstractContextManager[None]:
         """Inside the block the model's likelihood is computed in this way.
