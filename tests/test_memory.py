@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -121,6 +122,41 @@ def test_the_process_is_told_apart_from_the_tensors() -> None:
     assert compiled.process_bytes == report.process_bytes + COMPILER_BYTES
     assert report.allocator_bytes > compiled.allocator_bytes == 0
     assert compiled.peak_tensor_bytes == report.peak_tensor_bytes
+
+
+KEEPING = """
+import resource
+import torch
+from ltm_pyro.inference.freed import keep_freed
+
+def fresh_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        tensors = [torch.ones(2**21) for _ in range(4)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh_pages()
+before = fresh_pages()
+keep_freed()
+fresh_pages()
+print(before, fresh_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+@pytest.mark.parametrize("told", [False, True])
+def test_freed_memory_waits_for_the_next_tensors(told: bool) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    if told:
+        environment["MALLOC_TRIM_THRESHOLD_"] = "131072"
+    command = [sys.executable, "-c", KEEPING]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    before, after = (int(n) for n in done.stdout.split())
+    # 320 MB in pages of 4 KB or, on systems that join them, of 2 MB.
+    assert before > 100
+    # The environment has the last word.
+    assert after > before / 2 if told else after < before / 50
 
 
 FREEING = """

@@ -17,13 +17,16 @@ class StandardNormal(ThoughtPrior):
     Calling it gives the distribution, with batch shape () and event shape (K, D).
     """
 
-    zero: Tensor
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__(n_thoughts, thought_dim)
-        # A buffer, so that the distribution is made where the model lives.
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        # Buffers, so that the distribution is made where the model lives; whole, since each fast
+        # step makes it anew.
+        self.register_buffer("loc", torch.zeros(self.shape), persistent=False)
+        self.register_buffer("scale", torch.ones(self.shape), persistent=False)
 
     def forward(self) -> TorchDistribution:
         """The prior of one sequence's thoughts."""
-        return dist.Normal(self.zero, torch.ones_like(self.zero)).expand(self.shape).to_event(2)
+        return dist.Normal(self.loc, self.scale).to_event(2)
