@@ -15,6 +15,7 @@ from scipy import stats
 
 from ltm_pyro import plots
 from ltm_pyro.config import Fast
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.compare import Comparison, compare
 from ltm_pyro.diagnostics.compare.budget import EvaluationCounter, plan_budget
 from ltm_pyro.diagnostics.compare.table import (
@@ -218,3 +219,15 @@ def test_bad_requests_are_one_clear_line() -> None:
             compare(oracle, batch, **arguments)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least 2"):
         compare(oracle, oracle.simulate(1), ["mean_field", "delta"])
+
+
+def test_the_batch_goes_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = make_oracle()
+    batch = oracle.simulate(4)
+    moved = oracle.simulate(4)
+    seen: list[Batch] = []
+    check = oracle.check
+    monkeypatch.setattr(Batch, "to", lambda self, device: moved if self is batch else self)
+    monkeypatch.setattr(oracle, "check", lambda b: (seen.append(b), check(b)))
+    compare(oracle, batch, ["mean_field", "full_rank"], budget=4, draws=4, gaps=False)
+    assert all(one is not batch for one in seen)

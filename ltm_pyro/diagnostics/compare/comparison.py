@@ -141,7 +141,7 @@ def compare(
     _check(batch, guides, settings)
     if reference is not None and reference not in KERNELS:
         raise unknown_name("reference", reference, KERNELS)
-        batch = batch.to(model.device)
+    batch = batch.to(model.device)
     model.check(batch)
     sampled = _spread(batch, subset)
     candidates = _build(model, guides, options or {}, seed)
@@ -153,23 +153,24 @@ def compare(
             bar.set_description(label)
             fits.append(_fit(label, guide, model, batch, sampled, settings))
         if reference is not None:
-            start = _svi(model, build_guide("mean_field", model), settings, budget).infer(sampled)
             if compile_reference and isinstance(model, LatentThoughtModel):
                 model.compile_fast_loop()
-            found = sample_posterior(
-                model,
-                sampled,
-                reference,
-                start=start,
-                seed=seed,
-                progress=progress,
-                **(reference_options or {}),
-            )
+            chains = {"progress": progress, **(reference_options or {})}
+            found = _reference(model, sampled, reference, settings, chains)
     except KeyboardInterrupt:
         if len(fits) < 2:
             raise
         interrupted = True
     return Comparison(_collect(model, batch, fits, found, settings), interrupted)
+
+
+def _reference(
+    model: LatentModel, batch: Batch, kernel: str, settings: Settings, options: dict[str, Any]
+) -> MCMCDraws:
+    """Draws from the posterior, by chains that start from a fitted mean field."""
+    svi = _svi(model, build_guide("mean_field", model), settings, settings.budget)
+    start = svi.infer(batch)
+    return sample_posterior(model, batch, kernel, start=start, **{"seed": settings.seed, **options})
 
 
 def _check(batch: Batch, guides: Sequence[str | LocalGuide], settings: Settings) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
@@ -78,18 +79,10 @@ def diagnose(
     Raises:
         InputError: if the posterior is of other sequences, or there are too few draws.
     """
-    if draws < LEAST_DRAWS or steps < 0 or chains < 0 or chains == 1 or rungs < 1:
-        raise InputError(
-            f"draws={draws}, steps={steps}, chains={chains}, rungs={rungs}: draws must be "
-            f"{LEAST_DRAWS} or more, steps 0 or more, chains 0 or 2 or more, rungs 1 or more"
-        )
+    _check_numbers(draws, steps, chains, rungs)
     batch = batch.to(model.device)
     model.check(batch)
-    if not torch.equal(post.ids.to(batch.device), batch.ids):
-        raise InputError(
-            "the posterior and the batch hold other sequences, or in another order: "
-            "their ids must be equal"
-        )
+    _check_ids(post, batch)
     ids = batch.ids.cpu().numpy()
     attrs: dict[str, Any] = {
         "guide": post.family,
@@ -122,15 +115,39 @@ def diagnose(
         weights = answers[0][1]
         iw = weights["iw_bound"][1], weights["iw_bound_se"][1]
         answers.append(annealing_flags(model, batch, iw, court, chains, rungs, seed))
-        silent = int((answers[-1][1]["annealed_bound_se"][1] > RELIABLE).sum())
-        if silent:
-            left_out["annealing"] = (
-                f"of {silent} of {len(batch)} sequences: one chain carries their estimate; give "
-                "more rungs or chains"
-            )
+        left_out |= _silent(answers[-1][1]["annealed_bound_se"][1])
     columns = {name: value for _, some in answers for name, value in some.items()}
     data = xr.Dataset(columns, coords={"sequence": ids}, attrs=attrs)
     return Diagnosis(data, [flag for flags, _ in answers for flag in flags], left_out)
+
+
+def _check_numbers(draws: int, steps: int, chains: int, rungs: int) -> None:
+    if draws < LEAST_DRAWS or steps < 0 or chains < 0 or chains == 1 or rungs < 1:
+        raise InputError(
+            f"draws={draws}, steps={steps}, chains={chains}, rungs={rungs}: draws must be "
+            f"{LEAST_DRAWS} or more, steps 0 or more, chains 0 or 2 or more, rungs 1 or more"
+        )
+
+
+def _check_ids(post: Posterior, batch: Batch) -> None:
+    if not torch.equal(post.ids.to(batch.device), batch.ids):
+        raise InputError(
+            "the posterior and the batch hold other sequences, or in another order: "
+            "their ids must be equal"
+        )
+
+
+def _silent(errors: NDArray[np.float64]) -> dict[str, str]:
+    """What annealing could not tell, from the errors of its bounds, (B,)."""
+    count = int((errors > RELIABLE).sum())
+    if not count:
+        return {}
+    return {
+        "annealing": (
+            f"of {count} of {len(errors)} sequences: one chain carries their estimate; give more "
+            "rungs or chains"
+        )
+    }
 
 
 def _left_out(rows: int, steps: int, chains: int) -> dict[str, str]:
