@@ -230,4 +230,5 @@ def test_the_batch_goes_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Batch, "to", lambda self, device: moved if self is batch else self)
     monkeypatch.setattr(oracle, "check", lambda b: (seen.append(b), check(b)))
     compare(oracle, batch, ["mean_field", "full_rank"], budget=4, draws=4, gaps=False)
+    assert seen
     assert all(one is not batch for one in seen)

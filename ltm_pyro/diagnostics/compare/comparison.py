@@ -153,24 +153,23 @@ def compare(
             bar.set_description(label)
             fits.append(_fit(label, guide, model, batch, sampled, settings))
         if reference is not None:
+            start = _svi(model, build_guide("mean_field", model), settings, budget).infer(sampled)
             if compile_reference and isinstance(model, LatentThoughtModel):
                 model.compile_fast_loop()
-            chains = {"progress": progress, **(reference_options or {})}
-            found = _reference(model, sampled, reference, settings, chains)
+            found = sample_posterior(
+                model,
+                sampled,
+                reference,
+                start=start,
+                seed=seed,
+                progress=progress,
+                **(reference_options or {}),
+            )
     except KeyboardInterrupt:
         if len(fits) < 2:
             raise
         interrupted = True
     return Comparison(_collect(model, batch, fits, found, settings), interrupted)
-
-
-def _reference(
-    model: LatentModel, batch: Batch, kernel: str, settings: Settings, options: dict[str, Any]
-) -> MCMCDraws:
-    """Draws from the posterior, by chains that start from a fitted mean field."""
-    svi = _svi(model, build_guide("mean_field", model), settings, settings.budget)
-    start = svi.infer(batch)
-    return sample_posterior(model, batch, kernel, start=start, **{"seed": settings.seed, **options})
 
 
 def _check(batch: Batch, guides: Sequence[str | LocalGuide], settings: Settings) -> None:
