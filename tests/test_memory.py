@@ -124,6 +124,16 @@ def test_the_process_is_told_apart_from_the_tensors() -> None:
     assert compiled.peak_tensor_bytes == report.peak_tensor_bytes
 
 
+def two_numbers(program: str, **told: str | None) -> tuple[int, int]:
+    """What a program prints, in an environment that tells the allocator this alone."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    environment = kept | {k: v for k, v in told.items() if v is not None}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    first, second = done.stdout.split()
+    return int(first), int(second)
+
+
 KEEPING = """
 import ctypes
 import resource
@@ -149,12 +159,7 @@ print(before, fresh_pages())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 @pytest.mark.parametrize("told", [False, True])
 def test_freed_memory_waits_for_the_next_tensors(told: bool) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    if told:
-        environment["MALLOC_TRIM_THRESHOLD_"] = "131072"
-    command = [sys.executable, "-c", KEEPING]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    before, after = (int(n) for n in done.stdout.split())
+    before, after = two_numbers(KEEPING, MALLOC_TRIM_THRESHOLD_="131072" if told else None)
     # 320 MB in pages of 4 KB or, on systems that join them, of 2 MB.
     assert before > 100
     # The environment has the last word.
@@ -180,8 +185,7 @@ print(full - freed, full - resident())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 def test_freed_memory_goes_back_to_the_system() -> None:
-    told = subprocess.run([sys.executable, "-c", FREEING], capture_output=True, text=True)
-    before, after = (int(n) for n in told.stdout.split())
+    before, after = two_numbers(FREEING)
     large = 50 * 4 * 2**20
     # A tenth: pages that are shared with what stays.
     assert before < 0.5 * large

@@ -11,6 +11,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST = 2**25
 """The largest tensor that glibc can be told to keep once it is freed, 32 MB."""
 _LARGE = 2**22
+_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @cache
@@ -20,11 +21,9 @@ def keep_freed() -> None:
     Every fast step makes and frees the same tensors. To begin with glibc returns such memory, and
     the system hands it out again as pages of zeros: a tenth of a step's time. It changes its mind
     when it happens to see a tensor of 32 MB freed; this is where it then stands. Done once in a
-    process, so that `give_back_freed` is not undone, and not where the environment says otherwise.
+    process, so that `give_back_freed` is not undone.
     """
-    told = any(name.startswith("MALLOC_") for name in os.environ)
-    if not told and "malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
-        _set({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: 2 * _LARGEST})
+    _set({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: 2 * _LARGEST})
 
 
 def give_back_freed() -> None:
@@ -38,8 +37,9 @@ def give_back_freed() -> None:
 
 
 def _set(options: dict[int, int]) -> bool:
-    """Sets options of the C library's allocator; `False` where it is not glibc's."""
-    if sys.platform != "linux":
+    """Sets options of glibc's allocator; `False` if it is another, or the environment sets them."""
+    told = any(name in os.environ for name in _VARIABLES)
+    if sys.platform != "linux" or told or "_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     library = ctypes.CDLL(None)
     if not (hasattr(library, "malloc_trim") and hasattr(library, "mallopt")):
