@@ -14,11 +14,12 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
@@ -180,22 +181,24 @@ class Objective(ELBO):
         )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        if not guide_trace.nodes[SITE_Z]["fn"].has_rsample:
+        # The handlers themselves: as wrappers they copy each trace, and a fast step feels it.
+        with TraceMessenger() as drawn:
+            guide(*args, **kwargs)
+        nodes: dict[str, Any] = drawn.trace.nodes
+        if not nodes[SITE_Z]["fn"].has_rsample:
             raise InputError(
                 f"objective {self.name!r} needs a path from the guide's parameters to z (rsample), "
                 "and this guide's distribution has none: use elbo=pyro.infer.Trace_ELBO()"
             )
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
-            *args, **kwargs
-        )
+        with TraceMessenger() as scored, ReplayMessenger(trace=drawn.trace):
+            model(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(
-                prune_subsample_sites(model_trace),
-                prune_subsample_sites(guide_trace),
+                prune_subsample_sites(scored.trace),
+                prune_subsample_sites(drawn.trace),
                 self.max_plate_nesting,
             )
-        return model_trace, guide_trace
+        return scored.trace, drawn.trace
 
 
 def _log_prob(site: Any) -> Tensor:
