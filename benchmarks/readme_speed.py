@@ -127,9 +127,9 @@ def footnote(head: Row) -> str:
 def scaling_table(result: Row) -> list[str]:
     """How linear (c) is in each axis, then what memory does with V."""
     lines = [
-        "| cost of c against | from, to | per fast step (ms) | off a straight line | off "
-        "proportional |",
-        "|---|---|---|---|---|",
+        "| cost of c against | from, to | tokens B x T | T_fast | per fast step (ms) "
+        "| off a straight line | off proportional |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, axis in result["axes"].items():
         points = axis["points"]
@@ -137,13 +137,19 @@ def scaling_table(result: Row) -> list[str]:
         milliseconds = [f"{1e3 * p['seconds_per_fast_step']['c']:.3g}" for p in points]
         fit = axis.get("linearity")
         cells = [
-            UNITS[name], f"{first['value']}, {last['value']}", ", ".join(milliseconds),
+            UNITS[name], f"{first['value']}, {last['value']}",
+            _range(first["tokens"], last["tokens"]),
+            _range(first["fast_steps"], last["fast_steps"]), ", ".join(milliseconds),
             f"{fit['residual']:.1%}" if fit else "", f"{fit['spread']:.1%}" if fit else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     if "vocab_size" in result["axes"]:
         lines += ["", memory_sentence(result["axes"]["vocab_size"])]
     return lines
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def memory_sentence(axis: Row) -> str:
