@@ -134,18 +134,23 @@ def scaling_table(result: Row) -> list[str]:
     for name, axis in result["axes"].items():
         points = axis["points"]
         first, last = points[0], points[-1]
-        milliseconds = [f"{1e3 * p['seconds_per_fast_step']['c']:.3g}" for p in points]
+        milliseconds = [_three_digits(1e3 * p["seconds_per_fast_step"]["c"]) for p in points]
         fit = axis.get("linearity")
         cells = [
             UNITS[name], f"{first['value']}, {last['value']}",
             _range(first["tokens"], last["tokens"]),
-            _range(first["fast_steps"], last["fast_steps"]), ", ".join(milliseconds),
+            _range(first["fast_steps"], last["fast_steps"]), "; ".join(milliseconds),
             f"{fit['residual']:.1%}" if fit else "", f"{fit['spread']:.1%}" if fit else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     if "vocab_size" in result["axes"]:
         lines += ["", memory_sentence(result["axes"]["vocab_size"])]
     return lines
+
+
+def _three_digits(value: float) -> str:
+    """At least three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _range(first: int, last: int) -> str:
