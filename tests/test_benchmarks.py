@@ -142,9 +142,10 @@ def test_linearity_knows_a_line() -> None:
 def test_axes_change_one_thing_at_a_time() -> None:
     args = fast_loop.parse([])
     base = fast_loop.case(args, "tiny", "fp32")
-    for point in axis_points("length", base):
+    lengths = axis_points("length", base)
+    for point in lengths:
         assert (point.case.length, point.case.model["seq_len"]) == (point.value, point.value)
-        assert point.case.batch_size == 1
+    assert {(p.case.batch_size, p.case.fast_steps) for p in lengths} == {(4, 8)}
     vocabularies = [p.case.model["vocab_size"] for p in axis_points("vocab_size", base)]
     assert vocabularies == [2**n for n in range(10, 17)]
 
