@@ -149,7 +149,7 @@ def scaling_table(result: Row) -> list[str]:
 
 
 def _three_digits(value: float) -> str:
-    """At least three digits, without an exponent."""
+    """Rounded to three digits; from 1,000 on to a whole number, without an exponent."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 

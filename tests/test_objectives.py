@@ -187,6 +187,17 @@ def test_the_decoder_gets_the_same_gradient_from_iwae_and_dreg() -> None:
     EXACT.assert_close(found[0], found[1])
 
 
+def test_an_error_inside_the_model_shows_the_shapes_of_its_sites() -> None:
+    class Broken(LinearGaussian):
+        def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+            raise ValueError("shapes do not fit")
+
+    oracle, guide, batch = oracle_case()
+    oracle.__class__ = Broken
+    with pytest.raises(ValueError, match=r"(?s)shapes do not fit.*Trace Shapes.*z dist"):
+        Elbo().differentiable_loss(oracle, guide, batch)
+
+
 def test_stopped_parameters_are_the_same_numbers_without_a_gradient() -> None:
     for family in ("mean_field", "full_rank", "flow"):
         _, guide, batch = oracle_case(family)

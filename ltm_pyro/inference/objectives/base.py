@@ -14,12 +14,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
@@ -181,17 +180,17 @@ class Objective(ELBO):
         )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        # The handlers themselves: as wrappers they copy each trace, and a fast step feels it.
-        with TraceMessenger() as drawn:
-            guide(*args, **kwargs)
+        # Not by `get_trace`, which copies each trace: a fast step feels it.
+        drawn = poutine.trace(guide)
+        drawn(*args, **kwargs)
         nodes: dict[str, Any] = drawn.trace.nodes
         if not nodes[SITE_Z]["fn"].has_rsample:
             raise InputError(
                 f"objective {self.name!r} needs a path from the guide's parameters to z (rsample), "
                 "and this guide's distribution has none: use elbo=pyro.infer.Trace_ELBO()"
             )
-        with TraceMessenger() as scored, ReplayMessenger(trace=drawn.trace):
-            model(*args, **kwargs)
+        scored = poutine.trace(poutine.replay(model, trace=drawn.trace))
+        scored(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(
                 prune_subsample_sites(scored.trace),
