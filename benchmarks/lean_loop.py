@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.inference.fast_loop import frozen
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.inference.random import Stream, derive_seed, reseed, seeded
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.inference.slow_clock import embedding_weights
 
@@ -130,7 +130,7 @@ class LeanLoop:
             prepared = self.model.prepare(batch)
             for step in range(fast.steps):
                 if fast.noise == "fixed":
-                    torch.manual_seed(seed)
+                    reseed(seed, mu.device)
                 _, by_mu, by_variance = gradient(
                     self.model, prepared, mu, log_variance, torch.randn_like(mu)
                 )

@@ -18,7 +18,7 @@ from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import KLWeight, TermRecorder, quiet_about_nan
 from ltm_pyro.inference.posterior import FastTrace
-from ltm_pyro.inference.random import seeded
+from ltm_pyro.inference.random import reseed, seeded
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate
 
@@ -131,7 +131,7 @@ def run_fast_loop(
     with seeded(seed, batch.device), torch.enable_grad(), quiet_about_nan():
         for step in range(steps):
             if fast.noise == "fixed":
-                torch.manual_seed(seed)
+                reseed(seed, batch.device)
             lr = learning_rate(fast, step, steps)
             with TermRecorder() as recorder, KLWeight(kl_weight), _validation(step):
                 value = objective(loss, batch, draws)
@@ -215,7 +215,7 @@ class _Course:
 def _own_draw_elbo(
     loss: Loss, guide: LocalGuide, prior: TorchDistribution, batch: Batch, draws: int, seed: int
 ) -> Tensor:
-    torch.manual_seed(seed)
+    reseed(seed, batch.device)
     with torch.no_grad(), TermRecorder() as recorder:
         objective(loss, batch, draws)
         nll, kl = sequence_terms(recorder, guide, prior)

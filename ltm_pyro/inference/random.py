@@ -30,6 +30,18 @@ def derive_seed(seed: int, stream: Stream, step: int = 0) -> int:
     return (int(state[0]) << 31) ^ int(state[1])
 
 
+def reseed(seed: int, device: torch.device) -> None:
+    """Seeds torch's global generators, as far as `seeded` puts them back.
+
+    `torch.manual_seed` would seed an accelerator's too, which a program on the CPU has no business
+    with, and is slow where there is none: it notes down who asked, for when one appears.
+    """
+    if device.type in ("cpu", "meta"):
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators seeded inside the block and put back afterwards."""
@@ -38,5 +50,5 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     else:
         fork = torch.random.fork_rng(devices=[device], device_type=device.type)
     with fork:
-        torch.manual_seed(seed)
+        reseed(seed, device)
         yield
