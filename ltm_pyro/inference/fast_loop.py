@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pyro
@@ -128,12 +128,22 @@ def run_fast_loop(
     course = _Course()
     tail = _TailMean(params, steps, 0.0 if fast.noise == "fixed" else fast.average)
     first = last = norm = zero
-    with seeded(seed, batch.device), torch.enable_grad(), quiet_about_nan():
+    with (
+        seeded(seed, batch.device),
+        torch.enable_grad(),
+        quiet_about_nan(),
+        KLWeight(kl_weight),
+        ExitStack() as unchecked,
+    ):
         for step in range(steps):
+            if step == 1:
+                # Pyro and torch check the first step alone: the later ones run the same program.
+                # What may change, that numbers are finite, the loop checks itself.
+                unchecked.enter_context(pyro.validation_enabled(False))
             if fast.noise == "fixed":
                 reseed(seed, batch.device)
             lr = learning_rate(fast, step, steps)
-            with TermRecorder() as recorder, KLWeight(kl_weight), _validation(step):
+            with TermRecorder() as recorder:
                 value = objective(loss, batch, draws)
             gradients = torch.autograd.grad(value, list(params.values()))
             if record:
@@ -153,14 +163,6 @@ def run_fast_loop(
             else None
         )
     return FastResult(first, last, norm, own, course.trace() if record and steps else None)
-
-
-def _validation(step: int) -> AbstractContextManager[None]:
-    """Pyro's and torch's checks at the first step alone: the later ones run the same program.
-
-    What may change, that numbers are finite, the loop checks itself.
-    """
-    return nullcontext() if step == 0 else pyro.validation_enabled(False)
 
 
 class _TailMean:

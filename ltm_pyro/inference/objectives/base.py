@@ -69,10 +69,10 @@ class Draws:
         guide: Where they are from.
         prior: p(z), event shape (K, D).
         z: (S, B, K, D).
-        log_lik: (S, B) log p(x | z).
         weight: c, the KL weight.
         site: The guide's site `z`, with its leading dimensions as drawn.
         prior_site: The model's site `z`.
+        text_site: The model's site `x`.
         n_layers: Decoder layers that the thoughts feed in equal blocks; `None` where the model has
             no layers.
     """
@@ -80,23 +80,28 @@ class Draws:
     guide: LocalGuide
     prior: TorchDistribution
     z: Tensor
-    log_lik: Tensor
     weight: Any
     site: dict[str, Any]
     prior_site: dict[str, Any]
+    text_site: dict[str, Any]
     n_layers: int | None
+
+    @cached_property
+    def log_lik(self) -> Tensor:
+        """Log p(x | z), (S, B): the decoder's pass, made when it is first asked for."""
+        return _log_prob(self.text_site).reshape(self.z.shape[:2])
 
     @cached_property
     def log_prior(self) -> Tensor:
         """C log p(z), (S, B)."""
-        return _log_prob(self.prior_site).reshape(self.log_lik.shape)
+        return _log_prob(self.prior_site).reshape(self.z.shape[:2])
 
     def log_q(self, stopped: bool = False) -> Tensor:
         """C log q(z), (S, B); with `stopped`, at parameters held constant."""
         if stopped:
             log_q = stopped_log_prob(self.guide, self.z)
         else:
-            log_q = self.site["fn"].log_prob(self.site["value"]).reshape(self.log_lik.shape)
+            log_q = self.site["fn"].log_prob(self.site["value"]).reshape(self.z.shape[:2])
         return self.weight * log_q
 
     def log_weight(self, stopped: bool = False) -> Tensor:
@@ -172,10 +177,10 @@ class Objective(ELBO):
             guide=guide,
             prior=prior,
             z=z.reshape(*shape, *z.shape[-2:]),
-            log_lik=_log_prob(x).reshape(shape),
             weight=q["scale"],
             site=q,
             prior_site=p,
+            text_site=x,
             n_layers=getattr(getattr(model, "config", None), "n_layers", None),
         )
 

@@ -26,7 +26,8 @@ class Elbo(Objective):
 
     def per_sequence(self, draws: Draws) -> Tensor:
         """(B,)."""
-        return draws.log_lik.mean(0) - self.kl(draws)
+        kl = self.kl(draws)  # While small operations are at it; then the decoder's pass.
+        return draws.log_lik.mean(0) - kl
 
     def kl(self, draws: Draws) -> Tensor:
         """C KL(q || p), (B,)."""
@@ -76,7 +77,8 @@ class BetaElbo(Elbo):
 
     def per_sequence(self, draws: Draws) -> Tensor:
         """(B,)."""
-        return draws.log_lik.mean(0) - self.beta * self.kl(draws)
+        kl = self.kl(draws)
+        return draws.log_lik.mean(0) - self.beta * kl
 
 
 Level = Literal["total", "layer", "thought"]
@@ -115,12 +117,13 @@ class FreeBits(Elbo):
 
     def per_sequence(self, draws: Draws) -> Tensor:
         """(B,)."""
-        return draws.log_lik.mean(0) - self._charged(draws)
+        charged = self._charged(draws)
+        return draws.log_lik.mean(0) - charged
 
     def _charged(self, draws: Draws) -> Tensor:
         """C sum_g max(nats, KL_g), (B,)."""
         if self.level == "total":
-            free = torch.as_tensor(self.nats * draws.weight).to(draws.log_lik)
+            free = torch.as_tensor(self.nats * draws.weight).to(draws.z)
             return torch.maximum(self.kl(draws), free)
         by_group = kl_by_group(draws.guide.posterior(), draws.prior, draws.z, self._groups(draws))
         if by_group is None:
