@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -103,6 +104,11 @@ class Batch:
     def suffix(self, n: int) -> Batch:
         """The same sequences with only the positions after the first `n` scored."""
         return replace(self, mask=self.mask & self.positions.ge(n))
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Rows counted from 0, (B,)."""
+        return torch.arange(len(self), device=self.device)
 
     @property
     def positions(self) -> Tensor:

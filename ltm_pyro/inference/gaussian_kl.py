@@ -59,9 +59,12 @@ def independent_normal_kl(q: TorchDistribution, prior: TorchDistribution) -> Ten
     Returns:
         `None` where the prior is neither a factorised normal nor an autoregressive process.
     """
-    if not (is_factorised_normal(prior) or isinstance(prior, StationaryAR1)):
+    if isinstance(prior, StationaryAR1):
+        return kl_divergence(q, prior.expand(q.batch_shape))
+    if not is_factorised_normal(prior):
         return None
-    return kl_divergence(q, prior.expand(q.batch_shape))
+    each: Tensor = kl_divergence(q.base_dist, prior.base_dist)
+    return each.flatten(-len(prior.event_shape)).sum(-1)
 
 
 def _registered(q: torch.distributions.Distribution, prior: TorchDistribution) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -16,6 +17,18 @@ SITE_Z = "z"
 SITE_X = "x"
 PLATE = "sequences"
 """The plate over sequences, dim -1, in every model and every guide."""
+
+
+def sequences(batch: Batch) -> pyro.plate:
+    """The plate over a batch's sequences; its indices live where the batch does.
+
+    They are given because Pyro would count them again at every call.
+    """
+    device = str(batch.device)
+    plate: pyro.plate = pyro.plate(
+        PLATE, len(batch), subsample=batch.indices, dim=-1, device=device
+    )
+    return plate
 
 
 @runtime_checkable

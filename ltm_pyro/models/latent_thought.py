@@ -22,7 +22,7 @@ from torch.func import functional_call
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
+from ltm_pyro.models.base import SITE_X, SITE_Z, sequences
 from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
@@ -137,7 +137,7 @@ class LatentThoughtModel(nn.Module):
         if batch is None:
             shape = (size, length or self.config.seq_len)
             batch = Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
-        with pyro.plate(PLATE, len(batch), dim=-1):
+        with sequences(batch):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
         if batch.x is not None and self._prior_learns():

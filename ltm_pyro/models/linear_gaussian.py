@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z
+from ltm_pyro.models.base import SITE_X, SITE_Z, sequences
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.priors import StandardNormal
 
@@ -110,7 +110,7 @@ class LinearGaussian(nn.Module):
         if batch is None:
             observed = torch.ones(size, len(self.W), dtype=torch.bool, device=self.device)
             batch = Batch(None, observed)
-        with pyro.plate(PLATE, len(batch), dim=-1, device=str(self.device)):
+        with sequences(batch):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
         return x

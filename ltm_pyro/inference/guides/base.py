@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.models.base import PLATE, SITE_Z, LatentModel
+from ltm_pyro.models.base import SITE_Z, LatentModel, sequences
 
 Loss = Callable[[Batch], Tensor]
 """-ELBO of a batch, summed over its sequences, in nats."""
@@ -115,8 +115,11 @@ class LocalGuide(nn.Module, ABC):
     @property
     def n_rows(self) -> int:
         """B: sequences that the guide holds; 0 before `reset`."""
-        rows = [*self.local.values(), *self.inputs.values().values()]
-        return len(rows[0]) if rows else 0
+        for name in self.local:
+            return len(self.local[name])
+        for rows in self.inputs.buffers():
+            return len(rows)
+        return 0
 
     def forward(self, batch: Batch) -> Tensor:
         """The Pyro guide: one site `z` in the plate of sequences.
@@ -129,7 +132,7 @@ class LocalGuide(nn.Module, ABC):
                 f"the guide holds {self.n_rows} sequences and the batch {len(batch)}: "
                 "call guide.reset(batch) first"
             )
-        with pyro.plate(PLATE, len(batch), dim=-1):
+        with sequences(batch):
             z: Tensor = pyro.sample(SITE_Z, self.posterior())
         return z
 
