@@ -114,7 +114,7 @@ class LeanLoop:
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
         loss = (kl - log_likelihood) / batch.n_tokens.sum()
         for p, g in zip(self.weights, torch.autograd.grad(loss, self.weights), strict=True):
-            p.grad = g
+            p.grad = g.contiguous()  # As the weight lies: fused AdamW goes by place in memory.
         torch.nn.utils.clip_grad_norm_(self.weights, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
