@@ -6,7 +6,8 @@
     python benchmarks/readme_speed.py                                    # both into the README
 
 In one run, on the same weights and the same (random) tokens, the loops take turns: a b c, a b c.
-Ratios are of neighbours in time, so a machine that is slower for a while is slower for all.
+Ratios are of neighbours in time, so a machine that is slower for a while is slower for all. Each
+preset and precision has a process of its own, whose memory no other case has left in pieces.
 
     a     Kong et al. (2025), algorithm 1, in plain eager fp32: published_loop.py
     a16   the same under bf16 autocast, in the bf16 rows
@@ -17,13 +18,15 @@ Ratios are of neighbours in time, so a machine that is slower for a while is slo
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loop_cases import Case, Precision, measure
@@ -34,6 +37,7 @@ from ltm_pyro.config import preset
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.run.files import json_bytes, write_atomic
 
+T = TypeVar("T")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 SHAPES = {"nano": (8, 256), "tiny": (8, 256), "ltm-small": (1, 256)}
 """Batch size and length; `ltm-small` on a short batch, or it would take an hour."""
@@ -61,10 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in args.presets:
             for precision in args.precision:
                 note(f"{name} {precision}")
-                result["rows"].append(measure(case(args, name, precision), args.rounds))
+                result["rows"].append(alone(measure, case(args, name, precision), args.rounds))
         print("\n".join(markdown_table(result["rows"])))
     if args.json:
         write_atomic(args.json, json_bytes(result))
+
+
+def alone(function: Callable[..., T], *arguments: object) -> T:
+    """What the function returns in a new process."""
+    spawn = multiprocessing.get_context("spawn")
+    threads = (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, threads) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

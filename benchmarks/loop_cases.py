@@ -157,7 +157,6 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     Returns:
         Plain types for JSON. Times in seconds, memory in bytes.
     """
-    torch.compiler.reset()  # Shapes compiled for other cases count against a limit.
     work = Workload(case)
     work.warm_up(work.loops)
     config = work.model.config
