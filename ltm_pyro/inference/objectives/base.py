@@ -72,7 +72,7 @@ class Draws:
         weight: c, the KL weight.
         site: The guide's site `z`, with its leading dimensions as drawn.
         prior_site: The model's site `z`.
-        text_site: The model's site `x`.
+        likelihood_site: The model's site `x`.
         n_layers: Decoder layers that the thoughts feed in equal blocks; `None` where the model has
             no layers.
     """
@@ -83,13 +83,13 @@ class Draws:
     weight: Any
     site: dict[str, Any]
     prior_site: dict[str, Any]
-    text_site: dict[str, Any]
+    likelihood_site: dict[str, Any]
     n_layers: int | None
 
     @cached_property
     def log_lik(self) -> Tensor:
         """Log p(x | z), (S, B): the decoder's pass, made when it is first asked for."""
-        return _log_prob(self.text_site).reshape(self.z.shape[:2])
+        return _log_prob(self.likelihood_site).reshape(self.z.shape[:2])
 
     @cached_property
     def log_prior(self) -> Tensor:
@@ -180,7 +180,7 @@ class Objective(ELBO):
             weight=q["scale"],
             site=q,
             prior_site=p,
-            text_site=x,
+            likelihood_site=x,
             n_layers=getattr(getattr(model, "config", None), "n_layers", None),
         )
 
