@@ -26,8 +26,13 @@ class Elbo(Objective):
 
     def per_sequence(self, draws: Draws) -> Tensor:
         """(B,)."""
-        kl = self.kl(draws)  # While small operations are at it; then the decoder's pass.
-        return draws.log_lik.mean(0) - kl
+        # First, while small operations are at it; then the decoder's pass.
+        charge = self.charge(draws)
+        return draws.log_lik.mean(0) - charge
+
+    def charge(self, draws: Draws) -> Tensor:
+        """What is paid for q's distance from the prior, (B,): here the KL."""
+        return self.kl(draws)
 
     def kl(self, draws: Draws) -> Tensor:
         """C KL(q || p), (B,)."""
@@ -75,10 +80,9 @@ class BetaElbo(Elbo):
         super().__init__(particles, weight=weight)
         self.beta = weight
 
-    def per_sequence(self, draws: Draws) -> Tensor:
-        """(B,)."""
-        kl = self.kl(draws)
-        return draws.log_lik.mean(0) - self.beta * kl
+    def charge(self, draws: Draws) -> Tensor:
+        """C weight KL, (B,)."""
+        return self.beta * self.kl(draws)
 
 
 Level = Literal["total", "layer", "thought"]
@@ -115,12 +119,7 @@ class FreeBits(Elbo):
         self.nats = nats
         self.level = level
 
-    def per_sequence(self, draws: Draws) -> Tensor:
-        """(B,)."""
-        charged = self._charged(draws)
-        return draws.log_lik.mean(0) - charged
-
-    def _charged(self, draws: Draws) -> Tensor:
+    def charge(self, draws: Draws) -> Tensor:
         """C sum_g max(nats, KL_g), (B,)."""
         if self.level == "total":
             free = torch.as_tensor(self.nats * draws.weight).to(draws.z)
