@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -24,13 +25,9 @@ from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.inference.engine import Engine
-from ltm_pyro.inference.fast_loop import (
-    FastResult,
-    frozen,
-    local_optimizer,
-    run_fast_loop,
-)
+from ltm_pyro.inference.fast_loop import FastResult, frozen
 from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.local_fit import LocalFit
 from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.objectives import (
     build_objective,
@@ -122,6 +119,7 @@ class DualRateSVI:
         parameters = [p for p in slow_parameters if p.requires_grad]
         spare = embedding_weights(model, guide)
         self.clock = slow_clock(parameters, self.slow, spare, self.parallel)
+        self.local_fit = LocalFit(model, guide, self.clock.parameters)
         self.word_dropout = WordDropout(model, self.slow.word_dropout, seed, self.parallel)
 
     def infer(
@@ -147,8 +145,7 @@ class DualRateSVI:
             InputError: if the model cannot score the batch, or `steps` is negative.
             NonFiniteError: if local parameters became NaN or infinite.
         """
-        steps = self.fast.steps if steps is None else steps
-        if steps < 0:
+        if steps is not None and steps < 0:
             raise InputError(f"steps is {steps}: must be 0 or more")
         if warm_start and self.parallel.size > 1:
             raise InputError(
@@ -160,9 +157,11 @@ class DualRateSVI:
         order = torch.argsort(batch.ids, stable=True)
         ordered = batch.select(order)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
+        fast = self.fast if steps is None else replace(self.fast, steps=steps)
+        store = self.store if warm_start else None
 
         def fit(rows: Batch) -> FastResult:
-            return self._fit_local(rows, steps, noise, 1.0, record=True, warm=warm_start)[0]
+            return self.local_fit(self.loss, rows, fast, noise, store=store, record=True)[0]
 
         with self.engine.computing(self.model, self.parallel.size):
             result = fit_shared(self.parallel, self.guide, ordered, fit, self.engine)
@@ -176,8 +175,13 @@ class DualRateSVI:
             trace=result.trace,
             own_draw_elbo=result.own_draw_elbo,
             objective=describe(self.elbo),
-            objective_kl=kl_estimator(self.elbo, self.model, self.guide),
+            objective_kl=self._kl_estimator,
         )
+
+    @cached_property
+    def _kl_estimator(self) -> str:
+        """How the objective gets its KL; asked for while the guide holds rows."""
+        return kl_estimator(self.elbo, self.model, self.guide)
 
     def step(self, batch: Batch) -> Metrics:
         """A fast loop, then one slow step on fresh draws.
@@ -345,40 +349,6 @@ class DualRateSVI:
             )
             return alone.fit(source, steps, batch_size, progress=progress)
 
-    def _fit_local(
-        self,
-        batch: Batch,
-        steps: int,
-        noise: int,
-        weight: float,
-        *,
-        record: bool = False,
-        warm: bool = True,
-    ) -> tuple[FastResult, RowAdam]:
-        """Resets the guide for `batch` and runs the fast loop with everything else frozen."""
-        self.guide.reset(batch)
-        optimizer = local_optimizer(self.guide, self.fast)
-        if self.store is not None and warm and self.guide.local_parameters():
-            fresh = {**self.guide.rows(), **optimizer.state()}
-            stored = self.store.gather(batch.ids, fresh)
-            self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
-            optimizer = local_optimizer(self.guide, self.fast)
-            optimizer.load(stored)
-        with frozen(self.clock.parameters):
-            result = run_fast_loop(
-                self.loss,
-                self.guide,
-                self.model.prior(),
-                self.model.prepare(batch),
-                self.fast,
-                steps=steps,
-                seed=noise,
-                kl_weight=weight,
-                optimizer=optimizer,
-                record=record,
-            )
-        return result, optimizer
-
     def _part(
         self, batch: Batch, shown: Batch, rows: slice, weight: float, thinks: bool
     ) -> tuple[StepSums, dict[str, Tensor]]:
@@ -418,7 +388,9 @@ class DualRateSVI:
         """The fast loop of a slow step, from the store where there is one."""
         noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
         try:
-            return self._fit_local(batch, self.fast.steps, noise, weight)
+            return self.local_fit(
+                self.loss, batch, self.fast, noise, weight=weight, store=self.store
+            )
         except NonFiniteError as error:
             raise NonFiniteError(error.ids, self.slow_step) from None
 

@@ -16,7 +16,7 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
-from ltm_pyro.inference.objectives import KLWeight, TermRecorder, quiet_about_nan
+from ltm_pyro.inference.objectives import KLWeight, Repeat, TermRecorder, quiet_about_nan
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.random import reseed, seeded
 from ltm_pyro.inference.row_adam import RowAdam
@@ -93,11 +93,11 @@ def run_fast_loop(
     batch: Batch,
     fast: Fast,
     *,
-    steps: int,
     seed: int,
     kl_weight: float = 1.0,
     optimizer: RowAdam | None = None,
     record: bool = False,
+    ran: bool = False,
 ) -> FastResult:
     """Fits the guide's local parameters, in place.
 
@@ -110,16 +110,18 @@ def run_fast_loop(
         prior: p(z).
         batch: The batch, possibly prepared by the model.
         fast: The fast clock.
-        steps: T_fast.
         seed: Of the noise. `noise="fixed"` draws the same noise at every step.
         kl_weight: Weight of the KL term in the objective.
         optimizer: A `RowAdam` to continue with; a fresh one by default.
         record: Keep the course of every sequence.
+        ran: A loop with this model, guide and objective has run before, so that not even the first
+            step has to go through Pyro's handlers and checks (see `Repeat`).
 
     Raises:
         NonFiniteError: if the objective or local parameters became NaN or infinite.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
+    steps = fast.steps
     zero = torch.zeros((), device=batch.device)
     if not params:
         return FastResult(zero, zero, zero)
@@ -133,13 +135,14 @@ def run_fast_loop(
         torch.enable_grad(),
         quiet_about_nan(),
         KLWeight(kl_weight),
-        ExitStack() as unchecked,
+        ExitStack() as repeating,
     ):
         for step in range(steps):
-            if step == 1:
+            if step == (0 if ran else 1):
                 # Pyro and torch check the first step alone: the later ones run the same program.
                 # What may change, that numbers are finite, the loop checks itself.
-                unchecked.enter_context(pyro.validation_enabled(False))
+                repeating.enter_context(pyro.validation_enabled(False))
+                repeating.enter_context(Repeat(prior))
             if fast.noise == "fixed":
                 reseed(seed, batch.device)
             lr = learning_rate(fast, step, steps)
@@ -225,7 +228,7 @@ def _own_draw_elbo(
 
 
 def _row_norms(gradients: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    return torch.linalg.vector_norm(torch.cat([g.flatten(1) for g in gradients], 1), dim=1)
 
 
 def _refuse_non_finite(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+AHEAD = 16
+"""Steps whose weights are computed at once: a dozen operations on a few numbers each."""
 
 
 def _unbias(beta: float, steps: Tensor) -> Tensor:
@@ -47,23 +51,44 @@ class RowAdam:
         self.steps = torch.zeros(len(first), device=first.device, dtype=dtype)
         self.first = {name: torch.zeros_like(p) for name, p in params.items()}
         self.second = {name: torch.zeros_like(p) for name, p in params.items()}
+        self._weights = self._weights_ahead()
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:
         """One step of descent along `gradients`, in place."""
-        beta1, beta2 = self.betas
+        weights = next(self._weights)
         self.steps += 1
-        unbias = _unbias(beta1, self.steps)
-        # Kept with its bias taken out, the second moment is a mean in which the new square weighs:
-        adam = (1 - beta2) / _unbias(beta2, self.steps)
-        weight = torch.maximum(adam, self.steps**-self.memory)
         for name, p in self.params.items():
             gradient = gradients[name]
-            rows = (-1,) + (1,) * (p.dim() - 1)
+            unbias, weight = weights[name]
             m, v = self.first[name], self.second[name]
-            m.lerp_(gradient, 1 - beta1)
-            v.lerp_(gradient.square(), weight.to(v.dtype).view(rows))
-            p.sub_(lr * (m / unbias.view(rows)) / v.sqrt().add_(self.eps))
+            m.lerp_(gradient, 1 - self.betas[0])
+            v.lerp_(gradient.square(), weight)
+            p.sub_(lr * (m / unbias) / v.sqrt().add_(self.eps))
+
+    def _weights_ahead(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """What differs between steps, for each step from now on and each parameter by name.
+
+        Yields:
+            The bias of the first moment, and the weight of the new square in the second, which is
+            kept with its bias taken out; both (B, 1, ...).
+        """
+        beta1, beta2 = self.betas
+        while True:
+            ahead = torch.arange(1, AHEAD + 1, device=self.steps.device)
+            steps = self.steps + ahead.to(self.steps.dtype)[:, None]
+            unbias = _unbias(beta1, steps)
+            # Rounded from double precision: in single, torch's power of a number depends on its
+            # place among the others, and a row must not depend on the rows beside it.
+            power = (steps.double() ** -self.memory).to(steps.dtype)
+            weight = torch.maximum((1 - beta2) / _unbias(beta2, steps), power)
+            by_name = []
+            for name, p in self.params.items():
+                rows = (AHEAD, -1) + (1,) * (p.dim() - 1)
+                square = weight.to(self.second[name].dtype)
+                by_name.append(zip(unbias.view(rows), square.view(rows), strict=True))
+            for step in zip(*by_name, strict=True):
+                yield dict(zip(self.params, step, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by row, as flat names to (B, ...) tensors."""
@@ -77,6 +102,7 @@ class RowAdam:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` returned."""
         self.steps.copy_(state["adam_steps"])
+        self._weights = self._weights_ahead()
         for name in self.params:
             self.first[name].copy_(state[f"adam_first.{name}"])
             self.second[name].copy_(state[f"adam_second.{name}"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
+
+P = TypeVar("P", bound=Callable[..., Any])
 
 SITE_Z = "z"
 SITE_X = "x"
@@ -29,6 +32,24 @@ def sequences(batch: Batch) -> pyro.plate:
         PLATE, len(batch), subsample=batch.indices, dim=-1, device=device
     )
     return plate
+
+
+def standard_program(forward: P) -> P:
+    """Marks a `forward` that does nothing but sample the sites of its class.
+
+    In the plate of sequences, a model's has z ~ `prior()` and x ~ `likelihood(z, batch)`, a guide's
+    z ~ `posterior()`. The fast loop may then sample them itself. A program that does more is not
+    marked, and always runs as it is.
+    """
+    forward.standard_program = True  # type: ignore[attr-defined]
+    return forward
+
+
+def is_standard_program(module: object) -> bool:
+    """Whether calling `module` runs a `standard_program`, with no hook around it."""
+    if not isinstance(module, nn.Module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return getattr(module.forward, "standard_program", False)
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.models.base import SITE_X, SITE_Z, sequences
+from ltm_pyro.models.base import SITE_X, SITE_Z, sequences, standard_program
 from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
@@ -120,6 +120,7 @@ class LatentThoughtModel(nn.Module):
         prior: TorchDistribution = self.thought_prior()
         return prior
 
+    @standard_program
     def forward(
         self, batch: Batch | None = None, *, size: int = 1, length: int | None = None
     ) -> Tensor:

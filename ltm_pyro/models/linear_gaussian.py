@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.base import SITE_X, SITE_Z, sequences
+from ltm_pyro.models.base import SITE_X, SITE_Z, sequences, standard_program
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.priors import StandardNormal
 
@@ -97,6 +97,7 @@ class LinearGaussian(nn.Module):
         prior: TorchDistribution = self.thought_prior()
         return prior
 
+    @standard_program
     def forward(self, batch: Batch | None = None, *, size: int = 1) -> Tensor:
         """The generative story.
 

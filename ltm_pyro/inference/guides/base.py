@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.models.base import SITE_Z, LatentModel, sequences
+from ltm_pyro.models.base import SITE_Z, LatentModel, sequences, standard_program
 
 Loss = Callable[[Batch], Tensor]
 """-ELBO of a batch, summed over its sequences, in nats."""
@@ -121,6 +121,7 @@ class LocalGuide(nn.Module, ABC):
             return len(rows)
         return 0
 
+    @standard_program
     def forward(self, batch: Batch) -> Tensor:
         """The Pyro guide: one site `z` in the plate of sequences.
 

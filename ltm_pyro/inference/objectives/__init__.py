@@ -21,6 +21,7 @@ from ltm_pyro.inference.objectives.base import Draws, Objective, stopped_log_pro
 from ltm_pyro.inference.objectives.evidence import BetaElbo, Elbo, FreeBits, StickingTheLanding
 from ltm_pyro.inference.objectives.handlers import (
     KLWeight,
+    Repeat,
     TermRecorder,
     over_particles,
     quiet_about_nan,
@@ -72,6 +73,7 @@ __all__ = [
     "KLWeight",
     "Objective",
     "Renyi",
+    "Repeat",
     "StickingTheLanding",
     "TermRecorder",
     "build_objective",

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.objectives.handlers import Repeat, kl_weight, recorders
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
 
 
@@ -164,6 +165,15 @@ class Objective(ELBO):
 
     def draw(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Draws:
         """Runs the guide and then the model at its draws, S at once."""
+        repeat = Repeat.of(model, guide)
+        return (
+            self._traced(model, guide, batch)
+            if repeat is None
+            else self._repeated(repeat, model, guide, batch)
+        )
+
+    def _traced(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Draws:
+        """By Pyro, with all that its handlers do."""
         # Before the model runs, which may let a learned prior see the draws and move on.
         prior = model.prior()
         traces: Any = self._get_vectorized_trace(  # type: ignore[no-untyped-call]
@@ -171,12 +181,43 @@ class Objective(ELBO):
         )
         model_trace, guide_trace = traces
         q, p, x = guide_trace.nodes[SITE_Z], model_trace.nodes[SITE_Z], model_trace.nodes[SITE_X]
-        shape = (self.particles, len(batch))
+        return self._draws(model, guide, prior, q, p, x)
+
+    def _repeated(self, repeat: Repeat, model: Any, guide: LocalGuide, batch: Batch) -> Draws:
+        """The same draws from two standard programs, nobody else listening."""
+        prior, weight = repeat.prior, kl_weight()
+        # Expanded by plates, even to the shape that it has: gradients are added up in this order.
+        shape = torch.Size([len(batch)] if self.particles == 1 else [self.particles, len(batch)])
+        q = guide.posterior().expand(shape)
+        z = q.rsample()
+        likelihood = model.likelihood(z, batch).expand(shape)
+        for recorder in recorders():
+            recorder.add(SITE_Z, q, z)
+            recorder.add(SITE_Z, prior, z)
+            recorder.add(SITE_X, likelihood, batch.observed)
+        return self._draws(
+            model,
+            guide,
+            prior,
+            _site(q, z, weight),
+            _site(prior, z, weight),
+            _site(likelihood, batch.observed),
+        )
+
+    def _draws(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        prior: TorchDistribution,
+        q: dict[str, Any],
+        p: dict[str, Any],
+        x: dict[str, Any],
+    ) -> Draws:
         z = q["value"]
         return Draws(
             guide=guide,
             prior=prior,
-            z=z.reshape(*shape, *z.shape[-2:]),
+            z=z.reshape(self.particles, -1, *z.shape[-2:]),
             weight=q["scale"],
             site=q,
             prior_site=p,
@@ -203,6 +244,11 @@ class Objective(ELBO):
                 self.max_plate_nesting,
             )
         return scored.trace, drawn.trace
+
+
+def _site(fn: TorchDistribution, value: Tensor, scale: float = 1.0) -> dict[str, Any]:
+    """A site as Pyro's traces hold it, as far as `Draws` reads it."""
+    return {"fn": fn, "value": value, "scale": scale, "mask": None}
 
 
 def _log_prob(site: Any) -> Tensor:

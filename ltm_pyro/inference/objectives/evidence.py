@@ -6,13 +6,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.poutine.runtime import effectful
 from torch import Tensor
 
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives.base import Draws, Objective, finite_number
 from ltm_pyro.inference.objectives.group_kl import kl_by_group
+from ltm_pyro.inference.objectives.handlers import recorders
 
 
 class Elbo(Objective):
@@ -36,10 +36,10 @@ class Elbo(Objective):
 
     def kl(self, draws: Draws) -> Tensor:
         """C KL(q || p), (B,)."""
-        # A message to Pyro's handlers: `TermRecorder` keeps the answer.
-        ask = effectful(self.closed_kl, type="closed_kl")
-        closed = ask(draws.guide, draws.prior)
+        closed = self.closed_kl(draws.guide, draws.prior)
         if closed is not None:
+            for recorder in recorders():
+                recorder.closed_kl = closed.detach()
             return draws.weight * closed
         return (draws.log_q() - draws.log_prior).mean(0)
 

@@ -1,7 +1,8 @@
-"""Handlers around an objective: the KL weight, and a record of what was sampled and scored."""
+"""Handlers around an objective: the KL weight, a record of its terms, leave to skip Pyro's own."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
 
-from ltm_pyro.models.base import SITE_X, SITE_Z
+from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, is_standard_program
 
 
 class KLWeight(Messenger):
@@ -44,17 +46,17 @@ class TermRecorder(Messenger):
         self._likelihoods: list[tuple[TorchDistribution, Tensor]] = []
         self._thoughts: list[tuple[TorchDistribution, Tensor]] = []
         self.closed_kl: Tensor | None = None
-        """The KL in closed form, (B,), where the objective asked for one."""
-
-    def _pyro_post_closed_kl(self, msg: Any) -> None:
-        # Sent by `Elbo.kl`, so that the KL is not computed again for the record.
-        self.closed_kl = None if msg["value"] is None else msg["value"].detach()
+        """The KL in closed form, (B,), put here by an objective that charges it."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == SITE_X:
-            self._likelihoods.append((msg["fn"], msg["value"]))
-        elif msg["name"] == SITE_Z:
-            self._thoughts.append((msg["fn"], msg["value"]))
+        self.add(msg["name"], msg["fn"], msg["value"])
+
+    def add(self, site: str, fn: TorchDistribution, value: Tensor) -> None:
+        """Takes note of a site."""
+        if site == SITE_X:
+            self._likelihoods.append((fn, value))
+        elif site == SITE_Z:
+            self._thoughts.append((fn, value))
 
     def nll(self) -> Tensor:
         """-log p(x | z) per sequence in nats, (B,), mean over the draws that were made."""
@@ -74,6 +76,45 @@ class TermRecorder(Messenger):
         return [z.detach() for _, z in self._thoughts[::2]]
 
 
+def recorders() -> list[TermRecorder]:
+    """Those around, the outermost first."""
+    return [handler for handler in _PYRO_STACK if isinstance(handler, TermRecorder)]
+
+
+def kl_weight() -> float:
+    """The product of all KL weights around."""
+    return math.prod(handler.weight for handler in _PYRO_STACK if isinstance(handler, KLWeight))
+
+
+class Repeat(Messenger):
+    """Inside the block, model and guide are those that Pyro has run before, with weights frozen.
+
+    An objective may then sample their sites itself (`Objective.draw`): the same numbers to the bit,
+    without what Pyro does around each site, which a fast step of a small decoder feels.
+
+    Args:
+        prior: p(z), which frozen weights leave as it is.
+    """
+
+    def __init__(self, prior: TorchDistribution) -> None:
+        super().__init__()
+        self.prior = prior
+
+    @staticmethod
+    def of(model: LatentModel, guide: nn.Module) -> Repeat | None:
+        """The block around this call; `None` where there is none, or Pyro has work to do.
+
+        It has where a program is none of the standard ones, and where a handler listens that is not
+        of this module, which must see every site.
+        """
+        ours = (Repeat, KLWeight, TermRecorder)
+        blocks = [handler for handler in _PYRO_STACK if type(handler) is Repeat]
+        if not blocks or any(type(handler) not in ours for handler in _PYRO_STACK):
+            return None
+        known = is_standard_program(model) and is_standard_program(guide)
+        return blocks[-1] if known else None
+
+
 @contextmanager
 def quiet_about_nan() -> Iterator[None]:
     """Silences Pyro's warnings about NaN: the clocks raise an error that names the sequences."""
@@ -84,4 +125,5 @@ def quiet_about_nan() -> Iterator[None]:
 
 def over_particles(values: list[Tensor]) -> Tensor:
     """Mean over particles, drawn one by one or stacked in leading dimensions, to (B,)."""
-    return torch.stack([v.flatten(0, -2).mean(0) if v.dim() > 1 else v for v in values]).mean(0)
+    means = [v.flatten(0, -2).mean(0) if v.dim() > 1 else v for v in values]
+    return means[0] if len(means) == 1 else torch.stack(means).mean(0)

@@ -22,11 +22,13 @@ class StandardNormal(ThoughtPrior):
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__(n_thoughts, thought_dim)
-        # Buffers, so that the distribution is made where the model lives; whole, since each fast
-        # step makes it anew.
+        # Buffers, so that the distribution is made where the model lives.
         self.register_buffer("loc", torch.zeros(self.shape), persistent=False)
         self.register_buffer("scale", torch.ones(self.shape), persistent=False)
+        self._made: tuple[Tensor, TorchDistribution] | None = None
 
     def forward(self) -> TorchDistribution:
-        """The prior of one sequence's thoughts."""
-        return dist.Normal(self.loc, self.scale).to_event(2)
+        """The prior of one sequence's thoughts; the same object until the model moves."""
+        if self._made is None or self._made[0] is not self.loc:
+            self._made = self.loc, dist.Normal(self.loc, self.scale).to_event(2)
+        return self._made[1]
