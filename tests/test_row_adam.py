@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from tolerances import EXACT
 from torch import Tensor
@@ -104,3 +107,15 @@ def test_the_first_gradients_are_forgotten() -> None:
         moved[memory] = float((before - params["a"]).abs())
     assert moved[0.6] > 0.08  # the full learning rate again, or nearly
     assert moved[1.0] < 0.01  # Adam itself
+
+
+def test_moments_are_freed_with_their_optimiser() -> None:
+    # A fast loop has one of its own: none may wait for the garbage collector.
+    gc.disable()
+    try:
+        optimizer = _run(_start(), range(3))
+        moment = weakref.ref(optimizer.first["a"])
+        del optimizer
+        assert moment() is None
+    finally:
+        gc.enable()

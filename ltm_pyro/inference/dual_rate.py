@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
+from operator import index
 from typing import cast
 
 import torch
@@ -157,7 +158,7 @@ class DualRateSVI:
         order = torch.argsort(batch.ids, stable=True)
         ordered = batch.select(order)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
-        fast = self.fast if steps is None else replace(self.fast, steps=steps)
+        fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
         store = self.store if warm_start else None
 
         def fit(rows: Batch) -> FastResult:

@@ -17,6 +17,41 @@ def _unbias(beta: float, steps: Tensor) -> Tensor:
     return -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
 
 
+def _weights(
+    done: Tensor, params: dict[str, Tensor], betas: tuple[float, float], memory: float
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What differs between steps, for one step after another and each parameter by name.
+
+    Args:
+        done: (B,) steps that rows have done.
+        params: Parameters (B, ...) by name.
+        betas: Decay rates of the two moments.
+        memory: See `RowAdam`.
+
+    Yields:
+        The bias of the first moment, and the weight of the new square in the second, which is kept
+        with its bias taken out; both (B, 1, ...).
+    """
+    beta1, beta2 = betas
+    ahead = torch.arange(1, AHEAD + 1, device=done.device).to(done.dtype)
+    while True:
+        steps = done + ahead[:, None]
+        unbias = _unbias(beta1, steps)
+        # Rounded from double precision: in single, torch's power of a number depends on its place
+        # among the others, and a row must not depend on the rows beside it.
+        power = (steps.double() ** -memory).to(steps.dtype)
+        weight = torch.maximum((1 - beta2) / _unbias(beta2, steps), power)
+        by_name = {}
+        for name, p in params.items():
+            rows = (AHEAD, -1) + (1,) * (p.dim() - 1)
+            by_name[name] = unbias.view(rows).unbind(), weight.to(p.dtype).view(rows).unbind()
+        for step in range(AHEAD):
+            yield {
+                name: (biases[step], squares[step]) for name, (biases, squares) in by_name.items()
+            }
+        done = steps[-1]
+
+
 class RowAdam:
     """Adam (Kingma & Ba 2015) whose moments and step counts belong to rows.
 
@@ -51,7 +86,7 @@ class RowAdam:
         self.steps = torch.zeros(len(first), device=first.device, dtype=dtype)
         self.first = {name: torch.zeros_like(p) for name, p in params.items()}
         self.second = {name: torch.zeros_like(p) for name, p in params.items()}
-        self._weights = self._weights_ahead()
+        self._weights = _weights(self.steps.clone(), self.params, self.betas, self.memory)
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:
@@ -66,30 +101,6 @@ class RowAdam:
             v.lerp_(gradient.square(), weight)
             p.sub_(lr * (m / unbias) / v.sqrt().add_(self.eps))
 
-    def _weights_ahead(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """What differs between steps, for each step from now on and each parameter by name.
-
-        Yields:
-            The bias of the first moment, and the weight of the new square in the second, which is
-            kept with its bias taken out; both (B, 1, ...).
-        """
-        beta1, beta2 = self.betas
-        while True:
-            ahead = torch.arange(1, AHEAD + 1, device=self.steps.device)
-            steps = self.steps + ahead.to(self.steps.dtype)[:, None]
-            unbias = _unbias(beta1, steps)
-            # Rounded from double precision: in single, torch's power of a number depends on its
-            # place among the others, and a row must not depend on the rows beside it.
-            power = (steps.double() ** -self.memory).to(steps.dtype)
-            weight = torch.maximum((1 - beta2) / _unbias(beta2, steps), power)
-            by_name = []
-            for name, p in self.params.items():
-                rows = (AHEAD, -1) + (1,) * (p.dim() - 1)
-                square = weight.to(self.second[name].dtype)
-                by_name.append(zip(unbias.view(rows), square.view(rows), strict=True))
-            for step in zip(*by_name, strict=True):
-                yield dict(zip(self.params, step, strict=True))
-
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by row, as flat names to (B, ...) tensors."""
         out = {"adam_steps": self.steps}
@@ -102,7 +113,7 @@ class RowAdam:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` returned."""
         self.steps.copy_(state["adam_steps"])
-        self._weights = self._weights_ahead()
+        self._weights = _weights(self.steps.clone(), self.params, self.betas, self.memory)
         for name in self.params:
             self.first[name].copy_(state[f"adam_first.{name}"])
             self.second[name].copy_(state[f"adam_second.{name}"])
