@@ -93,11 +93,11 @@ def run_fast_loop(
     batch: Batch,
     fast: Fast,
     *,
+    optimizer: RowAdam,
     seed: int,
-    kl_weight: float = 1.0,
-    optimizer: RowAdam | None = None,
-    record: bool = False,
-    ran: bool = False,
+    kl_weight: float,
+    record: bool,
+    ran: bool,
 ) -> FastResult:
     """Fits the guide's local parameters, in place.
 
@@ -110,9 +110,9 @@ def run_fast_loop(
         prior: p(z).
         batch: The batch, possibly prepared by the model.
         fast: The fast clock.
+        optimizer: Of the guide's rows; fresh, or with the moments that they had.
         seed: Of the noise. `noise="fixed"` draws the same noise at every step.
         kl_weight: Weight of the KL term in the objective.
-        optimizer: A `RowAdam` to continue with; a fresh one by default.
         record: Keep the course of every sequence.
         ran: A loop with this model, guide and objective has run before, so that not even the first
             step has to go through Pyro's handlers and checks (see `Repeat`).
@@ -125,7 +125,6 @@ def run_fast_loop(
     zero = torch.zeros((), device=batch.device)
     if not params:
         return FastResult(zero, zero, zero)
-    optimizer = optimizer or local_optimizer(guide, fast)
     draws = fast.fixed_draws if fast.noise == "fixed" else 1
     course = _Course()
     tail = _TailMean(params, steps, 0.0 if fast.noise == "fixed" else fast.average)

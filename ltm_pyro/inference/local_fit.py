@@ -1,4 +1,4 @@
-"""The fast clock on one batch after another: where rows start, what is frozen, what is known."""
+"""The fast clock on one batch after another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ltm_pyro.models.base import LatentModel
 
 class LocalFit:
     """Fits the guide's local parameters, in place, with everything else frozen.
+
+    It remembers whether Pyro has run and checked the programs, so that later loops need not.
 
     Args:
         model: The model.
@@ -71,9 +73,9 @@ class LocalFit:
                 self.model.prior(),
                 self.model.prepare(batch),
                 fast,
+                optimizer=optimizer,
                 seed=noise,
                 kl_weight=weight,
-                optimizer=optimizer,
                 record=record,
                 ran=self._ran,
             )
