@@ -118,12 +118,3 @@ def test_a_hook_is_called_at_every_step(hooked: str) -> None:
     module.register_forward_hook(lambda *_: calls.append(0))
     DualRateSVI(model, guide, Fast(steps=5)).infer(batch)
     assert len(calls) == 5
-
-
-def test_a_prior_moves_with_its_model() -> None:
-    # A standard normal keeps its distribution until then.
-    model = make_language_model()
-    before = model.prior()
-    assert model.prior() is before
-    assert before.mean.dtype == torch.float64
-    assert model.to(torch.float32).prior().mean.dtype == torch.float32

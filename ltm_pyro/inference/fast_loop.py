@@ -148,8 +148,10 @@ def run_fast_loop(
             with TermRecorder() as recorder:
                 value = objective(loss, batch, draws)
             gradients = torch.autograd.grad(value, list(params.values()))
+            if record or step == steps - 1:
+                norms = _row_norms(gradients)
             if record:
-                course.add(*sequence_terms(recorder, guide, prior), _row_norms(gradients), lr)
+                course.add(*sequence_terms(recorder, guide, prior), norms, lr)
             optimizer.step(dict(zip(params, gradients, strict=True)), lr)
             tail.add(step)
             last = value.detach()
@@ -157,7 +159,7 @@ def run_fast_loop(
                 _refuse_non_finite(params, last, recorder, batch)
             first = last if step == 0 else first
             if step == steps - 1:
-                norm = _row_norms(gradients).mean()
+                norm = norms.mean()
         tail.put()
         own = (
             _own_draw_elbo(loss, guide, prior, batch, draws, seed)

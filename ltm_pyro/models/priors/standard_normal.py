@@ -22,13 +22,11 @@ class StandardNormal(ThoughtPrior):
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__(n_thoughts, thought_dim)
-        # Buffers, so that the distribution is made where the model lives.
+        # Buffers, so that the distribution is made where the model lives; whole, since every traced
+        # step makes it anew.
         self.register_buffer("loc", torch.zeros(self.shape), persistent=False)
         self.register_buffer("scale", torch.ones(self.shape), persistent=False)
-        self._made: tuple[Tensor, TorchDistribution] | None = None
 
     def forward(self) -> TorchDistribution:
-        """The prior of one sequence's thoughts; the same object until the model moves."""
-        if self._made is None or self._made[0] is not self.loc:
-            self._made = self.loc, dist.Normal(self.loc, self.scale).to_event(2)
-        return self._made[1]
+        """The prior of one sequence's thoughts."""
+        return dist.Normal(self.loc, self.scale).to_event(2)
