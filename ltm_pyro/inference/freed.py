@@ -7,23 +7,24 @@ import os
 import sys
 from functools import cache
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST = 2**25
-"""The largest tensor that glibc can be told to keep once it is freed, 32 MB."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_NEVER_TRIMMED = -1
+_DEFAULT_MMAP_MAX = 2**16
 _LARGE = 2**22
-_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+_TUNABLES = ("mmap_threshold", "mmap_max", "trim_threshold")
 
 
 @cache
 def keep_freed() -> None:
-    """From now on the memory of freed tensors of up to 32 MB waits for the next ones.
+    """From now on the memory of freed tensors waits for the next ones, whatever their size.
 
     Every fast step makes and frees the same tensors. To begin with glibc returns such memory, and
-    the system hands it out again as pages of zeros: a tenth of a step's time. It changes its mind
-    when it happens to see a tensor of 32 MB freed; this is where it then stands. Done once in a
-    process, so that `give_back_freed` is not undone.
+    the system hands it out again as pages of zeros: a tenth to a fifth of a step's time. It learns
+    to keep tensors of up to 32 MB and no larger ones, so all are taken from the one heap, which
+    is never cut. Done once in a process, so that `give_back_freed` is not undone.
     """
-    _set({_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: 2 * _LARGEST})
+    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_TRIMMED})
 
 
 def give_back_freed() -> None:
@@ -32,14 +33,15 @@ def give_back_freed() -> None:
     A fit leaves hundreds of megabytes in pieces that are too small for the tensors of what comes
     next. For when speed no longer counts.
     """
-    if _set({_MMAP_THRESHOLD: _LARGE}):
+    if _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE}):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(options: dict[int, int]) -> bool:
     """Sets options of glibc's allocator; `False` if it is another, or the environment sets them."""
-    told = any(name in os.environ for name in _VARIABLES)
-    if sys.platform != "linux" or told or "_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    told = any(v in os.environ for v in _VARIABLES) or any(t in tunables for t in _TUNABLES)
+    if sys.platform != "linux" or told:
         return False
     library = ctypes.CDLL(None)
     if not (hasattr(library, "malloc_trim") and hasattr(library, "mallopt")):
