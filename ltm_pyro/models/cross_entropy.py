@@ -142,11 +142,13 @@ def _visit(
     log_norm = h.new_empty((len(h),), dtype=full)
     by_h = torch.empty_like(h) if gradient else h.new_empty(0)
     target = weight[targets].to(full)
+    first, *others = weight.split(columns)
     for i in range(0, len(h), rows):
         block, norm = h[i : i + rows], log_norm[i : i + rows]
-        top, total = torch.full_like(norm, -torch.inf), torch.zeros_like(norm)
-        mean = torch.zeros(block.shape if gradient else (0,), dtype=full, device=h.device)
-        for part in weight.split(columns):
+        tile = logits(block, first)
+        top, _, total = via(_weigh)(tile, torch.full_like(norm, -torch.inf))
+        mean = (tile @ first).to(full) if gradient else norm.new_empty(0)
+        for part in others:
             tile = logits(block, part)
             top, shrink, tile_total = via(_weigh)(tile, top)
             total.mul_(shrink).add_(tile_total)
