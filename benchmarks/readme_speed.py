@@ -26,11 +26,12 @@ UNITS = {
 LEGEND = """
 a, b, c in tokens x fast steps per second, median of the rounds. a is algorithm 1 of Kong et al.
 (2025) in eager fp32 PyTorch, in the bf16 rows too; a16 is a under bf16 autocast; b is this engine
-by hand, without Pyro. `infer` is the fast loop, `step` the fast loop and a slow step. The loops
-take turns on the same weights and random tokens; ratios are of times, median of {rounds} rounds
-(smallest to largest). Peak memory: tensors at the worst moment, beyond weights and optimiser
-states. Last column: FLOPs of the fast step's products with weights per second of c, over the rate
-that the same products reach alone, same shapes and dtype, in the same run (GFLOP/s: {rates}).
+by hand, without Pyro. All run in one process, where freed memory is kept for a too. `infer` is the
+fast loop, `step` the fast loop and a slow step. The loops take turns on the same weights and
+random tokens; ratios are of times, median of {rounds} rounds (smallest to largest). Peak memory:
+tensors at the worst moment, beyond weights and optimiser states. Last column: FLOPs of the fast
+step's products with weights per second of c, over the rate that the same products reach alone,
+same shapes and dtype, in the same run (GFLOP/s: {rates}).
 """
 
 Row = Mapping[str, Any]
