@@ -40,7 +40,7 @@ ALLOCATOR_SHARE = 0.45
 Measured from 0.1 to 0.6 in uncompiled code, and no two runs agree; with
 `MALLOC_MMAP_THRESHOLD_=4194304` in the environment it is near 0, and steps take longer."""
 COMPILED_ALLOCATOR_SHARE = 0.08
-"""The same in compiled code, which keeps fewer tensors than are counted here: 0 to 0.15 measured."""
+"""The same in compiled code, which holds fewer tensors than are counted: 0 to 0.15 measured."""
 
 _FAST_STEPS = 2
 """As many as are simulated: the third finds nothing that the second did not find."""
