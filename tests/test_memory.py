@@ -201,6 +201,31 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert after > 0.9 * large
 
 
+AFTERWARDS = """
+import torch
+from ltm_pyro.inference.freed import give_back_freed, keep_freed
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+keep_freed()
+give_back_freed()
+before = resident()
+small = [torch.zeros(2**18) for _ in range(100)]  # 1 MB each, in the heap
+full = resident()
+del small
+print(full - before, full - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+def test_after_a_fit_the_heap_is_cut_again() -> None:
+    taken, given = two_numbers(AFTERWARDS)
+    # A tenth: what else lies in the heap.
+    assert taken > 0.9 * 100 * 2**20
+    assert given > 0.9 * taken
+
+
 def test_unknown_objective_is_named() -> None:
     with pytest.raises(InputError, match="elbo"):
         memory_report(replace(FIT, objective="elb"))

@@ -37,7 +37,7 @@ COMPILER_BYTES = 115_000_000
 ALLOCATOR_SHARE = 0.45
 """Of the tensors' peak: memory that glibc keeps, in pieces, when tensors are freed.
 
-Measured from 0.1 to 0.6 in uncompiled code, and no two runs agree; with
+Measured from 0 to 0.6 in uncompiled code, and no two runs agree; with
 `MALLOC_MMAP_THRESHOLD_=4194304` in the environment it is near 0, and steps take longer."""
 COMPILED_ALLOCATOR_SHARE = 0.08
 """The same in compiled code, which holds fewer tensors than are counted: 0 to 0.15 measured."""

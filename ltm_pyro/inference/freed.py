@@ -33,7 +33,7 @@ def give_back_freed() -> None:
     A fit leaves hundreds of megabytes in pieces that are too small for the tensors of what comes
     next. For when speed no longer counts.
     """
-    if _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE}):
+    if _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: _LARGE}):
         ctypes.CDLL(None).malloc_trim(0)
 
 
