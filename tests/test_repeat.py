@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import pyro
 import pytest
 import torch
-from known_models import make_language_model, make_oracle, make_tokens
+from known_models import TINY, make_language_model, make_oracle, make_tokens
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from ltm_pyro.inference.objectives import (
     build_objective,
 )
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 
 
@@ -98,6 +102,29 @@ def test_pyro_runs_the_first_step_alone() -> None:
         assert _program_runs(svi, batch) == 5
     assert listener.sites.count("z") == 2 * 5  # of guide and model
     assert listener.sites.count("x") == 5
+
+
+@pytest.mark.parametrize(("prior", "runs"), [("standard_normal", 1), ("mixture", 3)])
+def test_pyro_runs_the_first_slow_step_alone(prior: str, runs: int) -> None:
+    def fit(listen: bool) -> tuple[LatentThoughtModel, list[str]]:
+        model = make_language_model(replace(TINY, prior=prior))
+        svi = DualRateSVI(model, build_guide("mean_field", model), Fast(steps=1))
+        batch = make_tokens(4)
+        svi.infer(batch)  # so that no fast step is left to Pyro
+        sites = []
+        sample = pyro.sample
+        with pytest.MonkeyPatch.context() as patch, Listener() if listen else nullcontext():
+            patch.setattr(pyro, "sample", lambda n, *a, **k: sites.append(n) or sample(n, *a, **k))
+            for _ in range(3):
+                svi.step(batch)
+        return model, sites
+
+    model, sites = fit(listen=False)
+    expected, all_sites = fit(listen=True)
+    assert sites.count("x") == runs
+    assert all_sites.count("x") == 3 + 3
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_program_of_its_own_always_runs() -> None:

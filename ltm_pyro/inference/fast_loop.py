@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -16,7 +15,13 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
-from ltm_pyro.inference.objectives import KLWeight, Repeat, TermRecorder, quiet_about_nan
+from ltm_pyro.inference.objectives import (
+    ElboByHand,
+    KLWeight,
+    TermRecorder,
+    quiet_about_nan,
+    repeating,
+)
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.random import reseed, seeded
 from ltm_pyro.inference.row_adam import RowAdam
@@ -52,6 +57,15 @@ def objective(loss: Loss, batch: Batch, draws: int) -> Tensor:
     if draws == 1:
         return loss(batch)
     return torch.stack([loss(batch) for _ in range(draws)]).mean(0)
+
+
+def by_autograd(
+    loss: Loss, batch: Batch, draws: int, params: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`objective`, and its gradient by each of `params`."""
+    value = objective(loss, batch, draws)
+    gradients = torch.autograd.grad(value, list(params.values()))
+    return value.detach(), dict(zip(params, gradients, strict=True))
 
 
 def local_optimizer(guide: LocalGuide, fast: Fast) -> RowAdam:
@@ -129,32 +143,35 @@ def run_fast_loop(
     course = _Course()
     tail = _TailMean(params, steps, 0.0 if fast.noise == "fixed" else fast.average)
     first = last = norm = zero
+    by_hand: ElboByHand | None = None
     with (
         seeded(seed, batch.device),
         torch.enable_grad(),
         quiet_about_nan(),
         KLWeight(kl_weight),
-        ExitStack() as repeating,
+        ExitStack() as unchecked,
     ):
         for step in range(steps):
             if step == (0 if ran else 1):
                 # Pyro and torch check the first step alone: the later ones run the same program.
                 # What may change, that numbers are finite, the loop checks itself.
-                repeating.enter_context(pyro.validation_enabled(False))
-                repeating.enter_context(Repeat(prior))
+                unchecked.enter_context(repeating(prior))
+                by_hand = ElboByHand.of(loss) if draws == 1 else None
             if fast.noise == "fixed":
                 reseed(seed, batch.device)
             lr = learning_rate(fast, step, steps)
-            with TermRecorder() as recorder:
-                value = objective(loss, batch, draws)
-            gradients = torch.autograd.grad(value, list(params.values()))
+            recorder = TermRecorder()
+            if by_hand is not None:
+                last, gradients = by_hand(batch, recorder)
+            else:
+                with recorder:
+                    last, gradients = by_autograd(loss, batch, draws, params)
             if record or step == steps - 1:
                 norms = _row_norms(gradients)
             if record:
                 course.add(*sequence_terms(recorder, guide, prior), norms, lr)
-            optimizer.step(dict(zip(params, gradients, strict=True)), lr)
+            optimizer.step(gradients, lr)
             tail.add(step)
-            last = value.detach()
             if step == steps - 1 or not math.isfinite(last.item()):
                 _refuse_non_finite(params, last, recorder, batch)
             first = last if step == 0 else first
@@ -182,19 +199,17 @@ class _TailMean:
     BURN_IN = 100
 
     def __init__(self, params: dict[str, Tensor], steps: int, share: float) -> None:
-        self.params = params
+        self.params = {name: p.detach() for name, p in params.items()}
         self.count = round(share * max(steps - self.BURN_IN, 0))
         self.first = steps - self.count
         self.total = {name: torch.zeros_like(p) for name, p in params.items()}
 
-    @torch.no_grad()
     def add(self, step: int) -> None:
         """Takes the parameters after `step` into the mean, if it is one of the last."""
         if step >= self.first:
             for name, p in self.params.items():
                 self.total[name] += p
 
-    @torch.no_grad()
     def put(self) -> None:
         """Replaces the parameters by their mean."""
         if self.count > 1:
@@ -228,8 +243,9 @@ def _own_draw_elbo(
     return -nll - kl
 
 
-def _row_norms(gradients: tuple[Tensor, ...]) -> Tensor:
-    return torch.linalg.vector_norm(torch.cat([g.flatten(1) for g in gradients], 1), dim=1)
+def _row_norms(gradients: dict[str, Tensor]) -> Tensor:
+    rows = [g.flatten(1) for g in gradients.values()]
+    return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
 
 
 def _refuse_non_finite(
@@ -240,6 +256,7 @@ def _refuse_non_finite(
     for p in params.values():
         bad |= ~p.detach().flatten(1).isfinite().all(1)
     if not bool(value.isfinite()):
-        bad |= ~(recorder.nll() + recorder.kl()).isfinite()
+        kl = recorder.kl() if recorder.closed_kl is None else recorder.closed_kl
+        bad |= ~(recorder.nll() + kl).isfinite()
     if bool(bad.any()):
         raise NonFiniteError(batch.ids[bad].tolist(), step=-1)

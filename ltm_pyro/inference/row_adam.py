@@ -76,7 +76,7 @@ class RowAdam:
         eps: float = 1e-8,
         memory: float = 0.6,
     ) -> None:
-        self.params = params
+        self.params = {name: p.detach() for name, p in params.items()}
         self.betas = betas
         self.eps = eps
         self.memory = memory
@@ -88,7 +88,6 @@ class RowAdam:
         self.second = {name: torch.zeros_like(p) for name, p in params.items()}
         self._weights = _weights(self.steps.clone(), self.params, self.betas, self.memory)
 
-    @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:
         """One step of descent along `gradients`, in place."""
         weights = next(self._weights)
@@ -109,7 +108,6 @@ class RowAdam:
             out[f"adam_second.{name}"] = self.second[name]
         return out
 
-    @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` returned."""
         self.steps.copy_(state["adam_steps"])

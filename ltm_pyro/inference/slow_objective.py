@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.fast_loop import frozen, sequence_terms
@@ -16,6 +18,7 @@ from ltm_pyro.inference.objectives import (
     TermRecorder,
     over_particles,
     quiet_about_nan,
+    repeating,
 )
 from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.base import LatentModel
@@ -54,6 +57,7 @@ class SlowObjective:
         loss: Callable[[Batch], Tensor],
     ) -> None:
         self.model, self.guide, self.loss = model, guide, loss
+        self._ran = False
 
     def at_fitted(self, batch: Batch, shown: Batch, weight: float, noise: int) -> SlowLoss:
         """At the fitted q, on fresh draws.
@@ -70,14 +74,30 @@ class SlowObjective:
             quiet_about_nan(),
             KLWeight(weight),
         ):
-            with TermRecorder() as recorder:
+            prior = self.model.prior()
+            with self._checked_once(prior), TermRecorder() as recorder:
                 objective = self.loss(shown)
-            nll, kl = sequence_terms(recorder, self.guide, self.model.prior())
-            with frozen(self.model.parameters()):
-                extra = self.guide.shared_loss(self.loss, shown)
+            nll, kl = sequence_terms(recorder, self.guide, prior)
+            extra = self._shared_loss(shown)
         if shown is not batch:
             nll = self._nll(recorder.thoughts(), batch)
         return SlowLoss(objective if extra is None else objective + extra, objective, nll, kl)
+
+    def _checked_once(self, prior: TorchDistribution) -> AbstractContextManager[object]:
+        """Pyro runs and checks the first slow step; a prior that learns has to be run each time."""
+        ran, self._ran = self._ran, True
+        learned = getattr(self.model, "thought_prior", None)
+        learns = isinstance(learned, nn.Module) and any(
+            p.requires_grad for p in learned.parameters()
+        )
+        return repeating(prior) if ran and not learns else nullcontext()
+
+    def _shared_loss(self, shown: Batch) -> Tensor | None:
+        """`LocalGuide.shared_loss` with the model frozen, of a guide that shares anything."""
+        if not self.guide.shared_parameters():
+            return None
+        with frozen(self.model.parameters()):
+            return self.guide.shared_loss(self.loss, shown)
 
     def without_thoughts(self, batch: Batch, shown: Batch) -> SlowLoss:
         """Before thoughts join: -log p(x | z = 0), no KL."""

@@ -35,11 +35,12 @@ def sequences(batch: Batch) -> pyro.plate:
 
 
 def standard_program(forward: P) -> P:
-    """Marks a `forward` that, weights frozen, does nothing but sample the sites of its class.
+    """Marks a `forward` that does nothing but sample the sites of its class.
 
     In the plate of sequences, a model's has z ~ `prior()` and x ~ `likelihood(z, batch)`, a guide's
-    z ~ `posterior()`. A fast loop may then sample them itself. A program that does more is not
-    marked, and always runs as it is: a subclass with a `forward` of its own, for one.
+    z ~ `posterior()`. Both clocks may then sample them themselves. A program that does more is not
+    marked, and always runs as it is: a subclass with a `forward` of its own, for one. It may do
+    more where a prior's weights learn: it always runs there.
     """
     forward.standard_program = True  # type: ignore[attr-defined]
     return forward

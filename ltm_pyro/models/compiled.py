@@ -76,10 +76,11 @@ class CompiledScore:
             return self._plain(*inputs, **shared)
         rows = len(inputs[0])
         empty = bucket_rows(rows) - rows
-        filled = [_filled(value, empty) for value in inputs]
+        filled = [_filled(value, empty) for value in inputs] if empty else inputs
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-                return self._compiled(*filled, **shared)[:rows]
+                scores = self._compiled(*filled, **shared)
+                return scores[:rows] if empty else scores
         except Exception as error:  # whatever a missing or broken compiler raises
             warnings.warn(
                 f"the likelihood runs uncompiled, more slowly: {type(error).__name__}",
@@ -91,8 +92,4 @@ class CompiledScore:
 
 def _filled(value: Tensor, empty: int) -> Tensor:
     """`value` (B, ...) with `empty` rows of zeros after it: masked out, they score 0."""
-    return (
-        value
-        if not empty
-        else torch.nn.functional.pad(value, (0, 0) * (value.dim() - 1) + (0, empty))
-    )
+    return torch.nn.functional.pad(value, (0, 0) * (value.dim() - 1) + (0, empty))

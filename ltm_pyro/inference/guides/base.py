@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.inference.pathwise_normal import PathwiseNormal
 from ltm_pyro.models.base import SITE_Z, LatentModel, sequences, standard_program
 
 Loss = Callable[[Batch], Tensor]
@@ -82,6 +83,15 @@ class LocalGuide(nn.Module, ABC):
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """KL(q || prior) per sequence in nats, (B,); `None` where there is no closed form."""
+        return None
+
+    def pathwise(self, prior: TorchDistribution, weight: float) -> PathwiseNormal | None:
+        """Draws whose gradient the family has by hand; `None` where autograd has to find it.
+
+        Args:
+            prior: p(z).
+            weight: Of the KL.
+        """
         return None
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 
 from ltm_pyro.errors import unknown_name
 from ltm_pyro.inference.objectives.base import Draws, Objective, stopped_log_prob
+from ltm_pyro.inference.objectives.by_hand import ElboByHand
 from ltm_pyro.inference.objectives.evidence import BetaElbo, Elbo, FreeBits, StickingTheLanding
 from ltm_pyro.inference.objectives.handlers import (
     KLWeight,
@@ -25,6 +26,7 @@ from ltm_pyro.inference.objectives.handlers import (
     TermRecorder,
     over_particles,
     quiet_about_nan,
+    repeating,
 )
 from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
@@ -68,6 +70,7 @@ __all__ = [
     "DoublyReparametrised",
     "Draws",
     "Elbo",
+    "ElboByHand",
     "FreeBits",
     "ImportanceWeighted",
     "KLWeight",
@@ -82,5 +85,6 @@ __all__ = [
     "kl_estimator",
     "over_particles",
     "quiet_about_nan",
+    "repeating",
     "stopped_log_prob",
 ]

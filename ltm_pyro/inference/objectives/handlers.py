@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
@@ -87,13 +88,13 @@ def kl_weight() -> float:
 
 
 class Repeat(Messenger):
-    """Inside the block, model and guide are those that Pyro has run before, with weights frozen.
+    """Inside the block, model and guide are those that Pyro has run before.
 
     An objective may then sample their sites itself (`Objective.draw`): the same numbers to the bit,
     without what Pyro does around each site, which a fast step of a small decoder feels.
 
     Args:
-        prior: p(z), which frozen weights leave as it is.
+        prior: p(z), which has no weights or frozen ones.
     """
 
     def __init__(self, prior: TorchDistribution) -> None:
@@ -113,6 +114,17 @@ class Repeat(Messenger):
             return None
         known = is_standard_program(model) and is_standard_program(guide)
         return blocks[-1] if known else None
+
+
+@contextmanager
+def repeating(prior: TorchDistribution) -> Iterator[None]:
+    """Inside the block programs are taken as checked: by Pyro, by torch, and see `Repeat`.
+
+    Args:
+        prior: p(z).
+    """
+    with pyro.validation_enabled(False), Repeat(prior):
+        yield
 
 
 @contextmanager
