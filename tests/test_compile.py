@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from tolerances import EXACT
@@ -9,6 +14,7 @@ from torch.distributions import Distribution
 
 import ltm_pyro as ltm
 from ltm_pyro.models import cross_entropy
+from ltm_pyro.models.compiled import remove_torn
 
 
 def small_model() -> ltm.LatentThoughtModel:
@@ -41,6 +47,26 @@ def test_without_a_compiler_the_loop_runs_as_before(monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="uncompiled") as seen:
         assert torch.equal(infer(model, batch).mean, expected.mean)
     assert len(seen) == 1  # told once, not at every step
+
+
+def test_what_a_killed_compiler_left_is_removed(tmp_path: Path) -> None:
+    # An ELF file of a header, 36 bytes of code, and a table of two sections of 64 bytes.
+    head = b"\x7fELF\x02\x01".ljust(40, b"\0") + struct.pack("<Q", 100)
+    library = head.ljust(58, b"\0") + struct.pack("<HHH", 64, 2, 1) + bytes(36 + 128)
+    assert len(library) == 100 + 128
+    (tmp_path / "ab").mkdir()
+    for name, content, age in (
+        ("whole", library, 60),
+        ("empty", b"", 60),
+        ("cut", library[:-1], 60),
+        ("header", library[:40], 60),
+        ("being written", b"", 0),
+    ):
+        file = tmp_path / "ab" / f"{name}.so"
+        file.write_bytes(content)
+        os.utime(file, (time.time() - age,) * 2)
+    remove_torn(tmp_path)
+    assert {f.stem for f in tmp_path.glob("*/*")} == {"whole", "being written"}
 
 
 def test_only_the_clocks_call_the_compiled_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,12 @@ goes on uses the same ones.
 from __future__ import annotations
 
 import os
+import struct
+import time
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +33,8 @@ GRAPHS = 32
 SHORTEST = 16
 """Tokens of the shortest bucket."""
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_SETTLED = 10.0
+"""Seconds after which no process still writes a file."""
 
 
 def bucket_length(batch: Batch) -> int:
@@ -51,12 +57,42 @@ def compiled_function(function: F, dynamic: bool = False) -> F:
 
     Compiled code is kept in the package's cache folder, so the next process starts faster.
     """
-    os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))
+    remove_torn(Path(os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))))
     # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
     validate = Distribution._validate_args
     compiled: Any = torch.compile(function, dynamic=dynamic)
     Distribution.set_default_validate_args(validate)
     return cast("F", compiled)
+
+
+@cache
+def remove_torn(folder: Path) -> None:
+    """Removes what a process killed while it compiled has left of libraries; once per process.
+
+    torch takes a library that is there for whole, and would fail at each later start.
+
+    Args:
+        folder: torch's cache of compiled code.
+    """
+    for file in folder.glob("*/*.so"):
+        try:
+            if time.time() - file.stat().st_mtime > _SETTLED and _torn(file):
+                file.unlink()
+        except OSError:
+            continue  # removed by another process, or not ours to remove
+
+
+def _torn(file: Path) -> bool:
+    """Whether a library is empty, or an ELF file that ends before its last table does."""
+    size = file.stat().st_size
+    with file.open("rb") as library:
+        head = library.read(64)
+    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return size == 0
+    if len(head) < 64:
+        return True
+    (at,), (each, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return bool(size < at + each * count)
 
 
 class CompiledScore:
