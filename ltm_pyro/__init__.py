@@ -35,7 +35,9 @@ _HOME = {
     "compare": "ltm_pyro.diagnostics.compare",
     "Comparison": "ltm_pyro.diagnostics.compare",
     "build_objective": "ltm_pyro.inference.objectives",
+    "register_objective": "ltm_pyro.inference.objectives",
     "build_prior": "ltm_pyro.models.priors",
+    "register_prior": "ltm_pyro.models.priors",
     "simulate": "ltm_pyro.models.simulation",
     "sample_posterior": "ltm_pyro.inference.mcmc",
     "importance_bound": "ltm_pyro.diagnostics.evidence",
@@ -87,10 +89,12 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.guides.contract import check_guide as check_guide
     from ltm_pyro.inference.mcmc import sample_posterior as sample_posterior
     from ltm_pyro.inference.objectives import build_objective as build_objective
+    from ltm_pyro.inference.objectives import register_objective as register_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior
     from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel
     from ltm_pyro.models.linear_gaussian import LinearGaussian as LinearGaussian
     from ltm_pyro.models.priors import build_prior as build_prior
+    from ltm_pyro.models.priors import register_prior as register_prior
     from ltm_pyro.models.simulation import simulate as simulate
     from ltm_pyro.run import load_run as load_run
 

@@ -67,6 +67,16 @@ class ToldElsewhereError(RuntimeError):
     """Another process of this fit has failed, and says why; this one ends without a word."""
 
 
+def shown(value: object, longest: int = 60) -> str:
+    """What a person gave, for one line of a message: short, quoted, nothing a terminal obeys."""
+    try:
+        text = ascii(value) if isinstance(value, str) else repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or `None` when nothing is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -27,11 +27,11 @@ from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import (
     LocalGuide,
     MeanField,
-    base,
     build_guide,
     guide_families,
     register_guide,
 )
+from ltm_pyro.inference.guides.base import GUIDES
 from ltm_pyro.inference.guides.contract import CONTRACT, check_guide
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
@@ -154,7 +154,7 @@ def test_another_packages_family_meets_the_contract(case: tuple[LatentModel, Bat
         assert post.kl_estimator == "monte_carlo"
         assert post.kl().isfinite().all()
     finally:
-        del base._FAMILIES["laplace_marginals"]
+        GUIDES.remove("laplace_marginals")
 
 
 class Broken(MeanField):
@@ -198,7 +198,7 @@ def test_a_broken_family_breaks_its_clause(family: str, clause: str) -> None:
             check_guide(family, oracle, oracle.simulate(4))
         assert f"guide {family!r} breaks" in caught.value.__notes__[0]
     finally:
-        del base._FAMILIES[family]
+        GUIDES.remove(family)
     with pytest.raises(InputError, match="at least 3 to permute"):
         check_guide("mean_field", oracle, oracle.simulate(2))
 

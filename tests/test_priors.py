@@ -45,8 +45,8 @@ from ltm_pyro.models.priors import (
     prior_names,
     register_prior,
 )
-from ltm_pyro.models.priors import base as registry
 from ltm_pyro.models.priors.autoregressive import StationaryAR1
+from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.models.priors.em import fit_mixture
 from ltm_pyro.models.priors.mixture import DRAWS_PER_COMPONENT
 from ltm_pyro.run import Interrupted, create_run, load_run, train
@@ -342,7 +342,7 @@ def test_shapes_that_a_prior_cannot_have_are_refused() -> None:
 
 
 def test_a_prior_of_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    monkeypatch.setattr(PRIORS, "_known", dict(PRIORS._known))
 
     @register_prior("shifted")
     class Shifted(ThoughtPrior):

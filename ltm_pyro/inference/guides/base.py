@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.pathwise_normal import PathwiseNormal
 from ltm_pyro.models.base import SITE_Z, LatentModel, sequences, standard_program
+from ltm_pyro.registry import Registry
 
 Loss = Callable[[Batch], Tensor]
 """-ELBO of a batch, summed over its sequences, in nats."""
@@ -178,27 +179,31 @@ class LocalGuide(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_FAMILIES: dict[str, type[LocalGuide]] = {}
+GUIDES: Registry[type[LocalGuide]] = Registry(
+    "guide", "register_guide", needs=LocalGuide, label="family"
+)
 G = TypeVar("G", bound=type[LocalGuide])
 
 
-def register_guide(name: str) -> Callable[[G], G]:
-    """Class decorator: makes a guide family known to `build_guide` under `name`."""
+def register_guide(name: str, *, override: bool = False) -> Callable[[G], G]:
+    """Class decorator: makes a guide family known to `build_guide` under `name`.
 
-    def add(cls: G) -> G:
-        cls.family = name
-        _FAMILIES[name] = cls
-        return cls
+    Args:
+        name: E.g. `"my_guide"`.
+        override: Replace a family of that name.
 
-    return add
+    Raises:
+        InputError: if the name is taken, or the class is no complete `LocalGuide`.
+    """
+    return cast("Callable[[G], G]", GUIDES.register(name, override=override))
 
 
 def guide_families() -> tuple[str, ...]:
     """Names of all registered families."""
-    return tuple(sorted(_FAMILIES))
+    return GUIDES.names()
 
 
-def build_guide(name: str, model: LatentModel, **options: Any) -> LocalGuide:
+def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
     """A guide of the family `name` for `model`.
 
     Args:
@@ -209,14 +214,5 @@ def build_guide(name: str, model: LatentModel, **options: Any) -> LocalGuide:
     Raises:
         InputError: for an unknown family or option; the nearest name is offered.
     """
-    import inspect
-
-    if name not in _FAMILIES:
-        raise unknown_name("guide", name, _FAMILIES)
-    cls = _FAMILIES[name]
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of guide {name!r}", option, known)
-    guide = cls(model, **options)
+    guide: LocalGuide = GUIDES.build(name, model, options=options)
     return guide.to(model.device)

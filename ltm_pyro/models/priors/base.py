@@ -7,15 +7,15 @@ sampled by generation, and the contract test in `tests/test_priors.py` runs over
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
+from ltm_pyro.registry import Registry
 
 
 class ThoughtPrior(nn.Module, ABC):
@@ -70,27 +70,31 @@ class ThoughtPrior(nn.Module, ABC):
             self.held.append(z)
 
 
-_FAMILIES: dict[str, type[ThoughtPrior]] = {}
+PRIORS: Registry[type[ThoughtPrior]] = Registry(
+    "prior", "register_prior", needs=ThoughtPrior, label="family"
+)
 P = TypeVar("P", bound=type[ThoughtPrior])
 
 
-def register_prior(name: str) -> Callable[[P], P]:
-    """Class decorator: makes a prior known to `build_prior` under `name`."""
+def register_prior(name: str, *, override: bool = False) -> Callable[[P], P]:
+    """Class decorator: makes a prior known to `build_prior` under `name`.
 
-    def add(cls: P) -> P:
-        cls.family = name
-        _FAMILIES[name] = cls
-        return cls
+    Args:
+        name: E.g. `"my_prior"`.
+        override: Replace a family of that name.
 
-    return add
+    Raises:
+        InputError: if the name is taken, or the class is no complete `ThoughtPrior`.
+    """
+    return cast("Callable[[P], P]", PRIORS.register(name, override=override))
 
 
 def prior_names() -> tuple[str, ...]:
     """Names of all registered priors."""
-    return tuple(sorted(_FAMILIES))
+    return PRIORS.names()
 
 
-def build_prior(name: str, n_thoughts: int, thought_dim: int, **options: Any) -> ThoughtPrior:
+def build_prior(name: str, n_thoughts: int, thought_dim: int, /, **options: Any) -> ThoughtPrior:
     """A prior of the family `name`, with fresh weights from torch's global generator.
 
     Args:
@@ -103,17 +107,8 @@ def build_prior(name: str, n_thoughts: int, thought_dim: int, **options: Any) ->
         InputError: for an unknown family or option (the nearest name is offered), or a value out
             of range.
     """
-    if name not in _FAMILIES:
-        raise unknown_name("prior", str(name), _FAMILIES)
-    cls = _FAMILIES[name]
-    fixed = ("self", "n_thoughts", "thought_dim")
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in fixed]
-    for option in options:
-        if option not in known:
-            if not known:
-                raise InputError(f"prior {name!r} has no options: leave {option!r} out")
-            raise unknown_name(f"option of prior {name!r}", str(option), known)
-    return cls(n_thoughts, thought_dim, **options)
+    prior: ThoughtPrior = PRIORS.build(name, n_thoughts, thought_dim, options=options)
+    return prior
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
