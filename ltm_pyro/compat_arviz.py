@@ -5,9 +5,12 @@ ArviZ is imported inside the functions, because that takes seconds. Nothing here
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import inspect
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -80,7 +83,7 @@ def ess(data: xr.Dataset, method: str) -> xr.Dataset:
 
 
 def for_arviz(tree: xr.DataTree) -> Any:
-    """The tree as the installed ArviZ's functions want it, e.g. `az.summary(for_arviz(tree))`.
+    """The tree as the installed ArviZ keeps such data.
 
     Returns:
         An `arviz.InferenceData` with 0.23, the tree itself with 1.x.
@@ -91,6 +94,36 @@ def for_arviz(tree: xr.DataTree) -> Any:
         # 0.23 remarks on groups that it has no name for; they are kept all the same.
         warnings.filterwarnings("ignore", message=".*InferenceData scheme", category=UserWarning)
         return _import("arviz").InferenceData.from_datatree(tree)
+
+
+def teach_trees() -> None:
+    """Makes the functions of ArviZ 0.23 take an `xarray.DataTree`, as those of 1.x do.
+
+    0.23 can convert a tree, but its functions refuse one. Each function of the `arviz` namespace is
+    put behind one that converts trees among its arguments first, so that `az.summary(tree)` is the
+    same line on both. Everything else passes through unchanged; a second call does nothing.
+    """
+    if is_modern():
+        return
+    arviz = _import("arviz")
+    for name, value in list(vars(arviz).items()):
+        if inspect.isfunction(value) and not hasattr(value, _TAUGHT):
+            setattr(arviz, name, _taking_trees(value))
+
+
+_TAUGHT = "_takes_trees"
+
+
+def _taking_trees(function: Callable[..., Any]) -> Callable[..., Any]:
+    def converted(value: Any) -> Any:
+        return for_arviz(value) if isinstance(value, xr.DataTree) else value
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(converted, args), **{k: converted(v) for k, v in kwargs.items()})
+
+    setattr(call, _TAUGHT, True)
+    return call
 
 
 def _import(name: str) -> ModuleType:

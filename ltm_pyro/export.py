@@ -23,6 +23,7 @@ from pyro import poutine
 from torch import Tensor
 
 import ltm_pyro
+from ltm_pyro import compat_arviz
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import FastTrace, Posterior
@@ -70,8 +71,9 @@ def to_datatree(
         - `prior`: `z` (chain, draw, thought, dim); one prior serves all sequences.
         - `posterior_predictive`: `tokens` (chain, draw, sequence, position).
         - `log_likelihood`: `x` (chain, draw, sequence), log p(x_i | z) of whole sequences in nats.
-        - `observed_data`: `tokens`, `mask` (sequence, position).
-        - `constant_data`: `n_tokens` (sequence); with a model whose prior is learned, what has been
+        - `observed_data`: `tokens` (sequence, position).
+        - `constant_data`: `mask` (sequence, position), true where a position is data and not
+          padding; `n_tokens` (sequence); with a model whose prior is learned, what has been
           learned under the names of `ThoughtPrior.named_values`: a mixture's `prior_weight`
           (component), `prior_mean` and `prior_scale` (component, thought, dim), an autoregressive
           prior's `prior_coefficient` (dim). A flow's networks are in the run's checkpoint only.
@@ -82,6 +84,8 @@ def to_datatree(
           fast loop's course (chain, fast_step, sequence).
         - `scores`: all of `scores`.
         Real-valued data (the linear-Gaussian oracle's) are named `x` instead of `tokens`.
+        ArviZ's functions take the tree as it is: with ArviZ 1.x always, with 0.23 from the first
+        call of this function on (see `compat_arviz.teach_trees`).
 
     Raises:
         InputError: if posteriors, batch and scores are not about the same sequences.
@@ -102,6 +106,7 @@ def to_datatree(
         groups["constant_data"]["n_tokens"] = (
             ("sequence",), batch.n_tokens.cpu().numpy(), {"units": "tokens"},
         )  # fmt: skip
+        groups["constant_data"]["mask"] = (("sequence", "position"), batch.mask.cpu().numpy(), {})
         if model is not None:
             groups["log_likelihood"], groups["sample_stats"] = _densities(model, chains, z, batch)
     prior = getattr(model, "thought_prior", None)
@@ -123,6 +128,7 @@ def to_datatree(
     if scores is not None:
         datasets["/scores"] = scores.assign_attrs(_plain(scores.attrs))
     tree: xr.DataTree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **datasets})
+    compat_arviz.teach_trees()
     return tree
 
 
@@ -161,6 +167,7 @@ def load_datatree(path: str | Path) -> xr.DataTree:
     try:
         with xr.open_datatree(path, engine=_ENGINE) as tree:
             loaded: xr.DataTree = tree.load()
+            compat_arviz.teach_trees()
             return loaded
     except OSError as error:
         reason = str(error).partition("\n")[0]
@@ -242,9 +249,8 @@ def _parameters(chains: list[Posterior]) -> dict[str, Variable]:
 
 
 def _observed(batch: Batch) -> dict[str, Variable]:
-    x = batch.observed.cpu().numpy()
-    dims = ("sequence", "position")
-    return {_data_name(batch.observed): (dims, x, {}), "mask": (dims, batch.mask.cpu().numpy(), {})}
+    x = batch.observed
+    return {_data_name(x): (("sequence", "position"), x.cpu().numpy(), {})}
 
 
 def _data_name(x: Tensor) -> str:

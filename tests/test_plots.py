@@ -122,6 +122,14 @@ def test_saving_is_atomic_and_reproducible(tmp_path: Path) -> None:
         plots.save_figure(figure, tmp_path / "absent" / "a.png")
 
 
+def test_a_notebook_shows_figures_without_a_pyplot_backend(drawn: dict[str, Figure]) -> None:
+    from IPython.core.formatters import DisplayFormatter
+
+    for figure in drawn.values():
+        shown, _ = DisplayFormatter().format(figure)
+        assert shown["image/png"].startswith(b"\x89PNG")
+
+
 def test_two_clocks_draw_what_they_are_given() -> None:
     rows = metrics(30)  # too few to smooth
     figure = plots.two_clock_curves(rows, control=rows)

@@ -38,6 +38,20 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+class FreeFigure(Figure):
+    """A figure that a notebook shows though no pyplot backend knows it."""
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self, dpi=100)
+
+
+def png_bytes(figure: Figure, dpi: int) -> bytes:
+    """The figure as a PNG: without the software's version, so the same figure is the same file."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
+    return data.getvalue()
+
+
 @contextmanager
 def house_figure(size: tuple[float, float], caption: str) -> Iterator[Figure]:
     """A figure in the house style, with room for the caption below."""
@@ -48,7 +62,7 @@ def house_figure(size: tuple[float, float], caption: str) -> Iterator[Figure]:
     share = room / (height + room)
     layout = ConstrainedLayoutEngine(rect=(0, share, 1, 1 - share), w_pad=0.08, h_pad=0.08)
     with mpl.rc_context({**sns.plotting_context("notebook"), **sns.axes_style("ticks"), **_STYLE}):
-        figure = Figure(figsize=(width, height + room), layout=layout)
+        figure = FreeFigure(figsize=(width, height + room), layout=layout)
         figure.text(
             0.09 / width, share * 0.93, "\n".join(lines), va="top", fontsize=_CAPTION_SIZE,
             linespacing=1.3, color="#4d4d4d", gid="caption",
@@ -78,8 +92,5 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     Raises:
         InputError: if it cannot be written.
     """
-    data = io.BytesIO()
-    # Without the software's version the same figure is the same file.
-    figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
-    write_atomic(Path(path), data.getvalue())
+    write_atomic(Path(path), png_bytes(figure, dpi))
     return Path(path)
