@@ -98,7 +98,7 @@ class Fast:
     """Share of the steps spent rising from zero (`warmup_cosine`)."""
     noise: Literal["fresh", "fixed"] = "fresh"
     """`fresh`: new draws each fast step. `fixed`: the same draws through the whole loop; the
-    objective on those draws is then not a bound (see `fixed_draw_objective`)."""
+    objective on those draws is then not a bound (see `score_on_own_draws`)."""
     fixed_draws: int = 1
     """M: draws that `noise="fixed"` averages over."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -2,9 +2,10 @@
 
 Two dimensions carry ArviZ's names and mean this here: `chain` is an independent restart of the fit,
 `draw` a draw from the guide that this restart ended with. Draws from a guide are independent, so
-their effective sample size and, with one restart, their r-hat are always good and say nothing about
-the fit. With several restarts r-hat shows whether they found the same posterior; `khat` and the
-scores show whether it is the right one.
+within one restart effective sample size and r-hat say nothing about the fit: ArviZ gives NaN for an
+r-hat of one chain, and for the effective size of a few dozen draws a noisy number. With several
+restarts r-hat shows whether they found the same posterior; `khat` and the scores show whether it is
+the right one.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def to_datatree(
         - `sample_stats`: `log_p` = log p(x_i, z) and `log_q` = log q(z) in nats (chain, draw,
           sequence); `khat` (sequence).
         - `variational_params`: the guide's local parameters (chain, sequence, ...).
-        - `fit_trace`: the fit's metrics over `slow_step`, and as `fast_elbo`, `fast_nll`, ... the
-          fast loop's course (chain, fast_step, sequence).
+        - `fit_trace`: the fit's metrics over `slow_step`, and as `fast_elbo` (of a point mass
+          `fast_log_joint`), `fast_nll`, ... the fast loop's course (chain, fast_step, sequence).
         - `scores`: all of `scores`.
         Real-valued data (the linear-Gaussian oracle's) are named `x` instead of `tokens`.
         ArviZ's functions take the tree as it is: with ArviZ 1.x always, with 0.23 from the first
@@ -320,7 +321,8 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, Variable]:
 def _metric_units(name: str) -> dict[str, Any]:
     if name.endswith("_per_token"):
         return {"units": "nats per token"}
-    nats = name in ("elbo", "nll", "kl", "objective", "fast_gain")
+    terms = ("elbo", "nll", "kl", "log_joint", "log_prior")
+    nats = name in (*terms, "objective", "fast_gain")
     return {"units": "nats per sequence"} if nats else {}
 
 
@@ -330,9 +332,12 @@ def _fast_course(chains: list[Posterior]) -> dict[str, Variable]:
         return {}
     dims = ("chain", "fast_step", "sequence")
     nats = {"units": "nats per sequence"}
+    terms = {name: [getattr(trace, name) for trace in traces] for name in ("elbo", "nll", "kl")}
+    if not chains[0].has_density:
+        terms["log_joint"] = terms.pop("elbo")
+        terms["log_prior"] = [-part for part in terms.pop("kl")]
     out: dict[str, Variable] = {
-        f"fast_{name}": (dims, _stack([getattr(trace, name) for trace in traces]), nats)
-        for name in ("elbo", "nll", "kl")
+        f"fast_{name}": (dims, _stack(values), nats) for name, values in terms.items()
     }
     out["fast_grad_norm"] = (dims, _stack([trace.grad_norm for trace in traces]), {})
     out["fast_lr"] = (("chain", "fast_step"), _stack([trace.lr for trace in traces]), {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +85,12 @@ def test_a_schedule_of_ones_own_runs_but_is_not_written_down() -> None:
     fast = ltm.Fast(schedule=lambda step, total: 1.0 - step / total)
     with pytest.raises(ltm.InputError, match="named schedules"):
         to_dict(FitConfig(fast=fast))
+
+
+def test_settings_refer_to_what_exists() -> None:
+    # `fit --help` shows these docstrings; one named a function that was never written.
+    root = Path(ltm.__file__).parent
+    named = set(re.findall(r"see `(\w+)`", (root / "config.py").read_text()))
+    code = "\n".join(path.read_text() for path in root.rglob("*.py"))
+    assert "score_on_own_draws" in named
+    assert [n for n in named if not re.search(rf"^(class|def) {n}\b", code, re.MULTILINE)] == []

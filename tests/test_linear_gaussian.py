@@ -236,3 +236,19 @@ def test_full_normal_is_the_multivariate_normal_with_two_axes() -> None:
     wide = q.expand((5, 3))
     assert wide.sample().shape == (5, 3, 2, 3)
     EXACT.assert_close(wide.log_prob(z[0]), q.log_prob(z[0]).expand(5, 3))
+
+
+def test_a_double_model_keeps_every_digit_of_its_numbers() -> None:
+    # 0.3 in single precision is off by 1e-8, which moved the evidence by as much per dimension.
+    W = torch.tensor([[1.0, 0.5], [0.1, 2.0], [0.3, 0.7]], dtype=torch.float64)
+    bias = [0.1, 0.2, 0.3]
+    oracle = LinearGaussian(W, 0.3, bias, shape=(1, 2))
+    assert oracle.noise_scale.dtype == oracle.bias.dtype == torch.float64
+    assert float(oracle.noise_scale) == 0.3
+    assert oracle.bias.tolist() == bias
+    batch = oracle.simulate(8, seed=3)
+    covariance = W.numpy() @ W.numpy().T + 0.3**2 * np.eye(3)
+    exact = stats.multivariate_normal(bias, covariance).logpdf(batch.observed.numpy())
+    np.testing.assert_allclose(oracle.log_evidence(batch).numpy(), exact, rtol=1e-12)
+    single = LinearGaussian(W.float(), 0.3, bias, shape=(1, 2))
+    assert single.noise_scale.dtype == single.bias.dtype == torch.float32

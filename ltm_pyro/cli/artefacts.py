@@ -19,7 +19,7 @@ FILES = {
     "config.json": "settings, versions, and what the corpus was",
     "tokenizer.json": "the tokenizer",
     "checkpoint": "weights and optimiser (safetensors), and how far the fit is (JSON)",
-    "metrics.csv": "one row per slow step: elbo, nll, kl, learning rates, gradient norms",
+    "metrics.csv": "one row per slow step: elbo or log_joint, nll, kl, rates, gradient norms",
     "control": "checkpoint and metrics of the same decoder without thoughts",
     "scores.json": "held-out scores with errors, the control's, and the collapse panel",
     "scores.csv": "held-out scores per sequence, in nats",

@@ -205,9 +205,12 @@ class _Watch:
 
     def __call__(self, row: dict[str, float]) -> bool:
         """Whether to stop after the step with these metrics."""
+        from ltm_pyro.inference.point_mass import bound_name
+
         step = int(row["step"])
         if not self.bars and (step % self.every == 0 or step == self.total):
-            shown = "elbo_per_token" if self.stage == "fit" else "nll_per_token"
+            bound = bound_name(row) if self.stage == "fit" else "nll"
+            shown = f"{bound}_per_token"
             print(
                 f"{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}", flush=True
             )

@@ -39,6 +39,7 @@ from ltm_pyro.inference.objectives import (
 from ltm_pyro.inference.parallel import Parallel, slow_clock
 from ltm_pyro.inference.parallel.held_draws import HeldDraws
 from ltm_pyro.inference.parallel.inferring import fit_shared
+from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.inference.row_adam import RowAdam
@@ -195,7 +196,8 @@ class DualRateSVI:
 
         Returns:
             `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1, no word
-            dropout: the plain ELBO, whatever is descended), `elbo_per_token`, `objective` (what was
+            dropout: the plain ELBO, whatever is descended), `elbo_per_token` (for a point mass
+            `log_joint`, `nll`, `log_prior`, `log_joint_per_token`), `objective` (what was
             descended, with its KL weight and word dropout, nats per sequence), `kl_weight`,
             `lr_fast` (of the first fast step; 0 without a fast loop), `lr_slow`, `grad_norm_fast`,
             `grad_norm_slow` (of the loss per token, before clipping), `fast_gain` (rise of the
@@ -203,11 +205,12 @@ class DualRateSVI:
             `step`.
 
         Raises:
-            InputError: if the model cannot score the batch.
+            InputError: if the model cannot score the batch, or a point mass would teach a prior.
             NonFiniteError: on NaN in any process, before any weight has changed.
             ProcessLostError: if another process is gone, before any weight has changed.
         """
         began = time.perf_counter()
+        refuse_runaway(self.model, self.guide)
         batch = batch.to(self.model.device)
         self.model.check(batch)
         now, total = self.slow_step, self.horizon
@@ -231,13 +234,9 @@ class DualRateSVI:
         self.slow_step += 1
         seconds = time.perf_counter() - began
         rows, n = len(batch) * self.parallel.size, float(sums.n_tokens)
-        elbo = -float(sums.nll + sums.kl)
         row = {
             "step": float(self.slow_step),
-            "elbo": elbo,
-            "nll": float(sums.nll),
-            "kl": float(sums.kl),
-            "elbo_per_token": elbo * rows / n,
+            **metric_terms(self.guide, float(sums.nll), float(sums.kl), n / rows),
             "objective": -float(sums.objective) / rows,
             "kl_weight": weight,
             "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if thinks else 0.0,
@@ -297,9 +296,7 @@ class DualRateSVI:
                     )
                 )
                 bar.update()
-                bar.set_postfix(
-                    elbo_per_token=f"{row['elbo_per_token']:.3f}", kl=f"{row['kl']:.1f}"
-                )
+                bar.set_postfix(headline(row))
                 if on_step is not None:
                     on_step(row)
         return self.metrics[first:]

@@ -22,9 +22,9 @@ class FastTrace:
     Attributes:
         elbo: (T_fast, B) ELBO estimates in nats at the parameters before each step, at the draws
             that the step used, KL weight 1, whatever the objective. Noisy; with `noise="fixed"`
-            not a bound.
+            not a bound. Of a point mass the log joint, which is no bound either.
         nll: (T_fast, B) its reconstruction part, -log p(x | z).
-        kl: (T_fast, B) its KL part.
+        kl: (T_fast, B) its KL part; of a point mass -log p(z).
         lr: (T_fast,) learning rates.
         grad_norm: (T_fast, B) Euclidean norms of the local gradients.
     """

@@ -69,7 +69,7 @@ class LinearGaussian(nn.Module):
                 f"W is {tuple(loadings.shape)} and shape {shape}: W must be (Dx, K * D) with K, D "
                 "and Dx above 0"
             )
-        offset = _floats("bias", torch.zeros(len(loadings)) if bias is None else bias)
+        offset = _floats("bias", torch.zeros(len(loadings)) if bias is None else bias, loadings)
         if offset.shape != loadings.shape[:1]:
             raise InputError(
                 f"bias is {tuple(offset.shape)}: must have one number per row of W, "
@@ -79,8 +79,9 @@ class LinearGaussian(nn.Module):
             raise InputError(f"noise_scale is {noise_scale}: must be a finite number above 0")
         self.thought_prior = StandardNormal(*shape).to(loadings)
         self.register_buffer("W", loadings)
-        self.register_buffer("bias", offset.to(loadings))
-        self.register_buffer("noise_scale", torch.as_tensor(noise_scale).to(loadings))
+        self.register_buffer("bias", offset)
+        scale = torch.as_tensor(noise_scale, dtype=loadings.dtype, device=loadings.device)
+        self.register_buffer("noise_scale", scale)
 
     @property
     def thought_shape(self) -> tuple[int, int]:
@@ -246,10 +247,12 @@ class LinearGaussian(nn.Module):
         return log_likelihood - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
 
-def _floats(name: str, value: Tensor | ArrayLike) -> Tensor:
-    """`value` as a tensor of finite floating-point numbers."""
+def _floats(name: str, value: Tensor | ArrayLike, like: Tensor | None = None) -> Tensor:
+    """`value` as a tensor of finite floating-point numbers, of dtype and device of `like`."""
+    # At once: a list would be rounded to single precision on its way to a double tensor.
+    place = {} if like is None else {"dtype": like.dtype, "device": like.device}
     try:
-        tensor = torch.as_tensor(value).detach()
+        tensor = torch.as_tensor(value, **place).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read as an array of numbers: {error}") from None
     if not tensor.is_floating_point():

@@ -19,6 +19,7 @@ from ltm_pyro.data.tokenizer import load_tokenizer
 from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.inference.mapped_store import new_store_files
 from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.files import (
@@ -86,6 +87,7 @@ def create_run(
         "tokenizer_sha256": sha256(tokenizer),
     }
     run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel)
+    refuse_runaway(run.model, run.guide)
     files = {
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),
         TOKENIZER: tokenizer,

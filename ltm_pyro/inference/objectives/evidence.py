@@ -122,7 +122,9 @@ class FreeBits(Elbo):
     def charge(self, draws: Draws) -> Tensor:
         """C sum_g max(nats, KL_g), (B,)."""
         if self.level == "total":
-            free = torch.as_tensor(self.nats * draws.weight).to(draws.z)
+            free = torch.as_tensor(
+                self.nats * draws.weight, dtype=draws.z.dtype, device=draws.z.device
+            )
             return torch.maximum(self.kl(draws), free)
         by_group = kl_by_group(draws.guide.posterior(), draws.prior, draws.z, self._groups(draws))
         if by_group is None:

@@ -32,6 +32,9 @@ class ThoughtPrior(nn.Module, ABC):
     """
 
     family: ClassVar[str] = ""
+    cannot_concentrate: ClassVar[bool] = False
+    """Whether its density stays bounded whatever its weights learn, so that point masses may teach
+    it."""
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__()
