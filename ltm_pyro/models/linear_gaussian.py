@@ -250,9 +250,9 @@ class LinearGaussian(nn.Module):
 def _floats(name: str, value: Tensor | ArrayLike, like: Tensor | None = None) -> Tensor:
     """`value` as a tensor of finite floating-point numbers, of dtype and device of `like`."""
     # At once: a list would be rounded to single precision on its way to a double tensor.
-    place = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    dtype, device = (None, None) if like is None else (like.dtype, like.device)
     try:
-        tensor = torch.as_tensor(value, **place).detach()
+        tensor = torch.as_tensor(value, dtype=dtype, device=device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read as an array of numbers: {error}") from None
     if not tensor.is_floating_point():
