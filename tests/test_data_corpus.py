@@ -353,3 +353,26 @@ def test_a_file_of_blank_lines(tmp_path: Path) -> None:
     file.write_text("\n\n" + json.dumps({"text": ""}))
     with pytest.raises(InputError, match="corpus 'blank' is empty"):
         load_corpus(file)
+
+
+def test_a_fingerprint_tells_whether_ids_mean_the_same(novel: Path, tmp_path: Path) -> None:
+    corpus = load_corpus(novel, seq_len=16)
+    batch = corpus.val.batch([0])
+    assert batch.corpus == corpus.fingerprint == corpus.test.corpus
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(novel.read_bytes())
+    assert load_corpus(copy, seq_len=16, seed=1).fingerprint == corpus.fingerprint
+    other = tmp_path / "other.txt"
+    other.write_text(prose(1, 4_000))
+    mixtures = [load_corpus("mixture", seq_len=16, n_sequences=64, seed=seed) for seed in (0, 1)]
+    different = [
+        corpus,
+        load_corpus(other, seq_len=16),
+        load_corpus(novel, seq_len=17),
+        load_corpus(novel, seq_len=16, tokenizer="bpe", vocab_size=300),
+        *mixtures,
+    ]
+    assert len({c.fingerprint for c in different}) == len(different)
+    drawn = mixtures[0].val.batch([0, 1])
+    assert drawn.documents is not None
+    assert drawn.documents.tolist() == drawn.ids.tolist()

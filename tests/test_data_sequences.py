@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.training_data import RowsOf
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 LENGTHS = np.array([7, 1, 4, 12, 3, 8])  # with T = 4: 2, 1, 1, 3, 1 and 2 sequences
 TOKENS = np.arange(1, 36, dtype=np.uint8)
-LAYOUT = SequenceLayout(TOKENS, LENGTHS, seq_len=4)
+LAYOUT = SequenceLayout(TOKENS, LENGTHS, seq_len=4, corpus="a")
 
 
 def sequence_set(*documents: int) -> SequenceSet:
@@ -239,7 +241,7 @@ def test_only_the_rows_asked_for_are_read() -> None:
 def test_an_epoch_costs_few_bytes_per_sequence() -> None:
     n = 200_000
     lengths = np.ones(n, dtype=np.int64)
-    part = SequenceSet(SequenceLayout(np.ones(n, np.uint8), lengths, 1), np.arange(n), "train")
+    part = SequenceSet(SequenceLayout(np.ones(n, np.uint8), lengths, 1, ""), np.arange(n), "train")
     for lanes in (False, True):
         tracemalloc.start()
         part.training_batch(0, 8, lanes=lanes)
@@ -279,3 +281,44 @@ def test_training_batches_refuse_what_is_out_of_range(
 def test_repr_says_what_it_is() -> None:
     assert repr(sequence_set(0, 1)) == "SequenceSet(val: 3 sequences, 8 tokens)"
     assert sequence_set(0).seq_len == 4
+
+
+def test_a_batch_knows_its_documents_and_its_corpus_through_every_change() -> None:
+    part = sequence_set(0, 2, 3)
+    assert part.documents.tolist() == [0, 0, 2, 3, 3, 3]
+    batch = part.batch([4, 0, 2])
+    assert batch.documents is not None
+    assert (batch.documents.tolist(), batch.corpus) == ([3, 0, 2], "a")
+    changed = [
+        batch.to("cpu"),
+        batch.prefix(2),
+        batch.suffix(2),
+        batch.unobserved(),
+        batch.select(slice(None)),
+    ]
+    for other in changed:
+        assert other.documents is not None
+        assert (other.documents.tolist(), other.corpus) == ([3, 0, 2], "a")
+    some = batch.select(torch.tensor([2, 0]))
+    assert some.documents is not None
+    assert some.documents.tolist() == [2, 3]
+
+
+def test_a_batch_made_by_hand_has_no_documents_unless_they_are_given() -> None:
+    x = torch.zeros(2, 3, dtype=torch.long)
+    plain = Batch(x)
+    assert (plain.documents, plain.corpus) == (None, None)
+    assert plain.select(slice(1)).documents is None
+    given = Batch(x, documents=torch.tensor([5, 5]))
+    assert given.to("cpu").documents is not None
+    with pytest.raises(InputError, match="documents"):
+        Batch(x, documents=torch.tensor([1]))
+
+
+def test_the_models_own_batches_keep_what_a_batch_knows() -> None:
+    model = LatentThoughtModel.from_preset("nano", vocab_size=64)
+    batch = sequence_set(0, 3).batch([3, 0])
+    hidden = model.hide_inputs(batch, torch.zeros_like(batch.mask))
+    for other in (hidden, hidden.select(slice(None)), hidden.to("cpu"), model.prepare(hidden)):
+        assert other.documents is not None
+        assert (other.documents.tolist(), other.corpus) == ([3, 0], "a")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ltm_pyro.data.cache import digest_of
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -46,12 +47,18 @@ class Corpus:
         """V."""
         return self.tokenizer.vocab_size
 
+    @property
+    def fingerprint(self) -> str:
+        """Qualifies the ids of sequences: see `Batch.corpus`."""
+        return self.train.corpus
+
     def describe(self) -> dict[str, Any]:
         """The facts about the corpus, as JSON types."""
         splits = {name: getattr(self, name) for name in SPLITS}
         return {
             "name": self.name,
             "sha256": self.sha256,
+            "fingerprint": self.fingerprint,
             "seq_len": self.seq_len,
             "tokenizer": self.tokenizer.name,
             "unit": self.tokenizer.unit,
@@ -75,3 +82,19 @@ class Corpus:
             f"{type(self).__name__}({self.name}: {self.n_tokens} tokens by {self.tokenizer.name}, "
             f"sequences of {self.seq_len}: {sizes})"
         )
+
+
+def fingerprint_of(documents: Mapping[str, str], tokenizer: Tokenizer, seq_len: int) -> str:
+    """What qualifies the ids of a corpus's sequences: 16 hexadecimal digits.
+
+    Args:
+        documents: Checksums that determine the documents and where they end.
+        tokenizer: By which they become tokens.
+        seq_len: T.
+    """
+    facts = {
+        "documents": dict(documents),
+        "tokenizer": tokenizer.to_json(),
+        "seq_len": seq_len,
+    }
+    return digest_of(facts)[:16]

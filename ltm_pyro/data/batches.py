@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class Batch:
         mask: (B, T) bool, true where a position is scored. Padded positions of `x` hold a valid id.
         ids: (B,) int64, one stable id per sequence. Local parameters and the order in which noise
             is drawn follow the ids, so a permuted batch gets the permuted answer.
+        documents: (B,) int64, the document that each sequence was cut from, as its index in the
+            corpus; sequences of one document are not independent. `None` where it is not known:
+            each sequence then stands for itself.
+        corpus: Fingerprint of the corpus that the ids belong to; `None` in a batch made by hand.
+            Ids of two corpora may coincide by chance, their fingerprints do not.
 
     Raises:
         InputError: if the shapes disagree.
@@ -29,6 +35,8 @@ class Batch:
     x: Tensor | None
     mask: Tensor = None  # type: ignore[assignment]  # filled in below
     ids: Tensor = None  # type: ignore[assignment]
+    documents: Tensor | None = None
+    corpus: str | None = None
 
     def __post_init__(self) -> None:
         x, mask, ids = self.x, self.mask, self.ids
@@ -49,7 +57,15 @@ class Batch:
             raise InputError(f"Batch.mask {tuple(mask.shape)} must match x {tuple(x.shape)}")
         if ids.shape != mask.shape[:1]:
             raise InputError(f"Batch.ids {tuple(ids.shape)} must hold one id per row of mask")
-        for name, value in (("x", x), ("mask", mask), ("ids", ids)):
+        documents = self.documents
+        if documents is not None:
+            documents = torch.as_tensor(documents).long()
+            if documents.shape != ids.shape:
+                raise InputError(
+                    f"Batch.documents {tuple(documents.shape)} must hold one document per row of "
+                    f"mask {tuple(mask.shape)}"
+                )
+        for name, value in (("x", x), ("mask", mask), ("ids", ids), ("documents", documents)):
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -78,17 +94,25 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        x = None if self.x is None else self.x.to(device)
-        return replace(self, x=x, mask=self.mask.to(device), ids=self.ids.to(device))
+        moved = {name: value.to(device) for name, value in self._per_row().items()}
+        return replace(self, **moved)
 
     def select(self, index: Tensor | slice) -> Batch:
         """The rows at `index`, in that order."""
-        x = None if self.x is None else self.x[index]
-        return replace(self, x=x, mask=self.mask[index], ids=self.ids[index])
+        chosen = {name: value[index] for name, value in self._per_row().items()}
+        return replace(self, **chosen)
 
     def unobserved(self) -> Batch:
         """The same sequences with `x` left open: the model then generates them."""
-        return Batch(None, self.mask, self.ids)
+        return Batch(**{**self.plain_fields(), "x": None})
+
+    def plain_fields(self) -> dict[str, Any]:
+        """The fields of a plain `Batch` by name, for the constructor of a subclass."""
+        return {field.name: getattr(self, field.name) for field in fields(Batch)}
+
+    def _per_row(self) -> dict[str, Any]:
+        """The plain fields that hold something for each row."""
+        return {k: v for k, v in self.plain_fields().items() if isinstance(v, Tensor)}
 
     def prefix(self, n: int) -> Batch:
         """The same sequences with only their first `n` positions scored.

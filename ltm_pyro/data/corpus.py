@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.cache import Cache
 from ltm_pyro.data.hub import PREFIX, HubSource
 from ltm_pyro.data.mixture import MixtureCorpus, make_mixture
@@ -138,7 +138,8 @@ def _text_corpus(
     else:
         store = _encoded(cache, text, source.name, chosen)
     _check_length(given, len(store.tokens), seq_len)
-    layout = SequenceLayout(store.tokens, store.lengths, seq_len)
+    fingerprint = fingerprint_of(text.sha256, chosen, seq_len)
+    layout = SequenceLayout(store.tokens, store.lengths, seq_len, fingerprint)
     return Corpus(
         name=source.name,
         seq_len=seq_len,

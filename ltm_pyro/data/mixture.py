@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.markov import Array, MarkovMixture
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet, whole_number
@@ -110,7 +110,10 @@ def make_mixture(
     ).reshape(n_sequences, -1)
     lengths = np.full(n_sequences, seq_len)
     split = split_documents(digests, lengths, fractions, seed, corpus="mixture")
-    layout = SequenceLayout(tokens.ravel(), lengths, seq_len)
+    tokenizer = SymbolTokenizer(process.symbols)
+    sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+    fingerprint = fingerprint_of({"symbols": sha256}, tokenizer, seq_len)
+    layout = SequenceLayout(tokens.ravel(), lengths, seq_len, fingerprint)
     settings = {
         "seed": seed,
         "classes": process.classes,
@@ -123,9 +126,9 @@ def make_mixture(
     return MixtureCorpus(
         name="mixture",
         seq_len=seq_len,
-        tokenizer=SymbolTokenizer(process.symbols),
+        tokenizer=tokenizer,
         **{name: SequenceSet(layout, documents, name) for name, documents in split.items()},
-        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+        sha256=sha256,
         n_tokens=tokens.size,
         n_bytes=tokens.size,
         settings=settings,

@@ -27,11 +27,16 @@ class SequenceLayout:
         tokens: (n_tokens,) all documents one after another, any unsigned dtype; may be mapped.
         lengths: (n_documents,) tokens of each document, 1 or more.
         seq_len: T.
+        corpus: Fingerprint that qualifies the ids: the same documents, tokenizer and T give the
+            same one.
     """
 
-    def __init__(self, tokens: NDArray[Any], lengths: NDArray[np.int64], seq_len: int) -> None:
+    def __init__(
+        self, tokens: NDArray[Any], lengths: NDArray[np.int64], seq_len: int, corpus: str
+    ) -> None:
         self.tokens = tokens
         self.seq_len = seq_len
+        self.corpus = corpus
         self.lengths = lengths
         self._ends = np.cumsum(lengths)
         self._pieces = -(-lengths // seq_len)
@@ -44,9 +49,13 @@ class SequenceLayout:
         piece = np.arange(total) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         return np.repeat(self._first_id[documents], pieces) + piece
 
+    def documents_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The document (B,) that each of the sequences `ids` (B,) was cut from."""
+        return np.searchsorted(self._first_id, ids, side="right") - 1
+
     def spans(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First token (B,) and number of tokens (B,) of the sequences `ids` (B,)."""
-        document = np.searchsorted(self._first_id, ids, side="right") - 1
+        document = self.documents_of(ids)
         begin = self._ends[document] - self.lengths[document]
         start = begin + (ids - self._first_id[document]) * self.seq_len
         return start, np.minimum(self.seq_len, self._ends[document] - start)
@@ -58,7 +67,13 @@ class SequenceLayout:
         mask = steps < length[:, None]
         x = self.tokens[np.where(mask, start[:, None] + steps, 0)].astype(np.int64)
         x[~mask] = 0
-        return Batch(torch.from_numpy(x), torch.from_numpy(mask), torch.from_numpy(ids.copy()))
+        return Batch(
+            torch.from_numpy(x),
+            torch.from_numpy(mask),
+            torch.from_numpy(ids.copy()),
+            documents=torch.from_numpy(self.documents_of(ids)),
+            corpus=self.corpus,
+        )
 
 
 class SequenceSet:
@@ -90,6 +105,16 @@ class SequenceSet:
     def seq_len(self) -> int:
         """T."""
         return self._layout.seq_len
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """(n,) the document that the sequence at each position was cut from, as its index."""
+        return self._layout.documents_of(self.ids)
+
+    @property
+    def corpus(self) -> str:
+        """Fingerprint of the corpus, which qualifies the ids; see `Batch.corpus`."""
+        return self._layout.corpus
 
     @overload
     def batch(self, positions: Positions) -> Batch: ...

@@ -10,6 +10,7 @@ Per sequence, with z_s ~ q(z), s = 1..S, and log w_s = log p(x | z_s) + log p(z_
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +132,7 @@ def _scored_part(batch: Batch, post: Posterior | None, mode: Mode) -> Batch:
             "mode 'prefix' scores what the posterior did not see, and for at least one sequence "
             "nothing is left: infer on batch.prefix(n) with n below every sequence's length"
         )
-    return Batch(batch.x, rest, batch.ids)
+    return replace(batch, mask=rest)
 
 
 def _proposal(

@@ -61,7 +61,7 @@ class HiddenInputs(Batch):
 
     @staticmethod
     def _with(batch: Batch, hidden: Tensor) -> HiddenInputs:
-        return HiddenInputs(batch.x, batch.mask, batch.ids, hidden)
+        return HiddenInputs(**batch.plain_fields(), hidden=hidden)
 
 
 class LatentThoughtModel(nn.Module):
@@ -269,9 +269,10 @@ class LatentThoughtModel(nn.Module):
         """
         length = bucket_length(batch)
         trunk = self._trunk(batch.observed[:, :length], batch)
-        x, mask = batch.observed[:, :length], batch.mask[:, :length]
+        cut = {"x": batch.observed[:, :length], "mask": batch.mask[:, :length]}
         with self._autocast():
-            return PreparedBatch(x, mask, batch.ids, trunk, self.decoder.frozen_weights())
+            weights = self.decoder.frozen_weights()
+        return PreparedBatch(**{**batch.plain_fields(), **cut}, trunk=trunk, weights=weights)
 
     def _trunk(self, tokens: Tensor, batch: Batch | None, table: Tensor | None = None) -> Tensor:
         """The decoder's trunk, with the inputs hidden that `batch` hides."""
@@ -284,7 +285,7 @@ class LatentThoughtModel(nn.Module):
 
         Every token is still scored.
         """
-        return HiddenInputs(batch.x, batch.mask, batch.ids, hidden)
+        return HiddenInputs(**batch.plain_fields(), hidden=hidden)
 
     def check(self, batch: Batch) -> None:
         """Refuses tokens that the decoder has no row for, and sequences that are too long.
