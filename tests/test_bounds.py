@@ -201,3 +201,21 @@ def test_what_cannot_be_scored_is_refused(oracle: ltm.LinearGaussian) -> None:
         ltm.evaluate(oracle, post, batch.select(torch.tensor([1, 0, 2, 3, 4])))
     with pytest.raises(ltm.InputError, match="nothing is left"):
         ltm.evaluate(oracle, post, batch, mode="prefix")
+
+
+def test_shuffled_thoughts_come_from_another_document(oracle: ltm.LinearGaussian) -> None:
+    # Three pieces that say nearly the same in each of two documents: a neighbour's thoughts fit.
+    two = oracle.simulate(2, seed=8).observed.repeat_interleave(3, 0)
+    x = two + 1e-3 * torch.randn(two.shape, generator=torch.Generator().manual_seed(0))
+    unknown = ltm.Batch(x)
+    known = ltm.Batch(x, documents=torch.tensor([0, 0, 0, 1, 1, 1]))
+    one = ltm.Batch(x[:3], documents=torch.zeros(3))
+    penalty = {
+        name: (scores["nll_shuffled"] - scores["nll_given_z"]).values
+        for name, batch in (("unknown", unknown), ("known", known), ("one", one))
+        for scores in [ltm.evaluate(oracle, exact_posterior(oracle, batch), batch)]
+    }
+    assert (penalty["known"] > 5).all()
+    # Without documents only the first of each three gets the other document's thoughts.
+    assert (penalty["unknown"] > 5).tolist() == [True, False, False, True, False, False]
+    assert np.isnan(penalty["one"]).all()

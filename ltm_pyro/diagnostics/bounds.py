@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.partners import partners_of
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.dual_rate import DualRateSVI
@@ -69,8 +70,9 @@ def evaluate(
     Returns:
         Dataset over `sequence` (coordinate: stable ids), in nats per sequence: `elbo`, `elbo_se`,
         `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`, `iw_bound_se`, `log_joint`; `khat`;
-        `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of another sequence),
-        with `nll_shuffled_se`. In modes `prefix` and `prior` no KL is charged (`kl` is 0), because
+        `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a sequence of
+        another document, where documents are known; `nan` where there is no other), with
+        `nll_shuffled_se`. In modes `prefix` and `prior` no KL is charged (`kl` is 0), because
         thoughts come from a distribution that did not see what is scored.
 
         Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
@@ -171,12 +173,16 @@ class _Likelihoods:
 
 
 def _controls(likelihoods: _Likelihoods, z: Tensor) -> dict[str, Tensor]:
-    """The likelihood at z = 0 and at another sequence's thoughts, z (S, B, K, D)."""
-    shuffled = -likelihoods(z[:SHUFFLED_DRAWS].roll(1, dims=1))
+    """The likelihood at z = 0 and at the thoughts of another document, z (S, B, K, D)."""
     nll_z0 = -likelihoods(torch.zeros_like(z[:1]))[0].to(z.dtype)
+    partners = partners_of(z.shape[1], likelihoods.batch.documents)
+    if partners is None:
+        unknown = nll_z0 * torch.nan
+        return {"nll_z0": nll_z0, "nll_shuffled": unknown, "nll_shuffled_se": unknown}
+    shuffled = -likelihoods(z[:SHUFFLED_DRAWS, partners.to(z.device)])
     return {
         "nll_z0": nll_z0,
-        "nll_shuffled": shuffled.mean(0) if z.shape[1] > 1 else nll_z0 * torch.nan,
+        "nll_shuffled": shuffled.mean(0),
         "nll_shuffled_se": _standard_error(shuffled),
     }
 
