@@ -20,6 +20,7 @@ _HOME = {
     "Slow": "ltm_pyro.config",
     "InputError": "ltm_pyro.errors",
     "NonFiniteError": "ltm_pyro.errors",
+    "exclusively": "ltm_pyro.exclusive",
     "LatentThoughtModel": "ltm_pyro.models.latent_thought",
     "LinearGaussian": "ltm_pyro.models.linear_gaussian",
     "LocalGuide": "ltm_pyro.inference.guides",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
     from ltm_pyro.errors import InputError as InputError
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
+    from ltm_pyro.exclusive import exclusively as exclusively
     from ltm_pyro.export import to_datatree as to_datatree
     from ltm_pyro.inference.dual_rate import DualRateSVI as DualRateSVI
     from ltm_pyro.inference.generation import generate as generate

@@ -37,6 +37,10 @@ class NonFiniteError(RuntimeError):
             what = "the gradient of the slow parameters is not finite"
         super().__init__(f"{what} at {where}; lower the learning rates or look at these sequences")
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[list[int], int], dict[str, object]]:
+        """Pickled by what it was made from, and not by its message, so that process pools live."""
+        return type(self), (self.ids, self.step), self.__dict__
+
 
 class ProcessLostError(RuntimeError):
     """A process that shares a fit is gone: killed, out of memory, or ended by an error of its own.
@@ -61,6 +65,12 @@ class ProcessLostError(RuntimeError):
         else:
             what = f"one of the {size} processes, which one is not known, is"
         super().__init__(f"{what} gone: killed, out of memory, or ended by an error")
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[ProcessLostError], tuple[list[int], int, bool], dict[str, object]]:
+        """Pickled by what it was made from, see `NonFiniteError`."""
+        return type(self), (self.lost, self.size, self.tells), self.__dict__
 
 
 class ToldElsewhereError(RuntimeError):

@@ -27,6 +27,7 @@ import ltm_pyro
 from ltm_pyro import compat_arviz
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
@@ -43,6 +44,7 @@ CHAIN_MEANING = "independent restart of the fit"
 DRAW_MEANING = "independent draw from the guide; effective sample size says nothing about the fit"
 
 
+@exclusive
 def to_datatree(
     post: Posterior | Sequence[Posterior],
     batch: Batch | None = None,

@@ -25,6 +25,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.partners import partners_of
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.posterior import Posterior
@@ -43,6 +44,7 @@ TOKENS_AT_ONCE = 8192
 """Tokens that the decoder scores at a time: enough to keep a processor busy."""
 
 
+@exclusive
 def evaluate(
     model: LatentModel,
     post: Posterior | None,
@@ -286,6 +288,7 @@ def per_token_perplexity(
     }
 
 
+@exclusive
 def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Dataset:
     """The trap of fixed noise, made visible: the objective on its own draws beside the honest ELBO.
 

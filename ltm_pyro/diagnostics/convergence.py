@@ -26,6 +26,7 @@ from torch import Tensor
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.fast_loop import local_optimizer
 from ltm_pyro.inference.guides.base import LocalGuide
@@ -141,6 +142,7 @@ def judge(gain: Floats, error: Floats, tolerance: float, draws: int) -> Judged:
     return Judged(np.where(clear, side, CANNOT_TELL), np.where(clear, float(draws), needed))
 
 
+@exclusive
 def fast_convergence(
     svi: DualRateSVI,
     batch: Batch,

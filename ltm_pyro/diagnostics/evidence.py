@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
@@ -38,6 +39,7 @@ FEW_WEIGHTS = 0.25
 """Share of chains, as effective sample size of their weights, below which a bound is flagged."""
 
 
+@exclusive
 def importance_bound(
     model: LatentModel,
     post: Posterior,
@@ -126,6 +128,7 @@ class _Options:
             check_count("rungs", self.rungs, 2, "temperatures between the start and the posterior")
 
 
+@exclusive
 def annealed_bound(
     model: LatentModel,
     batch: Batch,
@@ -168,6 +171,7 @@ def annealed_bound(
     )
 
 
+@exclusive
 def evidence_bracket(
     model: LatentModel,
     simulated: Simulated,

@@ -39,6 +39,7 @@ from ltm_pyro.diagnostics.convergence import (
 )
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
 from ltm_pyro.inference.objectives import build_objective
@@ -74,6 +75,7 @@ class _Evidence:
     upper: tuple[Floats, Floats] | None = None
 
 
+@exclusive
 def gap_decomposition(
     svi: DualRateSVI,
     batch: Batch,

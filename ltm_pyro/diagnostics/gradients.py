@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
@@ -42,6 +43,7 @@ BLOCKS = 10
 """Draws are cut into so many blocks; standard errors come from leaving each out (jackknife)."""
 
 
+@exclusive
 def gradient_noise(
     model: LatentModel,
     guide: LocalGuide,

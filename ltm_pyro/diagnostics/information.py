@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.gaussian_kl import gaussian_kl, is_factorised_normal
 from ltm_pyro.inference.posterior import KL_DRAWS, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
@@ -273,6 +274,7 @@ def _densities(post: Posterior, thoughts: list[slice], layers: list[slice]) -> t
     return of_moments, "at least"
 
 
+@exclusive
 def information_by_block(
     post: Posterior, *, n_layers: int | None = None, draws: int = 16, seed: int = 0
 ) -> xr.Dataset:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.fast_loop import FastResult, frozen
 from ltm_pyro.inference.guides.base import LocalGuide
@@ -124,6 +125,7 @@ class DualRateSVI:
         self.local_fit = LocalFit(model, guide, self.clock.parameters)
         self.word_dropout = WordDropout(model, self.slow.word_dropout, seed, self.parallel)
 
+    @exclusive
     def infer(
         self,
         batch: Batch,
@@ -162,6 +164,7 @@ class DualRateSVI:
         fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
         store = self.store if warm_start else None
 
+        @exclusive
         def fit(rows: Batch) -> FastResult:
             return self.local_fit(self.loss, rows, fast, noise, store=store, record=True)[0]
 
@@ -185,6 +188,7 @@ class DualRateSVI:
         """How the objective gets its KL; asked for while the guide holds rows."""
         return kl_estimator(self.elbo, self.model, self.guide)
 
+    @exclusive
     def step(self, batch: Batch) -> Metrics:
         """A fast loop, then one slow step on fresh draws.
 
@@ -301,6 +305,7 @@ class DualRateSVI:
                     on_step(row)
         return self.metrics[first:]
 
+    @exclusive
     def fit_guide(
         self,
         data: TrainingData | Batch,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
@@ -17,6 +18,7 @@ from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
 
 
+@exclusive
 def generate(
     model: LatentThoughtModel,
     tokenizer: Tokenizer,

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.guides.base import LocalGuide
 
 KL_DRAWS = 256
@@ -79,6 +80,7 @@ class Posterior:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    @exclusive
     @torch.no_grad()
     def sample(self, draws: int) -> Tensor:
         """Independent draws, (S, B, K, D), from torch's global random generator."""
@@ -98,6 +100,8 @@ class Posterior:
         """Of `kl`: `analytic`, or `monte_carlo` where the family has no closed form."""
         return "monte_carlo" if self.closed_form_kl is None and self.has_density else "analytic"
 
+    @exclusive
+    @torch.no_grad()
     def kl(self) -> Tensor:
         """KL(q || prior) per sequence in nats, (B,); infinite for a point mass.
 

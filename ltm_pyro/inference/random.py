@@ -9,6 +9,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from ltm_pyro.exclusive import exclusively
+
 
 class Stream(IntEnum):
     """What random numbers are used for; streams of one seed do not overlap."""
@@ -44,11 +46,25 @@ def reseed(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside the block and put back afterwards."""
+    """Torch's global generators seeded inside the block and put back afterwards.
+
+    Other threads wait for the block's end: they draw from the same generators.
+
+    Raises:
+        RuntimeError: if something else seeded the generator meanwhile, e.g. `torch.manual_seed` in
+            another thread: the numbers drawn are not those of `seed` then.
+    """
     if device.type in ("cpu", "meta"):
         fork = torch.random.fork_rng(devices=[])
     else:
         fork = torch.random.fork_rng(devices=[device], device_type=device.type)
-    with fork:
+    with exclusively(), fork:
         reseed(seed, device)
         yield
+        # The C++ generator wraps negative seeds round.
+        if torch.default_generator.initial_seed() != seed % 2**64:
+            raise RuntimeError(
+                "torch's global generator was seeded by something else while numbers were drawn "
+                "from it: in threads, call torch.manual_seed and build models inside "
+                "`with ltm_pyro.exclusively():`"
+            )

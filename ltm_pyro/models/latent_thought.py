@@ -22,6 +22,7 @@ from torch.func import functional_call
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.models.base import SITE_X, SITE_Z, sequences, standard_program
 from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
@@ -75,6 +76,7 @@ class LatentThoughtModel(nn.Module):
         >>> tokens = model()  # runs forward: one sequence, (1, T)
     """
 
+    @exclusive
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -17,6 +17,7 @@ from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import load_tokenizer
 from ltm_pyro.errors import InputError, nearest
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mapped_store import new_store_files
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
@@ -45,6 +46,7 @@ FORMAT = 1
 """Raised when a run folder's layout changes."""
 
 
+@exclusive
 def create_run(
     folder: str | Path,
     config: FitConfig,
@@ -101,6 +103,7 @@ def create_run(
     return run
 
 
+@exclusive
 def load_run(
     folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
 ) -> Run:

@@ -19,6 +19,7 @@ from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.run.folder import Run
 
@@ -53,6 +54,7 @@ class HeldOut:
         return collapse_panel(self.post, self.scores, n_layers=n_layers)
 
 
+@exclusive
 def score_run(
     run: Run,
     corpus: Corpus,

@@ -22,6 +22,7 @@ from ltm_pyro.diagnostics.compare.budget import EvaluationCounter, Plan, plan_bu
 from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.diagnostics.compare.table import Comparison, add_summary
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
@@ -69,6 +70,7 @@ class Fit:
     facts: dict[str, Any]
 
 
+@exclusive
 def compare(
     model: LatentModel,
     batch: Batch,

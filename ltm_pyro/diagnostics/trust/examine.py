@@ -18,6 +18,7 @@ from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row
 from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
 from ltm_pyro.diagnostics.trust.weights import weight_flags
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
@@ -31,6 +32,7 @@ QUESTIONS = 16
 LEAST_DRAWS = 100
 
 
+@exclusive
 def diagnose(
     model: LatentModel,
     post: Posterior,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.pathwise_normal import PathwiseNormal
 from ltm_pyro.models.base import SITE_Z, LatentModel, sequences, standard_program
 from ltm_pyro.registry import Registry
@@ -203,6 +204,7 @@ def guide_families() -> tuple[str, ...]:
     return GUIDES.names()
 
 
+@exclusive
 def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
     """A guide of the family `name` for `model`.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
 from ltm_pyro.inference.random import seeded
@@ -41,6 +42,7 @@ _SIGMAS = 5.0
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
+@exclusive
 def check_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
     """Holds a registered family to every clause of the contract.
 

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mcmc.draws import MCMCDraws
 from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
 from ltm_pyro.inference.mcmc.target import check_count, setting
@@ -21,6 +22,7 @@ MIN_DRAWS = 20
 MIN_WARMUP = 50
 
 
+@exclusive
 def sample_posterior(
     model: LatentModel,
     batch: Batch,
