@@ -24,15 +24,20 @@ class NonFiniteError(RuntimeError):
         ids: Stable ids of the sequences whose objective was not finite (empty when only a slow
             gradient overflowed).
         step: The slow step at which it happened, or -1 for a fast loop alone.
+        reason: What was met before there was an objective to look at; empty otherwise.
     """
 
-    def __init__(self, ids: list[int], step: int) -> None:
+    def __init__(self, ids: list[int], step: int, reason: str = "") -> None:
         self.ids = ids
         self.step = step
+        self.reason = reason
         where = f"slow step {step}" if step >= 0 else "the fast loop"
         if ids:
             shown = ", ".join(str(i) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
             what = f"the objective of sequence ids {shown} is not finite"
+            what += f" ({reason})" if reason else ""
+        elif reason:
+            what = f"the objective of sequences that are not known is not finite ({reason})"
         else:
             what = "the gradient of the slow parameters is not finite"
         super().__init__(f"{what} at {where}; lower the learning rates or look at these sequences")

@@ -53,6 +53,7 @@ class AutoregressiveFit:
         self.model = model
         self.seed = seed
         self.slow_step = 0
+        self.whole = True
         self.horizon: int | None = None
         self.parallel = parallel or Parallel()
         self.clock = slow_clock(model.parameters(), slow, embedding_weights(model), self.parallel)
@@ -74,6 +75,7 @@ class AutoregressiveFit:
         batch = batch.to(self.model.device)
         self.model.check(batch)
         n, parts = len(batch), []
+        self.clock.discard()  # what a step that failed has left
         for rows in self.engine.parts(n):
             part = batch.select(rows)
             with self.engine.computing(self.model, self.parallel.size):
@@ -88,8 +90,10 @@ class AutoregressiveFit:
             parts.append(StepSums(total / n, zero, zero, total, zero, part.n_tokens.sum()))
         mine = StepSums.of(parts)
         sums, norm = self.clock.exchange(mine, self.slow_step)
+        self.whole = False
         lr = self.clock.step(self.slow_step, self.horizon or 1)
         self.slow_step += 1
+        self.whole = True
         return {
             "step": float(self.slow_step),
             "nll": float(sums.nll),

@@ -31,6 +31,7 @@ from ltm_pyro.inference.fast_loop import FastResult, frozen
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.local_fit import LocalFit
 from ltm_pyro.inference.local_store import LocalStore, RowStore
+from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import (
     build_objective,
     describe,
@@ -78,6 +79,7 @@ class DualRateSVI:
     Attributes:
         metrics: One row per slow step; see `step`.
         slow_step: Slow steps done.
+        whole: Whether everything is as `slow_step` left it; not so while a step changes weights.
         horizon: Slow steps over which the slow schedules run; set by the first `fit`.
     """
 
@@ -115,6 +117,7 @@ class DualRateSVI:
         self.parallel = parallel or Parallel()
         self.store: RowStore | None = LocalStore() if persistent else None
         self.slow_step = 0
+        self.whole = True
         self.horizon: int | None = None
         self.metrics: list[Metrics] = []
         slow_parameters = [*model.parameters(), *guide.shared_parameters()]
@@ -172,16 +175,17 @@ class DualRateSVI:
             result = fit_shared(self.parallel, self.guide, ordered, fit, self.engine)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
-        return fitted_posterior(
-            self.guide,
-            prior,
-            batch,
-            torch.argsort(order),
-            trace=result.trace,
-            own_draw_elbo=result.own_draw_elbo,
-            objective=describe(self.elbo),
-            objective_kl=self._kl_estimator,
-        )
+        with numbers_out_of_range(self.guide, ordered, step=-1):
+            return fitted_posterior(
+                self.guide,
+                prior,
+                batch,
+                torch.argsort(order),
+                trace=result.trace,
+                own_draw_elbo=result.own_draw_elbo,
+                objective=describe(self.elbo),
+                objective_kl=self._kl_estimator,
+            )
 
     @cached_property
     def _kl_estimator(self) -> str:
@@ -223,6 +227,7 @@ class DualRateSVI:
         thinks = total is None or thoughts_joined(self.slow, now, total)
         parts = self.engine.parts(len(batch))
         held = HeldDraws(self.model, self.parallel, parts=len(parts))
+        self.clock.discard()  # what a step that failed has left
         try:
             with held, self.engine.computing(self.model, self.parallel.size):
                 done = [self._part(batch, shown, rows, weight, thinks) for rows in parts]
@@ -231,11 +236,13 @@ class DualRateSVI:
         sums, norm = self.clock.exchange(StepSums.of([part for part, _ in done]), now)
         held.show()
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
+        self.whole = False
         lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
         if self.store is not None and thinks and self.guide.local_parameters():
             fitted = [rows for _, rows in done]
             self.store.scatter(batch.ids, {k: torch.cat([r[k] for r in fitted]) for k in fitted[0]})
         self.slow_step += 1
+        self.whole = True
         seconds = time.perf_counter() - began
         rows, n = len(batch) * self.parallel.size, float(sums.n_tokens)
         row = {
@@ -371,7 +378,8 @@ class DualRateSVI:
             if thinks:
                 result, moments = self._fast_loop(shown, weight)
                 draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
-                loss = self.slow_objective.at_fitted(batch, shown, weight, draws)
+                with numbers_out_of_range(self.guide, batch, self.slow_step):
+                    loss = self.slow_objective.at_fitted(batch, shown, weight, draws)
                 if self.store is not None:
                     fitted = {**self.guide.rows(), **moments.state()}
             else:
@@ -395,7 +403,7 @@ class DualRateSVI:
                 self.loss, batch, self.fast, noise, weight=weight, store=self.store
             )
         except NonFiniteError as error:
-            raise NonFiniteError(error.ids, self.slow_step) from None
+            raise NonFiniteError(error.ids, self.slow_step, error.reason) from None
 
     def _slow_gradient(self, batch: Batch, loss: SlowLoss) -> None:
         """Adds the slow gradient of the loss.

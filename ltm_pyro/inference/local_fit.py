@@ -11,6 +11,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.fast_loop import FastResult, frozen, local_optimizer, run_fast_loop
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.local_store import RowStore
+from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.models.base import LatentModel
 
@@ -66,7 +67,7 @@ class LocalFit:
             self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
             optimizer = local_optimizer(self.guide, fast)
             optimizer.load(stored)
-        with frozen(self.slow):
+        with frozen(self.slow), numbers_out_of_range(self.guide, batch, step=-1):
             result = run_fast_loop(
                 loss,
                 self.guide,

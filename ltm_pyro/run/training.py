@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.errors import NonFiniteError, ProcessLostError
+from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import Metrics
 from ltm_pyro.run.files import refuse_protected, writing
@@ -40,6 +41,7 @@ def train(
         NonFiniteError: on NaN; the checkpoint is of the last good step.
         ProcessLostError: if another process is gone; the last checkpoint is whole.
         InputError: if the folder cannot be written; its last checkpoint is whole.
+        Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
     svi, config = run.svi, run.config
     remaining = config.steps - svi.slow_step
@@ -63,10 +65,22 @@ def train(
     except (Interrupted, NonFiniteError):
         run.save()
         raise
+    except InputError:
+        raise  # most likely the disk is full
     except ProcessLostError:
         run.save_alone()  # of the last whole step
         raise
+    except Exception:
+        if svi.whole:
+            _save_in_spite(run.save if run.parallel.size == 1 else run.save_alone)
+        raise
     run.save()
+
+
+def _save_in_spite(save: Callable[[], object]) -> None:
+    """Saves after an error that is not of the disk: nothing is lost but the step under way."""
+    with suppress(Exception):  # what ended the fit is what must be told
+        save()
 
 
 def _ready(run: Run) -> None:
@@ -93,6 +107,7 @@ def train_control(
         Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
         NonFiniteError: on NaN; the checkpoint is of the last good step.
         InputError: if the folder cannot be written; its last checkpoint is whole.
+        Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
     fit, config = run.control(), run.config
     remaining = config.steps - fit.slow_step
@@ -120,6 +135,12 @@ def train_control(
         fit.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
     except (Interrupted, NonFiniteError):
         save()
+        raise
+    except (InputError, ProcessLostError):
+        raise
+    except Exception:
+        if fit.whole and run.parallel.size == 1:
+            _save_in_spite(save)
         raise
     save()
     return fit
