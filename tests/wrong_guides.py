@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from known_models import make_oracle
+from numpy.typing import NDArray
 from pyro.distributions import TorchDistribution
+from scipy import stats
 from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
@@ -126,6 +129,18 @@ def two_modes() -> OneNumber:
     """x = |z| + noise: z and -z are equally probable."""
     zero = torch.zeros((), dtype=torch.float64)
     return OneNumber(dist.Normal(zero, zero + 2), torch.abs, noise_scale=0.3, reach=12.0)
+
+
+def two_modes_evidence(model: OneNumber, batch: Batch) -> NDArray[np.float64]:
+    """Log p(x) of `two_modes`, exact: twice the mass of z > 0 in a normal model, (B,)."""
+    prior_variance, noise = float(model.prior().variance), model.noise_scale**2
+    x = batch.observed[:, 0].double().numpy()
+    total = prior_variance + noise
+    mean, scale = x * prior_variance / total, math.sqrt(prior_variance * noise / total)
+    evidence: NDArray[np.float64] = (
+        math.log(2) + stats.norm.logpdf(x, 0.0, math.sqrt(total)) + stats.norm.logcdf(mean / scale)
+    )
+    return evidence
 
 
 def correlated_oracle(correlation: float = 0.95) -> LinearGaussian:
