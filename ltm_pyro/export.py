@@ -11,7 +11,6 @@ the right one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
 from ltm_pyro.models.priors import ThoughtPrior
-from ltm_pyro.run.files import partial_of, sync_folder, writing
+from ltm_pyro.run.files import write_atomic
 
 Variable = tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]
 """Dimensions, values, attributes: what `xarray.Dataset` takes."""
@@ -146,16 +145,8 @@ def save_datatree(tree: xr.DataTree, path: str | Path) -> Path:
         InputError: if it cannot be written.
     """
     target = Path(path)
-    partial = partial_of(target)
-    with writing(target):
-        try:
-            tree.to_netcdf(partial, mode="w", engine=_ENGINE)
-            partial.replace(target)
-            sync_folder(target.parent)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+    # Made in memory: the HDF5 library ends in a segmentation fault where a disk is full.
+    write_atomic(target, tree.to_netcdf(engine=_ENGINE))
     return target
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import write_text
+from cli_helpers import environment, write_text
 
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
-from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.export import load_datatree
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import guide_families
 from ltm_pyro.run import Run, create_run, load_run, train, train_control
+from ltm_pyro.run.files import write_atomic
 
 
 @pytest.fixture
@@ -145,3 +151,74 @@ def test_the_control_keeps_its_steps_too(tmp_path, config, monkeypatch):
     with pytest.raises(MemoryError):
         train_control(run, run.corpus(), progress=False)
     assert load_run(run.folder).control().slow_step == 2
+
+
+SAVE_ON_FULL_DISKS = """
+import resource, sys
+import numpy as np, xarray as xr
+from ltm_pyro.errors import InputError
+from ltm_pyro.export import save_datatree
+path, *shares = sys.argv[1:]
+values = xr.Dataset({"z": (("draw", "dim"), np.arange(4000.0).reshape(100, 40))})
+tree = xr.DataTree.from_dict({"/posterior": values, "/scores": values})
+length = save_datatree(tree, path).stat().st_size
+for share in shares:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(float(share) * length), -1))
+    try:
+        save_datatree(tree, path)
+        print("written")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_while_a_posterior_is_written(tmp_path):
+    """In a process of its own: HDF5 would end it where it writes to the disk itself."""
+    path, shares = tmp_path / "posterior.nc", ["0", "0.01", "0.2", "0.5", "0.9", "0.999"]
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE_ON_FULL_DISKS, str(path), *shares],
+        env=environment(), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(shares)
+    assert all("cannot write" in line and "free some space" in line for line in lines)
+    assert [p.name for p in tmp_path.iterdir()] == ["posterior.nc"]
+    assert load_datatree(path)["posterior/z"].shape == (100, 40)
+
+
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+IRREGULAR = {
+    "a device": make_device,
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link": lambda path: path.symlink_to("target"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    (tmp_path / "target").write_text("old")
+    IRREGULAR[kind](tmp_path / "out")
+    before = os.lstat(tmp_path / "out")
+    with pytest.raises(InputError, match=f"it is {kind[:6]}"):
+        write_atomic(tmp_path / "out", b"new")
+    assert os.lstat(tmp_path / "out")[:2] == before[:2]
+    assert (tmp_path / "target").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "target"]
+
+
+def test_what_a_killed_write_has_left_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to("mine")
+    write_atomic(tmp_path / "out", b"new")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "out").read_bytes() == b"new"
+    assert not (tmp_path / "out").is_symlink()

@@ -30,12 +30,13 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
 
     from ltm_pyro.cli.artefacts import POSTERIOR, write_posterior
-    from ltm_pyro.run.files import refuse_protected
+    from ltm_pyro.run.files import refuse_irregular, refuse_protected
     from ltm_pyro.run.scoring import score_run
 
     fitted = open_run(options.run, options.device)
     target = fitted.folder / POSTERIOR if options.out is None else Path(options.out)
     refuse_protected(target.parent)
+    refuse_irregular(target)
     held_out = score_run(
         fitted,
         fitted.corpus(),

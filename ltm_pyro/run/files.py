@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,14 @@ from ltm_pyro.errors import InputError
 
 PARTIAL = ".partial"
 """Ending of a file or folder that is still being written; a later write takes its place."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @contextmanager
@@ -33,16 +42,18 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
-def write_atomic(target: Path, data: bytes) -> None:
+def write_atomic(target: Path, data: bytes | memoryview) -> None:
     """Puts `data` at `target` so that every reader, at any moment, finds the old file or the new.
 
     Raises:
         InputError: if it cannot be written; the old file, if any, is then still there.
     """
+    refuse_irregular(target)
     partial = partial_of(target)
     with writing(target):
         try:
-            with open(partial, "wb") as stream:
+            partial.unlink(missing_ok=True)  # of a killed process; it may be a link
+            with open(partial, "xb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -52,6 +63,27 @@ def write_atomic(target: Path, data: bytes) -> None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def refuse_irregular(target: Path) -> None:
+    """Refuses to put a file in the place of what is no regular file.
+
+    Raises:
+        InputError: if `target` is a folder, a link, a device or the like, or has no name.
+    """
+    with writing(target):
+        try:
+            mode = os.lstat(target).st_mode
+        except FileNotFoundError:
+            return
+    if stat.S_ISREG(mode):
+        return
+    if stat.S_ISLNK(mode):
+        what = f"a link: name the file that it leads to, {os.path.realpath(target)!r}"
+    else:
+        kind = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        what = f"{kind}, which no file can replace: choose another"
+    raise InputError(f"cannot write {str(target)!r}: it is {what}")
 
 
 def partial_of(target: Path) -> Path:
