@@ -339,7 +339,7 @@ def _fast_course(chains: list[Posterior]) -> dict[str, Variable]:
 
 def _coordinates(post: Posterior, chains: int, model: LatentModel | None) -> dict[str, Any]:
     thoughts, _ = tuple(post.distribution.event_shape)
-    layers = getattr(getattr(model, "config", None), "n_layers", None)
+    layers = getattr(model, "n_layers", None)
     if layers is None:
         names = [f"thought {k}" for k in range(thoughts)]
     else:

@@ -44,7 +44,7 @@ from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.base import LatentModel, exact_evidence
 
 _PARTICLES = 8
 """Draws per step of the long loop."""
@@ -245,8 +245,9 @@ def _evidence(
         upper_se = evidence["upper_se"].values if "upper_se" in evidence else blank
         upper = (evidence["upper"].values.astype(np.float64), upper_se.astype(np.float64))
         return _Evidence(lower, none, error, "bracket, given", exact=False, upper=upper)
-    if hasattr(model, "log_evidence"):
-        exact = model.log_evidence(batch).double().cpu().numpy()
+    known = exact_evidence(model, batch)
+    if known is not None:
+        exact = known.double().cpu().numpy()
         return _Evidence(exact, none, np.zeros_like(exact), "exact", exact=True)
     bound = best.logsumexp(0) - math.log(len(best))
     weights = torch.exp(best - bound)  # mean 1: the first-order effect of a draw on the bound

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import pyro
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError
+from ltm_pyro.exclusive import exclusively
+from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
 
 P = TypeVar("P", bound=Callable[..., Any])
 
@@ -71,44 +75,134 @@ class Computes(Protocol):
         ...
 
 
-@runtime_checkable
-class LatentModel(Protocol):
-    """A Pyro program over one plate of sequences with sites `z` and `x`.
+class Program(nn.Module):
+    """A module that is a Pyro program: threads take turns, and Pyro's own `SVI` trains its weights.
 
-    Every model is also an `nn.Module` (possibly without weights): the slow clock steps its
-    parameters, decoder and learned prior alike.
+    Pyro's optimisers step what a program tells them of by `pyro.param`. Weights are told under
+    `pyro.infer.SVI` alone, so that nothing is left in Pyro's global store by anything else.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program."""
+        with exclusively():
+            if svi_asks():
+                self.tell_svi(*args)
+            return super().__call__(*args, **kwargs)
+
+    def tell_svi(self, batch: Batch | None = None) -> None:
+        """Tells Pyro's `SVI` of the weights before it runs the program on `batch`."""
+        tell_parameters(self)
+
+
+class LatentModel(Program, ABC):
+    """One local latent z_i per row of data, as a Pyro program with sites `z` and `x`.
+
+        z_i       ~ prior()                    (K, D)
+        x_i | z_i ~ likelihood(z, batch)       any shape
+
+    A subclass gives these two; the rest has a default that may be overridden. `check_model` holds
+    it to the contract. What is known besides may be given too: `thought_prior`, a prior that learns
+    (see `ThoughtPrior`), and `log_evidence(batch)`, log p(x) in nats, (B,), where it is exact:
+    scores then use it.
+
+    Attributes:
+        x_shape: Shape of one x, so that the program runs forward without a batch: `model(size=3)`.
+
+    Example:
+        >>> class Counts(LatentModel):
+        ...     x_shape = (5,)
+        ...     def prior(self):
+        ...         return dist.Normal(torch.zeros(1, 2), 1.0).to_event(2)
+        ...     def likelihood(self, z, batch):
+        ...         return dist.Poisson(z.sum((-2, -1)).exp()[..., None].expand(
+        ...             *z.shape[:-2], 5)).mask(batch.mask).to_event(1)
+    """
+
+    x_shape: ClassVar[tuple[int, ...] | None] = None
+
+    @abstractmethod
+    def prior(self) -> TorchDistribution:
+        """p(z) of one row: batch shape (), event shape (K, D)."""
+
+    @abstractmethod
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape that of one x.
+
+        What the mask leaves out must not count: `.mask(batch.mask)` before `.to_event`.
+        """
+
+    @standard_program
+    def forward(self, batch: Batch | None = None, *, size: int = 1) -> Tensor:
+        """The generative story.
+
+        Args:
+            batch: Rows to condition on. Without `x` (`batch.unobserved()`), or `None`, the program
+                runs forward and makes them.
+            size: B when there is no batch.
+
+        Returns:
+            x (B, ...).
+        """
+        batch = self.blank(size) if batch is None else batch
+        with sequences(batch):
+            z = pyro.sample(SITE_Z, self.prior())
+            x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
+        return x
+
+    def blank(self, size: int) -> Batch:
+        """`size` rows still to be made.
+
+        Raises:
+            InputError: if the model does not tell the shape of x.
+        """
+        if self.x_shape is None:
+            raise InputError(
+                f"{type(self).__name__}() without a batch: set the class attribute x_shape, the "
+                "shape of one x, or give batch.unobserved()"
+            )
+        shape = (size, *self.x_shape)
+        return Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
+
+    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
+        return self.likelihood(z, batch).log_prob(batch.observed)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The same batch with whatever does not depend on z computed once."""
+        return batch
+
+    def check(self, batch: Batch) -> None:
+        """Refuses a batch that the model cannot score.
+
+        Raises:
+            InputError: naming what does not fit; by default an `x` that is missing or not finite.
+        """
+        x = batch.observed
+        if x.is_floating_point():
+            bad = batch.ids[~(x.isfinite() | ~batch.mask).flatten(1).all(-1)].tolist()
+            if bad:
+                raise InputError(f"x of sequence ids {bad[:8]} is not finite: mend or mask it")
 
     @property
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""
-        ...
+        thoughts, dim = self.prior().event_shape
+        return thoughts, dim
+
+    @property
+    def n_layers(self) -> int | None:
+        """L where equal blocks of thoughts feed the layers of a decoder; `None` elsewhere."""
+        return None
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
-        ...
+        """Where the model lives: with its first weight or buffer."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
-    def __call__(self, batch: Batch | None = None) -> Any:
-        """The generative story; runs forward where `batch` is `None` or has no `x`."""
-        ...
 
-    def prior(self) -> TorchDistribution:
-        """p(z): event shape (K, D)."""
-        ...
-
-    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
-        """Log p(x | z) in nats: z (..., B, K, D) to (..., B)."""
-        ...
-
-    def prepare(self, batch: Batch) -> Batch:
-        """The same batch with whatever does not depend on z computed once."""
-        ...
-
-    def check(self, batch: Batch) -> None:
-        """Raises `InputError` where the model cannot score the batch."""
-        ...
-
-    def parameters(self, recurse: bool = True) -> Any:
-        """All weights."""
-        ...
+def exact_evidence(model: LatentModel, batch: Batch) -> Tensor | None:
+    """Log p(x) in nats, (B,), from a model that knows it exactly; `None` from one that does not."""
+    log_evidence: Any = getattr(model, "log_evidence", None)
+    return None if log_evidence is None else log_evidence(batch)

@@ -16,14 +16,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
-from ltm_pyro.models.base import SITE_X, SITE_Z, sequences, standard_program
+from ltm_pyro.exclusive import exclusively
+from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences, standard_program
 from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
@@ -65,7 +65,7 @@ class HiddenInputs(Batch):
         return HiddenInputs(**batch.plain_fields(), hidden=hidden)
 
 
-class LatentThoughtModel(nn.Module):
+class LatentThoughtModel(LatentModel):
     """Prior and decoder, called as a Pyro model with sites `z` and `x`.
 
     Args:
@@ -76,15 +76,15 @@ class LatentThoughtModel(nn.Module):
         >>> tokens = model()  # runs forward: one sequence, (1, T)
     """
 
-    @exclusive
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # The decoder first: its initial weights are then the same under every prior.
-        self.decoder = Decoder(config)
-        self.thought_prior: ThoughtPrior = build_prior(
-            config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
-        )
+        with exclusively():  # weights are drawn
+            # The decoder first: its initial weights are then the same under every prior.
+            self.decoder = Decoder(config)
+            self.thought_prior: ThoughtPrior = build_prior(
+                config.prior, config.n_thoughts, config.thought_dim, **config.prior_options
+            )
         self._fast_score: Score = self._score_by
         self._slow_score: Score | None = None
         self._precision: Precision = "fp32"
@@ -111,6 +111,11 @@ class LatentThoughtModel(nn.Module):
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""
         return self.config.n_thoughts, self.config.thought_dim
+
+    @property
+    def n_layers(self) -> int:
+        """L: block l of the thoughts feeds decoder layer l."""
+        return self.config.n_layers
 
     @property
     def device(self) -> torch.device:

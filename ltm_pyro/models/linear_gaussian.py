@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.base import SITE_X, SITE_Z, sequences, standard_program
+from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.priors import StandardNormal
 
 
-class LinearGaussian(nn.Module):
+class LinearGaussian(LatentModel):
     """Factor analysis with known loadings, called as a Pyro model with sites `z` and `x`.
 
     Args:
@@ -98,39 +97,16 @@ class LinearGaussian(nn.Module):
         prior: TorchDistribution = self.thought_prior()
         return prior
 
-    @standard_program
-    def forward(self, batch: Batch | None = None, *, size: int = 1) -> Tensor:
-        """The generative story.
-
-        Args:
-            batch: Sequences to condition on. Without `x`, or `None`, the program runs forward.
-            size: B when there is no batch.
-
-        Returns:
-            x (B, Dx).
-        """
-        if batch is None:
-            observed = torch.ones(size, len(self.W), dtype=torch.bool, device=self.device)
-            batch = Batch(None, observed)
-        with sequences(batch):
-            z = pyro.sample(SITE_Z, self.prior())
-            x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
-        return x
+    def blank(self, size: int) -> Batch:
+        """`size` rows still to be made."""
+        observed = torch.ones(size, len(self.W), dtype=torch.bool, device=self.device)
+        return Batch(None, observed)
 
     def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (Dx,)."""
         each = dist.Normal(self._predict(z), self.noise_scale).mask(batch.mask)
         likelihood: TorchDistribution = each.to_event(1)
         return likelihood
-
-    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
-        """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
-        log_likelihood: Tensor = self.likelihood(z, batch).log_prob(batch.observed)
-        return log_likelihood
-
-    def prepare(self, batch: Batch) -> Batch:
-        """The batch itself: every part of this likelihood depends on z."""
-        return batch
 
     def check(self, batch: Batch) -> None:
         """Refuses what is not finite real numbers, Dx of them per sequence.

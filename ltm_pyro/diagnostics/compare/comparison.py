@@ -30,7 +30,7 @@ from ltm_pyro.inference.objectives import build_objective, describe
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.training_data import TrainingData
-from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.base import LatentModel, exact_evidence
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SCORES = ("elbo", "elbo_se", "iw_bound", "iw_bound_se", "khat", "kl", "nll_given_z", "log_joint")
@@ -317,10 +317,10 @@ def _collect(
     data["n_tokens"] = ("sequence", batch.n_tokens.cpu().numpy())
     for name in fits[0].facts:
         data[name] = ("guide", [fit.facts[name] for fit in fits])
-    log_evidence = getattr(model, "log_evidence", None)
+    with torch.no_grad():
+        log_evidence = exact_evidence(model, batch)
     if log_evidence is not None:
-        with torch.no_grad():
-            data["log_evidence"] = ("sequence", log_evidence(batch).double().cpu().numpy())
+        data["log_evidence"] = ("sequence", log_evidence.double().cpu().numpy())
     if reference is not None:
         data = data.assign(against_reference(reference, [fit.post for fit in fits], settings.seed))
     data.attrs = {

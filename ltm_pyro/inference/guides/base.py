@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 import pyro
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.pathwise_normal import PathwiseNormal
-from ltm_pyro.models.base import SITE_Z, LatentModel, sequences, standard_program
+from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences, standard_program
 from ltm_pyro.registry import Registry
 
 Loss = Callable[[Batch], Tensor]
@@ -40,7 +41,7 @@ class Rows(nn.Module):
         return dict(self.named_buffers())
 
 
-class LocalGuide(nn.Module, ABC):
+class LocalGuide(Program, ABC):
     """q(z_i; phi_i) for each sequence i of a batch, called as a Pyro guide with site `z`.
 
     Rows are independent: nothing of one sequence's parameters enters another's posterior.
@@ -67,6 +68,7 @@ class LocalGuide(nn.Module, ABC):
         self.register_buffer("anchor", prior_mean, persistent=False)
         self.local = nn.ParameterDict()
         self.inputs = Rows()
+        self._svi_rows: tuple[Tensor, nn.Module | Tensor | None] | None = None
 
     @abstractmethod
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
@@ -148,6 +150,34 @@ class LocalGuide(nn.Module, ABC):
         with sequences(batch):
             z: Tensor = pyro.sample(SITE_Z, self.posterior())
         return z
+
+    def tell_svi(self, batch: Batch | None = None) -> None:
+        """Under Pyro's `SVI` the first batch is taken up by itself, and no second one.
+
+        Raises:
+            InputError: if local parameters are those of other sequences.
+        """
+        if batch is not None:
+            self._take_up(batch)
+        super().tell_svi(batch)
+
+    def _take_up(self, batch: Batch) -> None:
+        rows = list(self.local.values())
+        ids = None
+        if self._svi_rows is not None and self._svi_rows[1] is (rows[0] if rows else None):
+            ids = self._svi_rows[0]  # no `reset` since the last step
+        same = ids is not None and torch.equal(ids, batch.ids)
+        if rows and ids is not None and not same:
+            raise InputError(
+                f"the guide's rows are those of {len(ids)} other sequences, and pyro.infer.SVI "
+                "keeps one batch: use DualRateSVI(model, guide).fit(...), or guide.reset(batch)"
+            )
+        if self.n_rows == 0 or not (rows or same):
+            self.reset(batch)
+        elif not all(p.requires_grad for p in rows):
+            # Left by `infer`, whose answer reads these very tensors.
+            self.load_rows(self.rows())
+        self._svi_rows = batch.ids, next(iter(self.local.values()), None)
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """What moves on the fast clock, by name."""

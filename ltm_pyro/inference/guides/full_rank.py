@@ -129,7 +129,7 @@ def _layers(model: LatentModel) -> int:
     Raises:
         InputError: for a model without layers.
     """
-    layers = getattr(getattr(model, "config", None), "n_layers", None)
+    layers = getattr(model, "n_layers", None)
     if layers is None:
         raise InputError(
             f"block='layer' needs a model with decoder layers, and {type(model).__name__} has "

@@ -163,6 +163,12 @@ class Objective(ELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, batch))
 
+    def loss_and_grads(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
+        """`loss`, its gradient added to the weights' `.grad`: what `pyro.infer.SVI` asks for."""
+        loss = self.differentiable_loss(model, guide, batch)
+        loss.backward()
+        return float(loss.detach())
+
     def draw(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Draws:
         """Runs the guide and then the model at its draws, S at once."""
         repeat = Repeat.of(model, guide)
@@ -222,7 +228,7 @@ class Objective(ELBO):
             site=q,
             prior_site=p,
             likelihood_site=x,
-            n_layers=getattr(getattr(model, "config", None), "n_layers", None),
+            n_layers=getattr(model, "n_layers", None),
         )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -44,8 +44,8 @@ class Elbo(Objective):
         return (draws.log_q() - draws.log_prior).mean(0)
 
     def closed_kl(self, guide: LocalGuide, prior: TorchDistribution) -> Tensor | None:
-        """The guide's closed form, (B,)."""
-        return guide.kl(prior)
+        """The guide's closed form, (B,); Pyro's own guides have none."""
+        return guide.kl(prior) if isinstance(guide, LocalGuide) else None
 
 
 class StickingTheLanding(Objective):
