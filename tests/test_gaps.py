@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from known_models import exact_elbo, make_language_model, make_tokens
+from known_models import exact_elbo, make_language_model, make_oracle, make_tokens
 from test_convergence import Encoder, RefinedEncoder, recipe, setting
 from tolerances import MC
 
@@ -91,6 +91,43 @@ def test_a_family_that_holds_the_posterior_has_no_approximation_gap() -> None:
     MC.assert_at_most(
         -gaps["approximation"].values, gaps["approximation_se"].values + 1e-6, 0.0, draws=DRAWS
     )
+
+
+def test_an_exact_fit_in_many_dimensions_is_called_converged() -> None:
+    # The noise of the long loop's 152 parameters left 0.13 nats, which only the check won: it
+    # arrived, and was said not to have for all but 2 % of the sequences.
+    oracle = make_oracle(shape=(4, 4), n_observed=24, noise_scale=0.5)
+    batch = oracle.simulate(16, seed=3)
+    svi = DualRateSVI(oracle, build_guide("full_rank", oracle), Fast(steps=16))
+    gaps = gap_decomposition(svi, batch, draws=256)
+    assert gaps.attrs["share_converged"] == 1.0
+    assert float(np.abs(gaps["approximation"]).max()) < 0.01
+    assert "not shown" not in format_gaps(gaps)
+
+
+class Mute(LinearGaussian):
+    """An oracle that hides its evidence, so that a bound of the converged q's draws stands in."""
+
+    log_evidence = property()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_sign_of_a_gap_that_is_zero(known: bool) -> None:
+    """docs/guides.md: "against an exact or a given log p(x) a gap that is really 0 comes out on
+    either side of it"; "against the default ... `approximation` is never negative".
+    """
+    oracle, _ = setting()
+    model = oracle if known else Mute(oracle.W, 0.3, oracle.bias, oracle.thought_shape)
+    batch = oracle.simulate(48, seed=2)
+    svi = DualRateSVI(model, build_guide("full_rank", model), Fast(steps=30, lr=0.1))
+    gaps = gap_decomposition(svi, batch, converged_steps=LONG, draws=64)
+    negative = float((gaps["approximation"] < 0).mean())
+    assert ("never negative" in gaps.attrs["negative_values"]) == (not known)
+    if known:
+        # Half of 48, with a standard deviation of 7 %: within four of these.
+        assert 0.2 < negative < 0.8
+    else:
+        assert negative == 0.0
 
 
 @pytest.mark.slow
@@ -194,12 +231,7 @@ def test_a_language_model_is_measured_against_its_own_bound() -> None:
 
 @pytest.mark.slow
 def test_the_error_of_an_importance_weighted_gap() -> None:
-    # An oracle that hides its evidence, so that the bound of its own draws takes its place.
     oracle, batch = setting()
-
-    class Mute(LinearGaussian):
-        log_evidence = property()
-
     mute = Mute(oracle.W, float(oracle.noise_scale), oracle.bias, oracle.thought_shape)
     svi = recipe(mute, Fast(steps=200, lr=0.1))
     found = [

@@ -9,8 +9,8 @@ and for an encoder without local steps, whose q was never fitted to its sequence
 
 (Cremer, Li & Duvenaud 2018, equations 5 to 7). The best q of the family, with whatever it
 shares between sequences as it stands, is that of a long fast loop of our own with several draws per
-step, which starts where the judged loop ended; whether it has arrived is checked by a second loop
-after it. All ELBOs of one sequence share their draws, so differences are precise.
+step, which starts where the judged loop ended; whether it has arrived is checked by leading its
+answer on once more. All ELBOs of one sequence share their draws, so differences are precise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ from ltm_pyro.models.base import LatentModel, exact_evidence
 _PARTICLES = 8
 """Draws per step of the long loop."""
 _LONG_RATE, _CHECK_RATE = 0.05, 0.01
-"""Peak learning rates of the long loop and of the one that checks it; both fall to 0."""
+"""Peak learning rates of the long loop's first part and of its second, which the check shares; all
+fall to 0."""
 
 COMPONENTS = ("approximation", "truncation", "amortisation")
 
@@ -89,15 +90,18 @@ def gap_decomposition(
 ) -> xr.Dataset:
     """Splits log p(x) - ELBO(q) of each sequence into its causes.
 
-    Estimates are differences of Monte Carlo means and are never clipped: a component that is really
-    0 comes out negative half of the time, by about its error.
+    Estimates are differences of Monte Carlo means and are never clipped. `truncation` and
+    `amortisation` that are really 0 come out on either side of it, by about their error. So does an
+    `approximation` where log p(x) is exact or given. The importance-weighted bound on the same
+    draws is never below their mean, so that there a gap of 0 comes out slightly above it.
 
     Args:
         svi: The recipe that is judged. Its model and clocks are left alone; the sequences are
             inferred anew, from the guide's own start.
         batch: The sequences.
         steps: T of the judged loop; the fast clock's own by default.
-        converged_steps: Steps of the long loop, and again of the loop that checks it.
+        converged_steps: Steps of the long loop's first part; its second part and the check take
+            half as many each.
         draws: S, fresh draws per sequence, the same for every q.
         evidence: `"exact"` asks the model (`log_evidence`). A Dataset with `lower` and `lower_se`,
             possibly `upper` and `upper_se`, in nats, for the same sequences: of `annealed_bound` or
@@ -109,8 +113,8 @@ def gap_decomposition(
     Returns:
         Dataset over `sequence`, nats: `elbo` (of the judged q), `elbo_converged`, `evidence`;
         `approximation`, and `truncation` or `amortisation`, which add up to `total`, each with its
-        Monte Carlo standard error `_se`; `still_gaining`, `still_gaining_se`: what the checking
-        loop added; `converged`: whether that is below `tolerance` beyond doubt; `khat` of the
+        Monte Carlo standard error `_se`; `still_gaining`, `still_gaining_se`: what the check
+        added; `converged`: whether that is below `tolerance` beyond doubt; `khat` of the
         converged q. For a guide that starts from an encoder and goes on from there also
         `encoder_gap` and `refined`: what its encoder alone would lose, and how much of that its
         local steps win back. With an upper bound also `approximation_upper` and `total_upper`.
@@ -153,13 +157,23 @@ def gap_decomposition(
         "share_converged": float(data["converged"].mean()),
         "guide": judged.family,
         "steps": _steps_taken(svi, steps),
-        "converged_steps": 2 * converged_steps,
+        "converged_steps": converged_steps + 2 * max(1, converged_steps // 2),
         "draws": draws,
         "seed": seed,
         "tolerance": tolerance,
-        "negative_values": "a gap that is 0 comes out negative half of the time, by its error",
+        "negative_values": _signs(given),
     }
     return data
+
+
+def _signs(given: _Evidence) -> str:
+    """Which side of 0 a gap that is 0 comes out on."""
+    if bool((given.draws != 0).any()):
+        return (
+            "approximation and total are never negative: the bound on these draws is not below "
+            "their mean; the other gaps come out on either side of 0, by their error"
+        )
+    return "nothing is clipped: a gap that is 0 comes out on either side of it, by its error"
 
 
 def _steps_taken(svi: DualRateSVI, steps: int | None) -> int:
@@ -191,20 +205,29 @@ def _check(
 def _converge(
     svi: DualRateSVI, judged: Posterior, batch: Batch, steps: int
 ) -> tuple[Posterior, Posterior]:
-    """The best q of the family by a long loop from `judged`, and the same led on once more."""
+    """The best q of the family by a long loop from `judged`, and the same led on once more.
+
+    What the check leads on is what a first part with noisy gradients and a second part have come
+    to: after the first alone the noise of many parameters hides that the second has arrived.
+    """
     guide, rows = svi.guide, judged.parameters
     if not guide.local_parameters():
         guide, rows = _local_counterpart(svi.model, judged)
     guide.reset(batch)
     # Where the family holds p(z | x), the second objective has no gradient noise left there; far
     # away the first one has less.
+    half = max(1, steps // 2)
     found = []
-    for objective, rate in (("elbo", _LONG_RATE), ("stl", _CHECK_RATE)):
-        fast = Fast(steps=steps, lr=rate, final_fraction=0.0)
+    for objective, rate, count in (
+        ("elbo", _LONG_RATE, steps),
+        ("stl", _CHECK_RATE, half),
+        ("stl", _CHECK_RATE, half),
+    ):
+        fast = Fast(steps=count, lr=rate, final_fraction=0.0)
         elbo = _several_draws(objective, judged)
         found.append(continue_from(svi, rows, batch, fast, guide=guide, elbo=elbo))
         rows = found[-1].parameters
-    return found[0], found[1]
+    return found[1], found[2]
 
 
 def _local_counterpart(
