@@ -25,6 +25,7 @@ from torch import Tensor
 import ltm_pyro
 from ltm_pyro import compat_arviz
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import FastTrace, Posterior
@@ -187,18 +188,12 @@ def _check(
             raise InputError(
                 f"restarts of {first.family!r} and {other.family!r}: export each alone"
             )
-    ids = first.ids.cpu().numpy()
-    about = {
-        "a restart": [p.ids.cpu().numpy() for p in chains[1:]],
-        "the batch": [] if batch is None else [batch.ids.cpu().numpy()],
-        "scores": [] if scores is None else [scores["sequence"].values],
-    }
-    for name, found in about.items():
-        if not all(np.array_equal(ids, other) for other in found):
-            raise InputError(
-                f"{name} and the posterior hold other sequences, or in another order: "
-                "their ids must be equal"
-            )
+    for restart in chains[1:]:
+        refuse_other_sequences(first, restart, ("the posterior", "a restart"))
+    if batch is not None:
+        first.refuse_other_batch(batch)
+    if scores is not None:
+        refuse_other_sequences(first, scores, ("the posterior", "scores"))
 
 
 def _draw(post: Posterior, draws: int, seed: int, chain: int) -> Tensor:

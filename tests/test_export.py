@@ -197,11 +197,11 @@ def test_what_does_not_belong_together_is_refused(
     model: LatentThoughtModel, post: Posterior, batch: Batch, scores: xr.Dataset
 ) -> None:
     other = batch.select(torch.tensor([1, 0, 2]))
-    with pytest.raises(InputError, match="the batch and the posterior"):
+    with pytest.raises(InputError, match="the batch"):
         to_datatree(post, other)
-    with pytest.raises(InputError, match="scores and the posterior"):
+    with pytest.raises(InputError, match="scores"):
         to_datatree(post, batch, scores.isel(sequence=[0]))
-    with pytest.raises(InputError, match="a restart and the posterior"):
+    with pytest.raises(InputError, match="a restart"):
         to_datatree([post, svi_for(model).infer(other)])
     with pytest.raises(InputError, match="export each alone"):
         to_datatree([post, svi_for(model, "delta").infer(batch)])

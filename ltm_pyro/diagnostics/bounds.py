@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.partners import partners_of
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
@@ -108,12 +109,12 @@ def evaluate(
     columns["n_tokens"] = scored.n_tokens
     data = xr.Dataset(
         {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
-        coords={"sequence": batch.ids.cpu().numpy()},
+        coords=sequence_coords(batch),
     )
     data["khat"] = ("sequence", pareto_khat((log_lik + log_prior - log_q).cpu().numpy()))
     for name in data.data_vars:
         data[name].attrs["units"] = {"khat": "1", "n_tokens": "tokens"}.get(str(name), "nats")
-    data.attrs = _attributes(data, post, mode, draws, seed)
+    data.attrs = {**_attributes(data, post, mode, draws, seed), **corpus_attrs(batch)}
     return data
 
 
@@ -123,11 +124,7 @@ def _scored_part(batch: Batch, post: Posterior | None, mode: Mode) -> Batch:
         return batch
     if post is None:
         raise InputError(f"mode {mode!r} needs a posterior: give svi.infer(batch)")
-    if not torch.equal(post.ids.to(batch.device), batch.ids):
-        raise InputError(
-            "the posterior and the batch hold other sequences, or in another order: "
-            "their ids must be equal"
-        )
+    post.refuse_other_batch(batch)
     if mode == "oracle":
         return batch
     rest = batch.mask & ~post.mask.to(batch.device)

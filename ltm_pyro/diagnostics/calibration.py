@@ -228,8 +228,7 @@ def _ranks(
         part = slice(first, first + ROWS_AT_ONCE)
         batch = simulated.batch.select(part)
         post = infer(batch)
-        if not torch.equal(post.ids.to(batch.device), batch.ids):
-            raise InputError("infer gave a posterior of other sequences, or in another order")
+        post.refuse_other_batch(batch, "the posterior of infer")
         key = derive_seed(seed, Stream.CALIBRATE, 1 + first)
         with torch.no_grad(), seeded(key, model.device):
             z = torch.cat([simulated.z[part][None], post.sample(draws).to(simulated.z)])

@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
+from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.information import blocks, kl_by_block, moments, mutual_information
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
@@ -166,8 +167,7 @@ def _check(post: Posterior, scores: xr.Dataset, n_layers: int | None) -> None:
             f"collapse_panel needs scores of mode 'oracle', not {scores.attrs['mode']!r}: "
             "in the other modes no KL is charged"
         )
-    if not np.array_equal(scores["sequence"].values, post.ids.cpu().numpy()):
-        raise InputError("scores and posterior hold other sequences, or in another order")
+    refuse_other_sequences(scores, post, ("scores", "the posterior"))
     if len(post) < 2:
         raise InputError("collapse_panel needs at least 2 sequences: it asks what tells them apart")
     thoughts = post.prior.event_shape[0]

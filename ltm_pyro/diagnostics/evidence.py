@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusive
@@ -107,7 +108,7 @@ def importance_bound(
             f"(ids {_some(data, ~reliable)}): their bound is loose and its standard error too "
             "small; use annealed_bound"
         )
-    data.attrs = {"draws": draws, "seed": seed, "guide": post.family, "flags": "; ".join(flags)}
+    data.attrs |= {"draws": draws, "seed": seed, "guide": post.family, "flags": "; ".join(flags)}
     return data
 
 
@@ -253,7 +254,7 @@ def _anneal(
                 columns["width"] = (-inverse.value - lower.value, "nats")
                 weak = weak | (inverse.ess < FEW_WEIGHTS * how.chains)
     data = _dataset(batch, columns)
-    data.attrs = {
+    data.attrs |= {
         "start": "prior" if start is None else start.family,
         "chains": how.chains,
         "rungs": len(ladder.beta) - 1,
@@ -313,7 +314,8 @@ def _dataset(batch: Batch, columns: dict[str, tuple[Any, str]]) -> xr.Dataset:
             name: ("sequence", np.asarray(value), {"units": units})
             for name, (value, units) in columns.items()
         },
-        coords={"sequence": batch.ids.cpu().numpy()},
+        coords=sequence_coords(batch),
+        attrs=corpus_attrs(batch),
     )
 
 

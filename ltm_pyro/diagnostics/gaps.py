@@ -28,6 +28,7 @@ from torch.distributions import Independent, Normal
 
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.convergence import (
     ENOUGH,
     MIN_DRAWS,
@@ -257,10 +258,7 @@ def _evidence(
     """What `evidence` asks for, as numbers. `best`: (S, B) log weights of the converged q."""
     none = torch.zeros_like(best)
     if isinstance(evidence, xr.Dataset):
-        if not np.array_equal(evidence["sequence"].values, batch.ids.cpu().numpy()):
-            raise InputError(
-                "evidence is about other sequences than the batch, or in another order"
-            )
+        refuse_other_sequences(evidence, batch, ("evidence", "the batch"))
         lower, error = (evidence[name].values.astype(np.float64) for name in ("lower", "lower_se"))
         if "upper" not in evidence:
             return _Evidence(lower, none, error, "lower bound, given", exact=False)

@@ -9,6 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.guides.base import LocalGuide
 
@@ -62,6 +64,8 @@ class Posterior:
             that no objective fitted.
         objective_kl: How the objective got its KL: `analytic`, `monte_carlo`, `none` for a point
             mass, `unknown` for an ELBO object of another's making.
+        corpus: Fingerprint of the corpus that the ids belong to, as in `Batch`.
+        x: (B, T) the sequences that q was fitted to, where known.
     """
 
     distribution: TorchDistribution
@@ -76,6 +80,8 @@ class Posterior:
     own_draw_elbo: Tensor | None = None
     objective: str = ""
     objective_kl: str = "unknown"
+    corpus: str | None = None
+    x: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -114,6 +120,25 @@ class Posterior:
             return self.closed_form_kl
         z = self.sample(KL_DRAWS)
         return (self.log_prob(z) - self.prior.log_prob(z)).mean(0)
+
+    def refuse_other_batch(self, batch: Batch, name: str = "the posterior") -> None:
+        """Refuses a batch that q is not about.
+
+        Args:
+            batch: On any device. It may score other positions than q was fitted to.
+            name: What to call the posterior.
+
+        Raises:
+            InputError: if the batch holds other sequences, or in another order.
+        """
+        refuse_other_sequences(self, batch, (name, "the batch"))
+        if self.x is None or batch.x is None:
+            return
+        x, mask = self.x.to(batch.device), self.mask.to(batch.device)
+        if x.shape != batch.x.shape or not bool((x == batch.x)[mask].all()):
+            raise InputError(
+                f"{name} and the batch hold other sequences under the same ids: infer on this batch"
+            )
 
 
 def fitted_posterior(
@@ -156,4 +181,6 @@ def fitted_posterior(
             own_draw_elbo=None if own_draw_elbo is None else own_draw_elbo[place],
             objective=objective,
             objective_kl=objective_kl,
+            corpus=batch.corpus,
+            x=batch.x,
         )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ltm_pyro.errors import InputError
+from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.plots.style import (
     BLUE,
     GREEN,
@@ -37,8 +37,8 @@ def score_panel(scores: xr.Dataset, control: xr.Dataset | None = None) -> Figure
     Raises:
         InputError: if the control is about other sequences.
     """
-    if control is not None and not np.array_equal(control["sequence"], scores["sequence"]):
-        raise InputError("scores and control hold other sequences, or in another order")
+    if control is not None:
+        refuse_other_sequences(scores, control, ("scores", "control"))
     reference = -scores["nll_z0"].values if control is None else control["elbo"].values
     name = "this model at z = 0" if control is None else "control without z"
     gains = {

@@ -21,6 +21,7 @@ from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.compare.budget import EvaluationCounter, Plan, plan_budget
 from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.diagnostics.compare.table import Comparison, add_summary
+from ltm_pyro.diagnostics.labels import corpus_attrs
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
@@ -335,6 +336,7 @@ def _collect(
         if settings.train is not None
         else "the compared sequences themselves",
         "reference": "none" if reference is None else reference.kernel,
+        **corpus_attrs(batch),
         "ltm_pyro_version": ltm_pyro.__version__,
         "torch_version": str(torch.__version__),
         "pyro_version": pyro.__version__,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.labels import corpus_attrs
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
 from ltm_pyro.diagnostics.trust.draws import Joint, draw
 from ltm_pyro.diagnostics.trust.drift import drift_flags
@@ -84,9 +85,10 @@ def diagnose(
     _check_numbers(draws, steps, chains, rungs)
     batch = batch.to(model.device)
     model.check(batch)
-    _check_ids(post, batch)
+    post.refuse_other_batch(batch)
     ids = batch.ids.cpu().numpy()
     attrs: dict[str, Any] = {
+        **corpus_attrs(batch),
         "guide": post.family,
         "draws": draws,
         "steps": steps,
@@ -128,14 +130,6 @@ def _check_numbers(draws: int, steps: int, chains: int, rungs: int) -> None:
         raise InputError(
             f"draws={draws}, steps={steps}, chains={chains}, rungs={rungs}: draws must be "
             f"{LEAST_DRAWS} or more, steps 0 or more, chains 0 or 2 or more, rungs 1 or more"
-        )
-
-
-def _check_ids(post: Posterior, batch: Batch) -> None:
-    if not torch.equal(post.ids.to(batch.device), batch.ids):
-        raise InputError(
-            "the posterior and the batch hold other sequences, or in another order: "
-            "their ids must be equal"
         )
 
 

@@ -180,10 +180,7 @@ def check_start(start: Posterior | None, batch: Batch) -> None:
     """
     if start is None:
         return
-    if not torch.equal(start.ids.to(batch.device), batch.ids):
-        raise InputError(
-            "start and batch hold other sequences, or in another order: their ids must be equal"
-        )
+    start.refuse_other_batch(batch, "start")
     if not start.has_density:
         raise InputError(
             f"start is a {start.family!r} guide, a point mass without a density: every chain "
