@@ -30,10 +30,10 @@ from torch import Tensor
 
 from ltm_pyro.config import preset
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.database import RowDatabase, new_store_files
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.fast_loop import local_optimizer
 from ltm_pyro.inference.guides import LocalGuide, build_guide
-from ltm_pyro.inference.mapped_store import MappedStore, new_store_files
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 CONFIG = preset("nano")
@@ -80,7 +80,7 @@ def measure(n: int, repeats: int, folder: Path, eager: bool) -> dict[str, Any]:
     before = peak_bytes()
     last = make_store(folder, n, svi, guide)
     began = time.perf_counter()
-    store = MappedStore(folder, last)
+    store = RowDatabase(folder, last)
     opening = time.perf_counter() - began
     generator = torch.Generator().manual_seed(0)
 
@@ -141,9 +141,9 @@ def nano(eager: bool) -> tuple[DualRateSVI, LocalGuide, Batch]:
 
 def make_store(folder: Path, n: int, svi: DualRateSVI, guide: LocalGuide) -> int:
     """A store with `n` rows, in some other order than that of the ids; its slow step."""
-    for name, data in new_store_files(B).items():
+    for name, data in new_store_files().items():
         (folder / name).write_bytes(data)
-    store = MappedStore(folder, 0)
+    store = RowDatabase(folder, 0)
     size = (FILL, CONFIG.model.seq_len)
     guide.reset(Batch(torch.zeros(size, dtype=torch.long)))
     rows = {**guide.rows(), **local_optimizer(guide, svi.fast).state()}

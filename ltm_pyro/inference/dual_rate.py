@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.fast_loop import FastResult, frozen
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.local_fit import LocalFit
-from ltm_pyro.inference.local_store import LocalStore, RowStore
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import (
     build_objective,
@@ -67,7 +67,7 @@ class DualRateSVI:
             object. By default `elbo`, which uses the KL in closed form where the guide has one.
         seed: Of all random numbers.
         persistent: Keep local parameters per sequence id, in memory, and start each visit from
-            them; a run folder keeps them on disk (`MappedStore`).
+            them; a run folder keeps them on disk (`RowDatabase`).
         parallel: The processes that share the fit, each with its rows of every batch; this one
             alone by default.
         compile: Compile the likelihood of the fast loop (tens of seconds, once per shape; kept in
@@ -115,7 +115,7 @@ class DualRateSVI:
         self.slow_objective = SlowObjective(model, guide, self.loss)
         self.seed = seed
         self.parallel = parallel or Parallel()
-        self.store: RowStore | None = LocalStore() if persistent else None
+        self.store: RowStore | None = MemoryRows() if persistent else None
         self.slow_step = 0
         self.whole = True
         self.horizon: int | None = None

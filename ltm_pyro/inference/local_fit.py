@@ -8,9 +8,9 @@ from torch import nn
 
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.store import RowStore
 from ltm_pyro.inference.fast_loop import FastResult, frozen, local_optimizer, run_fast_loop
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
-from ltm_pyro.inference.local_store import RowStore
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.models.base import LatentModel

@@ -20,10 +20,10 @@ from typing import Any
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
-from ltm_pyro.inference.mapped_store import MappedStore
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.run import checkpoint as checkpoints
@@ -141,12 +141,12 @@ class Run:
         """
         store, step = self.svi.store, self.svi.slow_step
         checkpoint = self.checkpoint()
-        # The checkpoint decides which rows count: see `ltm_pyro.inference.mapped_store`.
-        if isinstance(store, MappedStore):
+        # The checkpoint decides which rows count: see `ltm_pyro.engine.rows.database`.
+        if isinstance(store, RowDatabase):
             store.prepare(step)
             self.parallel.wait()
         self.parallel.lead(lambda: self._write(checkpoint))
-        if isinstance(store, MappedStore):
+        if isinstance(store, RowDatabase):
             store.publish(step)
 
     def save_alone(self) -> bool:
@@ -203,7 +203,7 @@ class Run:
     def open_rows(self, step: int) -> None:
         """Takes up the local parameters on disk as they were at slow step `step`."""
         if self.config.persistent:
-            self.svi.store = MappedStore(
+            self.svi.store = RowDatabase(
                 self.folder / STORE,
                 step,
                 owner=self.label,

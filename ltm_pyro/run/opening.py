@@ -16,9 +16,9 @@ import ltm_pyro
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import load_tokenizer
+from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest
 from ltm_pyro.exclusive import exclusive
-from ltm_pyro.inference.mapped_store import new_store_files
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.run import checkpoint as checkpoints
@@ -96,7 +96,7 @@ def create_run(
         **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
     }
     if config.persistent:
-        rows = new_store_files(config.batch_size, run.parallel.size)
+        rows = new_store_files()
         files |= {f"{STORE}/{name}": data for name, data in rows.items()}
     _replace_folder(folder, files)
     run.open_rows(0)

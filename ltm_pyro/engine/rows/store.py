@@ -1,0 +1,61 @@
+"""Local parameters kept per sequence id, so that a later visit starts where the last one ended."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ltm_pyro.engine.rows.layout import RowLayout
+
+Rows = dict[str, Tensor]
+"""Tensors by name, each (B, ...) with one row per sequence."""
+
+
+class RowStore(Protocol):
+    """Where a persistent fit keeps its rows: in memory, or on disk (`RowDatabase`)."""
+
+    def __len__(self) -> int:
+        """Sequences that have a row."""
+        ...
+
+    def gather(self, ids: Tensor, fresh: Rows) -> Rows:
+        """Rows for `ids` (B,): the stored ones, and those of `fresh` (B, ...) for new ids."""
+        ...
+
+    def scatter(self, ids: Tensor, rows: Rows) -> None:
+        """Stores `rows` (B, ...) under `ids` (B,)."""
+        ...
+
+
+class MemoryRows:
+    """Rows in the memory of the CPU, as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._layout: RowLayout | None = None
+        self._rows: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gather(self, ids: Tensor, fresh: Rows) -> Rows:
+        """Rows for `ids` (B,): the stored ones, and those of `fresh` (B, ...) for new ids.
+
+        Raises:
+            InputError: if the rows stored are another guide's.
+        """
+        if self._layout is None:
+            return {name: value.clone() for name, value in fresh.items()}
+        numbers = ids.tolist()
+        return self._layout.filled(
+            fresh, {row: self._rows[i] for row, i in enumerate(numbers) if i in self._rows}
+        )
+
+    def scatter(self, ids: Tensor, rows: Rows) -> None:
+        """Stores `rows` (B, ...) under `ids` (B,).
+
+        Raises:
+            InputError: if the rows stored are another guide's.
+        """
+        self._layout = self._layout or RowLayout.of(rows)
+        self._rows.update(zip(ids.tolist(), self._layout.packed(rows), strict=True))
