@@ -67,6 +67,11 @@ WRONG_FITS = {
         ["--corpus", "mixture", "--corpus.options.clases", "4"],
         ["'clases'", "did you mean 'classes'"],
     ),
+    "an argument as corpus option": (
+        ["--corpus.options", '{"seq_len": 3}'],
+        ["seq_len", "model.seq_len"],
+    ),
+    "a cache chosen by a run": (["--corpus.options.cache_dir", "x"], ["cache_dir"]),
     "unknown preset": (["--preset", "nanno"], ["'nanno'", "did you mean 'nano'"]),
     "unknown guide": (["--guide", "meanfield"], ["'meanfield'", "did you mean 'mean_field'"]),
     "unknown guide option": (

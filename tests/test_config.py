@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,42 @@ def test_a_configuration_survives_json(name: str) -> None:
         ({"model": {"width": 30, "n_heads": 4}}, "multiple"),
         ({"model": {"window": 0}}, "model.window"),
         ({"model": {"vocab_size": True}}, "whole number"),
+        ({"model": {"n_layers": 9 * 10**18}}, "model.n_layers .* at most"),
+        ({"eval_draws": 10**5000}, "eval_draws .* at most"),
+        ({"fast": 3}, "fast is 3: must be a group"),
+        ({"model": None}, "model is None: must be a group"),
+        ({"corpus": "x"}, "corpus is 'x': must be a group"),
+        ({"guide_options": [1]}, "guide_options .* must be a group"),
+        ({"model": {"prior_options": {1: 2}}}, "model.prior_options"),
+        ({"corpus": {"options": {"a": object()}}}, "corpus.options"),
+        ({"device": 3}, "device is 3: must be a text"),
+        ({1: 2}, "key 1: must be a text"),
     ],
 )
 def test_what_cannot_run_cannot_be_configured(values: dict[str, object], words: str) -> None:
     with pytest.raises(ltm.InputError, match=words):
         from_dict(FitConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ltm.Fast(lr="a"), "fast.lr is 'a': must be a number above 0"),
+        (lambda: ltm.Fast(lr=float("nan")), "fast.lr is nan"),
+        (lambda: ltm.Fast(steps=1.5), "fast.steps is 1.5: must be a whole number"),
+        (lambda: ltm.Fast(steps="3"), "fast.steps is '3'"),
+        (lambda: ltm.Fast(betas=(0.9,)), "fast.betas .* two numbers from 0 to below 1"),
+        (lambda: ltm.Fast(stps=3), "did you mean 'fast.steps'"),
+        (lambda: ltm.Slow(lr=torch.tensor(1.0)), "slow.lr is tensor"),
+        (lambda: ltm.FitConfig(corpus="x"), "corpus is 'x'"),
+        (lambda: ltm.FitConfig(seed=-1), "seed is -1: must be a whole number, 0 or more"),
+        (lambda: ltm.FitConfig(compile=1), "compile is 1: must be true or false"),
+    ],
+)
+def test_settings_made_in_python_name_the_field(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ltm.InputError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_preset_offers_the_nearest() -> None:

@@ -377,7 +377,7 @@ def test_settings_from_options_and_yaml(tmp_path: Any) -> None:
         settings(file=str(file))
     with pytest.raises(InputError, match="must be a group of settings"):
         ModelConfig(prior_options=3)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="must be a name"):
+    with pytest.raises(InputError, match=r"model\.prior is None: must be a text"):
         ModelConfig(prior=None)  # type: ignore[arg-type]
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.corpus import BUILT_IN, load_corpus
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+
+_OWN_SETTING = {
+    "name_or_path": "corpus.name",
+    "tokenizer": "corpus.tokenizer",
+    "seed": "corpus.seed",
+    "encoding": "corpus.encoding",
+    "seq_len": "model.seq_len",
+    "cache_dir": "the environment variable LTM_PYRO_CACHE",
+}
+"""Arguments of `load_corpus` that are no options of a corpus, and what sets them."""
 
 BUILT_IN_TOKENIZERS = ("bytes", "bpe", "symbols")
 
@@ -22,16 +33,23 @@ def open_corpus(config: FitConfig) -> Corpus:
     """The corpus that `config` names.
 
     Raises:
-        InputError: as `load_corpus` does.
+        InputError: as `load_corpus` does, and for an option that has a setting of its own.
     """
     chosen = config.corpus
+    for option in chosen.options:
+        if option in _OWN_SETTING:
+            raise InputError(
+                f"{option} is no option of a corpus: leave it out of corpus.options, "
+                f"{_OWN_SETTING[option]} sets it"
+            )
+    options: dict[str, Any] = dict(chosen.options)
     return load_corpus(
         chosen.name,
         seq_len=config.model.seq_len,
         tokenizer=chosen.tokenizer,
         seed=chosen.seed,
         encoding=chosen.encoding,
-        **chosen.options,
+        **options,
     )
 
 
@@ -46,12 +64,13 @@ def open_device(name: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("holds no numbers")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # a backend that is not installed fails in a way of its own
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             here.append("mps")
         raise InputError(
-            f"device {name!r} is absent: this machine has {', '.join(here)}; choose with --device"
+            f"device {shown(name)} is absent: this machine has {', '.join(here)}; choose with "
+            "--device"
         ) from None
     return device
 
