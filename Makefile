@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint docs format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,12 +24,17 @@ lint: $(STAMP)  ## style, types and the floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)  ## the site, into docs/_build/html; a warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 format: $(STAMP)  ## apply the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:  ## remove .venv, caches, build leftovers and the demo's run
-	rm -rf .venv build dist ltm_pyro.egg-info runs/demo
+	rm -rf .venv build dist docs/_build docs/notebooks ltm_pyro.egg-info runs/demo
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage .coverage.*
 	find ltm_pyro tests notebooks benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -3,7 +3,7 @@
     python benchmarks/fast_loop.py --json docs/fast_loop.json            # the table, minutes
     python benchmarks/fast_loop.py --quick                               # about a minute
     python benchmarks/fast_loop.py --scaling --json docs/fast_loop_scaling.json   # and the figure
-    python benchmarks/readme_speed.py                                    # both into the README
+    python benchmarks/speed_tables.py                                    # both into docs/speed.md
 
 In one run, on the same weights and the same (random) tokens, the loops take turns: a b c, a b c.
 Ratios are of neighbours in time, so a machine that is slower for a while is slower for all. Each
@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 from loop_cases import Case, Precision, measure
 from loop_scaling import AXES, measure_axis
-from readme_speed import FIGURE, ROOT, markdown_table, scaling_table
+from speed_tables import FIGURE, ROOT, markdown_table, scaling_table
 
 from ltm_pyro.config import preset
 from ltm_pyro.errors import InputError, unknown_name

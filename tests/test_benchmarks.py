@@ -13,7 +13,7 @@ from loop_memory import peak_bytes
 from loop_scaling import axis_points, linearity
 from matrix_rate import fast_step_products
 from published_loop import PublishedLoop, published_likelihood
-from readme_speed import block
+from speed_tables import block
 from tolerances import EXACT
 
 import ltm_pyro as ltm

@@ -1,9 +1,9 @@
-"""Tables of `fast_loop.py`, and what puts them into the README.
+"""Tables of `fast_loop.py`, and what puts them into docs/speed.md.
 
-    python benchmarks/readme_speed.py            # docs/fast_loop.json, docs/fast_loop_scaling.json
+    python benchmarks/speed_tables.py            # docs/fast_loop.json, docs/fast_loop_scaling.json
 
-Replaces what stands between the markers in README.md; without the second file the part on scaling
-is left out. Nothing is measured here.
+Replaces what stands between the markers in docs/speed.md; without the second file the part on
+scaling is left out. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("table", type=Path, nargs="?", default=ROOT / TABLE)
     parser.add_argument("scaling", type=Path, nargs="?", default=ROOT / SCALING)
     args = parser.parse_args()
-    readme = ROOT / "README.md"
+    page = ROOT / "docs/speed.md"
     scaling = json.loads(args.scaling.read_text()) if args.scaling.exists() else None
     text = block(json.loads(args.table.read_text()), scaling)
-    before, rest = readme.read_text().split(BEGIN)
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def block(result: Row, scaling: Row | None = None) -> str:
@@ -60,7 +60,7 @@ def block(result: Row, scaling: Row | None = None) -> str:
     ]  # fmt: skip
     if scaling is not None:
         lines += [
-            "", f"![Cost of the fast loop as one thing grows]({FIGURE})", "",
+            "", f"![Cost of the fast loop as one thing grows]({FIGURE.name})", "",
             *scaling_table(scaling), "", footnote(scaling["header"]),
         ]  # fmt: skip
     return "\n".join(lines)
@@ -120,7 +120,7 @@ def footnote(head: Row) -> str:
     """What made the numbers."""
     versions = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
     return (
-        f"Made by `{head['command']}` and `benchmarks/readme_speed.py`: seed {head['seed']}, "
+        f"Made by `{head['command']}` and `benchmarks/speed_tables.py`: seed {head['seed']}, "
         f"{versions}; {head['machine']}, {head['threads']} threads."
     )
 
