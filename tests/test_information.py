@@ -11,7 +11,8 @@ from test_collapse import Silent
 from tolerances import EXACT, MC
 from torch import Tensor
 
-from ltm_pyro.diagnostics.information import blocks, information_by_block, marginal
+from ltm_pyro.diagnostics.information import information_by_block
+from ltm_pyro.diagnostics.marginals import blocks, marginal
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal

@@ -17,7 +17,20 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ltm_pyro.data.pairing import refuse_other_sequences
-from ltm_pyro.diagnostics.information import blocks, kl_by_block, moments, mutual_information
+from ltm_pyro.diagnostics.information import (
+    TIGHT,
+    counts,
+    kl_by_block,
+    mutual_information,
+    strength,
+)
+from ltm_pyro.diagnostics.marginals import blocks, moments
+from ltm_pyro.diagnostics.sampling_error import (
+    Estimate,
+    clustered_mean,
+    documents_of,
+    few_documents_note,
+)
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
@@ -33,9 +46,10 @@ class CollapsePanel:
 
     Attributes:
         n_sequences: N, sequences that the panel is about.
+        n_documents: That they are pieces of; `None` where documents are not known.
         draws: S, draws per sequence for the mutual information.
         kl: Mean KL(q(z_i) || prior).
-        kl_se: Its standard error over sequences.
+        kl_se: Its error over documents, see `sampling_error`.
         kl_estimator: `analytic` or `monte_carlo`.
         kl_per_thought: (K,) mean KL of each thought vector by itself; `nan` where unknown. Against
             a prior of independent thoughts their sum is at most `kl`, and less where thoughts lean
@@ -46,24 +60,34 @@ class CollapsePanel:
         active_units: Dimensions of z whose posterior mean has a variance over sequences of at least
             `ACTIVE_VARIANCE`.
         n_units: K D.
-        mutual_information: Between sequence and z under q, mean_i KL(q_i || q_agg) with q_agg the
-            mixture of these N posteriors; at most log N, whatever q is.
+        mutual_information: Between text and z under q, from below; see `information`.
         mutual_information_se: Its Monte Carlo standard error given these sequences.
-        mutual_information_cap: log N.
+        mutual_information_upper: The bound from above; `nan` where it is not known.
+        mutual_information_is: `estimate`; `at least` where the bound from above is not near: N
+            sequences then show no more than that.
+        mutual_information_cap: Which no value can exceed; log N for N texts.
+        mutual_information_counts: Whether the noise of the fast loop counts as information.
         mutual_information_per_thought: (K,) the same of each thought vector by itself.
         mutual_information_per_thought_se: (K,) their Monte Carlo standard errors.
         mutual_information_per_layer: (L,) the same of each layer's thoughts; empty without layers.
         mutual_information_per_layer_se: (L,) their Monte Carlo standard errors.
+        mutual_information_per_thought_upper: (K,) their bounds from above.
+        mutual_information_per_layer_upper: (L,) their bounds from above.
         mutual_information_per_block_kind: Of these: `monte carlo`, `at least` or `unknown`.
-        kl_aggregate: KL(q_agg || prior) = kl - mutual_information: how far all posteriors together
-            are from the prior, which a decoder can exploit without telling sequences apart.
+        kl_aggregate: KL(q_agg || prior), q_agg the mixture of all q: `kl` less what z tells apart
+            under these fits. How far all posteriors together are from the prior, which a decoder
+            can exploit without telling sequences apart.
+        kl_aggregate_is: `estimate`, or `at most` where the mutual information is `at least`.
         penalty_z0: Mean of -log p(x | z = 0) minus that at the sequence's own draws.
-        penalty_z0_se: Its paired standard error over sequences.
-        penalty_shuffled: The same with the thoughts of another sequence.
-        penalty_shuffled_se: Its paired standard error over sequences.
+        penalty_z0_se: Its paired error over documents.
+        penalty_shuffled: The same with the thoughts of a sequence of another document; `nan` where
+            there is no other.
+        penalty_shuffled_se: Its paired error over documents.
+        note: What to know before trusting these errors; empty where there is nothing.
     """
 
     n_sequences: int
+    n_documents: int | None
     draws: int
     kl: float
     kl_se: float
@@ -75,21 +99,28 @@ class CollapsePanel:
     n_units: int
     mutual_information: float
     mutual_information_se: float
+    mutual_information_upper: float
+    mutual_information_is: str
     mutual_information_cap: float
+    mutual_information_counts: str
     mutual_information_per_thought: NDArray[np.float64]
     mutual_information_per_thought_se: NDArray[np.float64]
     mutual_information_per_layer: NDArray[np.float64]
     mutual_information_per_layer_se: NDArray[np.float64]
+    mutual_information_per_thought_upper: NDArray[np.float64]
+    mutual_information_per_layer_upper: NDArray[np.float64]
     mutual_information_per_block_kind: str
     kl_aggregate: float
+    kl_aggregate_is: str
     penalty_z0: float
     penalty_z0_se: float
     penalty_shuffled: float
     penalty_shuffled_se: float
+    note: str
 
     @property
     def uses_thoughts(self) -> bool:
-        """Whether another sequence's thoughts hurt by more than two standard errors."""
+        """Whether another document's thoughts hurt by more than two errors."""
         return self.penalty_shuffled > 2 * self.penalty_shuffled_se
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,6 +139,7 @@ def collapse_panel(
     n_layers: int | None = None,
     draws: int = 16,
     seed: int = 0,
+    again: Posterior | None = None,
 ) -> CollapsePanel:
     """The collapse panel of a batch.
 
@@ -118,46 +150,57 @@ def collapse_panel(
         draws: S, draws per sequence for the mutual information. Its cost is S N N densities of z;
             for families with correlated thoughts as many again of every thought and layer.
         seed: Of these draws.
+        again: A second inference of the same sequences, `svi.infer(batch, seed=...)`, so that the
+            noise of the fast loop does not count as information about the text.
 
     Raises:
-        InputError: if scores and posterior do not belong together, or there is one sequence only.
+        InputError: if scores and posteriors do not belong together, or there is one sequence only.
     """
     _check(post, scores, n_layers)
     n, n_thoughts = len(post), post.prior.event_shape[0]
     layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
-        found = mutual_information(post, layers, draws)
+        found = mutual_information(post, layers, draws, again)
         mean = moments(post)[0]
         by_block, kind = kl_by_block(post, [*blocks(n_thoughts, n_thoughts), *layers])
-    kl = scores["kl"].values.astype(np.float64)
+    documents = documents_of(scores)
+    kl = clustered_mean(scores["kl"].values, documents)
+    total, by_thought, by_layer = found.total, found.thoughts, found.layers
     kl_blocks = by_block.mean(0).cpu().numpy()
     active = int((mean.double().var(0) >= ACTIVE_VARIANCE).sum())
-    z0, z0_se = _paired(scores, "nll_z0")
-    shuffled, shuffled_se = _paired(scores, "nll_shuffled")
+    z0, shuffled = _paired(scores, "nll_z0"), _paired(scores, "nll_shuffled")
     return CollapsePanel(
         n_sequences=n,
+        n_documents=None if documents is None else kl.documents,
         draws=draws,
-        kl=float(kl.mean()),
-        kl_se=_standard_error(kl),
+        kl=kl.value,
+        kl_se=kl.error,
         kl_estimator=post.kl_estimator,
         kl_per_thought=kl_blocks[:n_thoughts],
         kl_per_layer=kl_blocks[n_thoughts:],
         kl_per_block_kind=kind,
         active_units=active,
         n_units=mean[0].numel(),
-        mutual_information=found.total[0],
-        mutual_information_se=found.total[1],
-        mutual_information_cap=math.log(n),
-        mutual_information_per_thought=found.thoughts[0].double().numpy(),
-        mutual_information_per_thought_se=found.thoughts[1].double().numpy(),
-        mutual_information_per_layer=found.layers[0].double().numpy(),
-        mutual_information_per_layer_se=found.layers[1].double().numpy(),
+        mutual_information=float(total.value),
+        mutual_information_se=float(total.error),
+        mutual_information_upper=float(total.upper),
+        mutual_information_is=strength(total),
+        mutual_information_cap=found.cap,
+        mutual_information_counts=counts(again),
+        mutual_information_per_thought=by_thought.value.double().numpy(),
+        mutual_information_per_thought_se=by_thought.error.double().numpy(),
+        mutual_information_per_layer=by_layer.value.double().numpy(),
+        mutual_information_per_layer_se=by_layer.error.double().numpy(),
+        mutual_information_per_thought_upper=by_thought.upper.double().numpy(),
+        mutual_information_per_layer_upper=by_layer.upper.double().numpy(),
         mutual_information_per_block_kind=found.kind,
-        kl_aggregate=float(kl.mean()) - found.total[0],
-        penalty_z0=z0,
-        penalty_z0_se=z0_se,
-        penalty_shuffled=shuffled,
-        penalty_shuffled_se=shuffled_se,
+        kl_aggregate=kl.value - float(total.as_fitted),
+        kl_aggregate_is="at most" if bool(total.at_least) else "estimate",
+        penalty_z0=z0.value,
+        penalty_z0_se=z0.error,
+        penalty_shuffled=shuffled.value,
+        penalty_shuffled_se=shuffled.error,
+        note=few_documents_note(kl) or "",
     )
 
 
@@ -175,35 +218,30 @@ def _check(post: Posterior, scores: xr.Dataset, n_layers: int | None) -> None:
         raise InputError(f"{thoughts} thoughts cannot belong to {n_layers} layers in equal blocks")
 
 
-def _paired(scores: xr.Dataset, control: str) -> tuple[float, float]:
-    """Mean and standard error over sequences of a control minus the sequence's own thoughts."""
-    difference = (scores[control] - scores["nll_given_z"]).values.astype(np.float64)
-    return float(difference.mean()), _standard_error(difference)
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    if not np.isfinite(values).all():
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+def _paired(scores: xr.Dataset, control: str) -> Estimate:
+    """Mean over sequences of a control minus the sequence's own thoughts."""
+    return clustered_mean(scores[control] - scores["nll_given_z"], documents_of(scores))
 
 
 def format_panel(panel: CollapsePanel) -> str:
     """The panel as text for the terminal, every number with its unit, error and meaning."""
-    cap = panel.mutual_information_cap
     rows = [
         ("KL(q || prior)", panel.kl, panel.kl_se, f"what q says about the text ({_how(panel)})"),
         (
             "mutual information", panel.mutual_information, panel.mutual_information_se,
-            f"its part that tells sequences apart; at most log N = {cap:.2f}",
+            _about_information(panel),
         ),
         ("z = 0 penalty", panel.penalty_z0, panel.penalty_z0_se, "loss with thoughts set to 0"),
         (
             "shuffled-z penalty", panel.penalty_shuffled, panel.penalty_shuffled_se,
-            "loss with another sequence's thoughts",
+            "loss with another document's thoughts",
         ),
     ]  # fmt: skip
+    known = panel.n_documents is not None
+    of_documents = f" of {panel.n_documents} documents" if known else ""
     lines = [
-        f"Does the model use its thoughts?  ({panel.n_sequences} sequences, nats per sequence)"
+        f"Does the model use its thoughts?  ({panel.n_sequences} sequences{of_documents}, "
+        "nats per sequence)"
     ]
     for name, value, error, meaning in rows:
         lines.append(f"  {name:<19} {value:>8.2f} +- {error:<6.2f} {meaning}")
@@ -212,11 +250,22 @@ def format_panel(panel: CollapsePanel) -> str:
         f"dimensions whose mean varies by {ACTIVE_VARIANCE} or more"
     )
     lines += _by_block(panel)
-    if panel.uses_thoughts:
-        verdict = "yes: another sequence's thoughts hurt by more than two standard errors"
+    if math.isnan(panel.penalty_shuffled):
+        verdict = "not judged: all sequences are of one document, which has no other's thoughts"
+    elif panel.uses_thoughts:
+        verdict = "yes: another document's thoughts hurt by more than two errors"
     else:
-        verdict = "not shown: another sequence's thoughts hurt by less than two standard errors"
-    return "\n".join([*lines, f"  {verdict}"])
+        verdict = "not shown: another document's thoughts hurt by less than two errors"
+    return "\n".join([*lines, f"  {verdict}", *([f"  {panel.note}"] if panel.note else [])])
+
+
+def _about_information(panel: CollapsePanel) -> str:
+    """What the mutual information is, and how far it can be trusted."""
+    cap = f"{panel.n_sequences} sequences cap it at {panel.mutual_information_cap:.2f}"
+    if panel.mutual_information_is != "at least":
+        return f"its part that tells texts apart; {cap}"
+    upper = panel.mutual_information_upper
+    return f"at least{f', at most {upper:.1f}' if math.isfinite(upper) else ''}; {cap}"
 
 
 def _by_block(panel: CollapsePanel) -> list[str]:
@@ -230,17 +279,18 @@ def _by_block(panel: CollapsePanel) -> list[str]:
         if values.size:
             lines.append(f"  {f'KL by {name}':<19} {least}{_numbers(values)}{note}")
             note = ""
-    least = "at least " if panel.mutual_information_per_block_kind == "at least" else ""
-    for name, values, errors in (
+    for name, values, errors, uppers in (
         (
             "layer", panel.mutual_information_per_layer, panel.mutual_information_per_layer_se,
+            panel.mutual_information_per_layer_upper,
         ),
         (
             "thought", panel.mutual_information_per_thought,
-            panel.mutual_information_per_thought_se,
+            panel.mutual_information_per_thought_se, panel.mutual_information_per_thought_upper,
         ),
     ):  # fmt: skip
         if values.size and np.isfinite(values).all():
+            least = "" if (uppers - values <= TIGHT).all() else "at least "
             worst = f"  (+- {errors.max():.2f} or less)"
             lines.append(f"  {f'MI by {name}':<19} {least}{_numbers(values)}{worst}")
     return lines

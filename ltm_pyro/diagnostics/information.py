@@ -3,11 +3,19 @@
 A total hides where a latent has collapsed. For a block z_g of thoughts, with N sequences,
 
     KL_g = mean_i KL(q_i(z_g) || p(z_g))
-    I_g  = mean_i E_{z ~ q_i}[log q_i(z_g) - log mean_j q_j(z_g)]       <= log N
+    I_g >= mean_i E_{z ~ q_i}[log q_i(z_g) - log mean_j q_j(z_g)]               j = 1..N
+    I_g <= mean_i E_{z ~ q_i}[log q_i(z_g) - log mean_{j != i} q_j(z_g)]
 
-need the density of the block by itself. Where it is known (normals of any covariance, mixtures of
-diagonal normals, the autoregressive prior) the values are those of the definition. Where it is not
-(flows), normals r_i with q_i's moments take its place, and both values become lower bounds: among
+in expectation over sequences (Poole et al. 2019, arXiv 1905.06922, section 2). The first never
+exceeds log N, however much z says; where the two are apart, N sequences show no more than that I_g
+is at least the first. Both take z for a function of the text: what the noise of a short fast loop
+moved each q_i by tells sequences apart too. Sequences of the same text are therefore one, whose q
+is the mixture of theirs; and scored with the densities q'_i of a second, independent inference the
+first line is a lower bound on what the text alone says.
+
+Densities of a block by itself: where they are known (normals of any covariance, mixtures of
+diagonal normals, the autoregressive prior) the values are those of the definition. Where they are
+not (flows), normals r_i with q_i's moments take its place, and KL and I become lower bounds: among
 all densities with these moments the normal has the highest entropy, and any r_i in place of q_i
 gives a lower bound on I_g (Barber & Agakov 2003). They are then called `at least`.
 """
@@ -15,6 +23,7 @@ gives a lower bound on I_g (Barber & Agakov 2003). They are then called `at leas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,115 +31,26 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 import xarray as xr
-from pyro.distributions import MixtureSameFamily, TorchDistribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
+from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.gaussian_kl import gaussian_kl, is_factorised_normal
 from ltm_pyro.inference.posterior import KL_DRAWS, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal
-from ltm_pyro.models.normal_mixture import NormalMixture
-from ltm_pyro.models.priors.autoregressive import StationaryAR1
 
 Kind = Literal["exact", "monte carlo", "at least", "unknown"]
 _RANK: tuple[Kind, ...] = ("exact", "monte carlo", "at least", "unknown")
-_MOMENT_DRAWS = 256  # for families that cannot state their marginal moments
+Densities = Callable[[Tensor], Tensor]
+"""From z (S, 1, K, D) to log densities (S, N, C) of C parts of it under every q."""
 
-
-def moments(post: Posterior) -> tuple[Tensor, Tensor]:
-    """Mean and marginal variance of each dimension of z, (B, K, D) each."""
-    try:
-        return post.distribution.mean, post.distribution.variance
-    except NotImplementedError:
-        z = post.sample(_MOMENT_DRAWS)
-        return z.mean(0), z.var(0)
-
-
-def blocks(n_thoughts: int, n_blocks: int) -> list[slice]:
-    """Equal blocks of neighbouring thoughts, as layers have them.
-
-    Raises:
-        InputError: if they do not come out even.
-    """
-    if n_blocks < 1 or n_thoughts % n_blocks:
-        raise InputError(
-            f"{n_thoughts} thoughts cannot belong to {n_blocks} layers in equal blocks"
-        )
-    size = n_thoughts // n_blocks
-    return [slice(start, start + size) for start in range(0, n_thoughts, size)]
-
-
-def marginal(distribution: TorchDistribution, block: slice) -> TorchDistribution | None:
-    """The distribution of some neighbouring thoughts by themselves.
-
-    Args:
-        distribution: Batch shape (...), event shape (K, D).
-        block: Which thoughts, n of them.
-
-    Returns:
-        Batch shape (...), event shape (n, D); `None` where its density is not known.
-    """
-    d: Any = distribution
-    n_thoughts, dim = d.event_shape
-    if block == slice(0, n_thoughts):
-        return distribution
-    out: TorchDistribution | None = None
-    if is_factorised_normal(d):
-        out = _normal(d.base_dist, block)
-    elif isinstance(d, LowRankNormal):
-        out = _low_rank(d, block)
-    elif isinstance(d, BlockNormal):
-        out = _of_blocks(d, block, dim)
-    elif isinstance(d, FullNormal):
-        out = _of_covariance(d, block, dim)
-    elif isinstance(d, NormalMixture):
-        out = NormalMixture(d.log_weights, d.loc[..., block, :], d.scale[..., block, :])
-    elif isinstance(d, MixtureSameFamily) and is_factorised_normal(d.component_distribution):
-        each = _normal(d.component_distribution.base_dist, block)
-        out = MixtureSameFamily(d.mixture_distribution, each)
-    elif isinstance(d, StationaryAR1):
-        # Stationary: every stretch of the process is the same process, shorter.
-        out = StationaryAR1(d.raw, block.stop - block.start, d.batch_shape)
-    return out
-
-
-def _normal(base: Any, block: slice) -> TorchDistribution:
-    """Of independent normals (..., K, D)."""
-    out: TorchDistribution = dist.Normal(
-        base.loc[..., block, :], base.scale[..., block, :]
-    ).to_event(2)
-    return out
-
-
-def _low_rank(d: LowRankNormal, block: slice) -> TorchDistribution:
-    """Rows of S and A: of any number of dimensions, without their covariance."""
-    flat: Any = d.flat
-    shape = tuple(d.event_shape)
-    diagonal = flat.cov_diag.unflatten(-1, shape)[..., block, :]
-    columns = flat.cov_factor.unflatten(-2, shape)[..., block, :, :]
-    scale = diagonal.sqrt()
-    return LowRankNormal(d.mean[..., block, :], scale, columns / scale[..., None])
-
-
-def _of_blocks(d: BlockNormal, block: slice, dim: int) -> TorchDistribution:
-    """The blocks inside, or a part of the one around; from the whole covariance else."""
-    flat: Any = d.flat
-    scale_tril = flat.base_dist.scale_tril
-    size = scale_tril.shape[-1]
-    start, stop = block.start * dim, block.stop * dim
-    if start % size or stop % size:
-        return _of_covariance(d, block, dim)
-    inside = scale_tril[..., start // size : stop // size, :, :]
-    return BlockNormal(d.mean[..., block, :], inside)
-
-
-def _of_covariance(d: FullNormal | BlockNormal, block: slice, dim: int) -> TorchDistribution:
-    part = slice(block.start * dim, block.stop * dim)
-    covariance = d.covariance[..., part, part]
-    return FullNormal(d.mean[..., block, :], torch.linalg.cholesky(covariance))
+TIGHT = 0.1
+"""Nats between the bounds on a mutual information up to which the lower one is called its value."""
 
 
 def kl_by_block(post: Posterior, parts: list[slice]) -> tuple[Tensor, Kind]:
@@ -182,59 +102,142 @@ def _kl_of_moments(mean: Tensor, variance: Tensor, prior: TorchDistribution) -> 
 
 
 @dataclass(frozen=True)
-class MutualInformation:
-    """Between sequence and z, mean over sequences in nats, with Monte Carlo standard errors.
+class Information:
+    """Bounds on the mutual information between text and parts of z, nats.
 
     Attributes:
-        total: Of all thoughts, and its standard error.
-        thoughts: (K,) of each thought by itself, and standard errors (K,).
-        layers: (L,) of each layer's block, and standard errors (L,).
-        kind: Of `thoughts` and `layers`; `total` is always of the definition.
+        value: From below, in expectation over sequences; at most their entropy, log N for N texts.
+        error: Its Monte Carlo standard error given these sequences and fits.
+        upper: From above; `nan` where that is not known: for parts whose density is not, and where
+            all sequences are of the same text.
+        as_fitted: From below, what the fast loop's noise tells apart included: equal to `value`
+            unless a second inference was given.
     """
 
-    total: tuple[float, float]
-    thoughts: tuple[Tensor, Tensor]
-    layers: tuple[Tensor, Tensor]
+    value: Tensor
+    error: Tensor
+    upper: Tensor
+    as_fitted: Tensor
+
+    def part(self, index: int | slice) -> Information:
+        """Of some parts."""
+        values = (self.value, self.error, self.upper, self.as_fitted)
+        return Information(*(value[index] for value in values))
+
+    @property
+    def at_least(self) -> Tensor:
+        """Whether `value` is a lower bound and no more: the upper one is far, or not known."""
+        return ~(self.upper - self.value <= TIGHT)
+
+
+@dataclass(frozen=True)
+class MutualInformation:
+    """Between text and z, in nats.
+
+    Attributes:
+        total: Of all thoughts, values of shape ().
+        thoughts: Of each thought by itself, (K,).
+        layers: Of each layer's block, (L,).
+        cap: Which no lower bound can exceed: the entropy of the texts, log N for N texts.
+        kind: How densities of `thoughts` and `layers` are known; those of `total` always are.
+    """
+
+    total: Information
+    thoughts: Information
+    layers: Information
+    cap: float
     kind: Kind
 
 
-def mutual_information(post: Posterior, layers: list[slice], draws: int) -> MutualInformation:
-    """I between sequence and z on `draws` draws per sequence, from torch's global generator.
+def mutual_information(
+    post: Posterior, layers: list[slice], draws: int, again: Posterior | None = None
+) -> MutualInformation:
+    """I between text and z on `draws` draws per sequence, from torch's global generator.
 
-    Costs S N N densities of z, and for families with correlated thoughts as many of every block.
+    Costs S N N densities of z, and for families with correlated thoughts as many of every block;
+    twice that with a second inference.
 
     Args:
         post: q for N sequences.
         layers: L blocks of thoughts, possibly none.
         draws: S.
+        again: A second inference of the same sequences, with noise of its own.
+
+    Raises:
+        InputError: if the second inference is of other sequences, or a point mass.
     """
-    n_thoughts = post.prior.event_shape[0]
+    _check_again(post, again)
+    n_thoughts, n, texts = post.prior.event_shape[0], len(post), _texts(post)
+    share = torch.bincount(texts).double() / n
+    cap = float(-(share * share.log()).sum())
     if not post.has_density:
-        unknown = [torch.full((size,), torch.nan) for size in (n_thoughts, len(layers))]
-        by_thought, by_layer = ((part, part) for part in unknown)
-        return MutualInformation((math.nan, math.nan), by_thought, by_layer, "unknown")
-    score, kind = _densities(post, blocks(n_thoughts, n_thoughts), layers)
-    n = len(post)
+        unknown = torch.full((1 + n_thoughts + len(layers),), torch.nan)
+        found = Information(unknown, unknown, unknown, unknown)
+        return _by_part(found, n_thoughts, cap, "unknown")
+    parts = blocks(n_thoughts, n_thoughts)
+    score, kind = _densities(post, parts, layers)
+    second = score if again is None else _densities(again, parts, layers)[0]
     z = post.sample(draws)
     gains = []
     for i in range(n):  # one sequence at a time, so that memory grows with S N and not S N N
-        log_q = score(z[:, i, None]).double()  # (S, N, 1 + K + L): draws of q_i under every q_j
-        gains.append(log_q[:, i] - (log_q.logsumexp(1) - math.log(n)))
-    gain = torch.stack(gains, dim=1)  # (S, N, 1 + K + L)
-    mean = gain.mean((0, 1)).cpu()
-    error = (gain.var(0).sum(0) / draws).sqrt().cpu() / n if draws > 1 else mean * torch.nan
-    split = [1, n_thoughts, len(layers)]
-    (total, thought, layer), (total_se, thought_se, layer_se) = (
-        mean.split(split),
-        error.split(split),
-    )
+        same = texts == texts[i]
+        own, other = _gains(score(z[:, i, None]).double(), same)
+        fresh = own if again is None else _gains(second(z[:, i, None]).double(), same)[0]
+        gains.append(torch.stack([fresh, other, own]))
+    gain = torch.stack(gains, dim=2)  # (3, S, N, 1 + K + L)
+    value, upper, as_fitted = gain.mean((1, 2)).cpu()
+    if kind == "at least":
+        upper[1:] = torch.nan  # with normals in place of q it bounds nothing from above
+    error = (gain[0].var(0).sum(0) / draws).sqrt().cpu() / n if draws > 1 else value * torch.nan
+    # Without information a second inference agrees with the first on nothing: less than 0.
+    value = value if again is None else value.clamp_min(0.0)
+    return _by_part(Information(value, error, upper, as_fitted), n_thoughts, cap, kind)
+
+
+def _by_part(found: Information, n_thoughts: int, cap: float, kind: Kind) -> MutualInformation:
+    thoughts, layers = slice(1, 1 + n_thoughts), slice(1 + n_thoughts, None)
     return MutualInformation(
-        (float(total), float(total_se)), (thought, thought_se), (layer, layer_se), kind
+        found.part(0), found.part(thoughts), found.part(layers), cap=cap, kind=kind
     )
 
 
-def _densities(post: Posterior, thoughts: list[slice], layers: list[slice]) -> tuple[Any, Kind]:
-    """A function from z (S, 1, K, D) to log densities (S, N, 1 + K + L), and their kind."""
+def _gains(log_q: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """What draws of a text tell about it: bounds from below and above, (S, C) each.
+
+    Args:
+        log_q: (S, N, C) densities of its draws under every q.
+        same: (N,) which sequences have its text, itself among them.
+    """
+    n, copies = len(same), int(same.sum())
+    own = log_q[:, same].logsumexp(1) - math.log(copies)
+    lower = own - (log_q.logsumexp(1) - math.log(n))
+    if copies == n:
+        return lower, torch.full_like(lower, torch.nan)
+    return lower, own - (log_q[:, ~same].logsumexp(1) - math.log(n - copies))
+
+
+def _texts(post: Posterior) -> Tensor:
+    """(N,) equal numbers for sequences that q was fitted to the same observations of."""
+    if post.x is None:
+        return torch.arange(len(post), device=post.ids.device)
+    mask = post.mask.to(post.x.device)
+    seen = torch.where(mask, post.x, torch.zeros_like(post.x))
+    rows = torch.cat([seen, mask.to(seen)], dim=1)
+    return torch.unique(rows, dim=0, return_inverse=True)[1].to(post.ids.device)
+
+
+def _check_again(post: Posterior, again: Posterior | None) -> None:
+    if again is None:
+        return
+    refuse_other_sequences(again, post, ("again", "post"))
+    if again.has_density != post.has_density:
+        raise InputError("again and post must be of families that both have a density, or neither")
+
+
+def _densities(
+    post: Posterior, thoughts: list[slice], layers: list[slice]
+) -> tuple[Densities, Kind]:
+    """Of all thoughts, each thought and each layer, C = 1 + K + L; and how they are known."""
     q: Any = post.distribution
     first = [part.start for part in layers]
 
@@ -276,7 +279,12 @@ def _densities(post: Posterior, thoughts: list[slice], layers: list[slice]) -> t
 
 @exclusive
 def information_by_block(
-    post: Posterior, *, n_layers: int | None = None, draws: int = 16, seed: int = 0
+    post: Posterior,
+    *,
+    n_layers: int | None = None,
+    draws: int = 16,
+    seed: int = 0,
+    again: Posterior | None = None,
 ) -> xr.Dataset:
     """KL and mutual information of every thought, every layer and all together.
 
@@ -285,18 +293,24 @@ def information_by_block(
         n_layers: L; thoughts belong to layers in equal blocks. Without it no layers are listed.
         draws: S, draws per sequence for the mutual information.
         seed: Of the draws.
+        again: A second inference of the same sequences, `svi.infer(batch, seed=...)`. Without it
+            the noise of a short fast loop counts as information about the text.
 
     Returns:
         Dataset in nats: `kl_thought` (sequence, thought) and `kl_layer` (sequence, layer);
         `mutual_information`, `mutual_information_thought` (thought) and `mutual_information_layer`
-        (layer), each with its Monte Carlo standard error `_se` given these sequences.
+        (layer), each with its Monte Carlo standard error `_se` given these sequences, and with the
+        bound from above `_upper`, `nan` where that is not known.
 
-        Attributes: `kl_kind` and `mutual_information_kind`, how certain the values by block are:
-        `exact`, `monte carlo`, `at least`, or `unknown`; `reason` for what is not known;
-        `mutual_information_cap`, log N, which no value can exceed.
+        Attributes: `mutual_information_is`, of the total: `estimate`, or `at least` where the bound
+        from above is not near, since N sequences cannot show more; `mutual_information_cap`, which
+        no value can exceed, log N for N texts; `mutual_information_counts`, what it takes for
+        information. `kl_kind` and `mutual_information_kind`, how densities by block are known:
+        `exact`, `monte carlo`, `at least`, or `unknown`; `reason` for what is not known.
 
     Raises:
-        InputError: for one sequence, or thoughts that do not divide into layers.
+        InputError: for one sequence, thoughts that do not divide into layers, or a second inference
+            of other sequences.
     """
     if len(post) < 2:
         raise InputError("mutual information needs at least 2 sequences: it tells them apart")
@@ -306,15 +320,13 @@ def information_by_block(
     layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
     parts = [*blocks(n_thoughts, n_thoughts), *layers]
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
-        found = mutual_information(post, layers, draws)
+        found = mutual_information(post, layers, draws, again)
         kl, kind = kl_by_block(post, parts)
     values = kl.cpu().numpy()
     data = xr.Dataset(
         {
             "kl_thought": (("sequence", "thought"), values[:, :n_thoughts]),
             "kl_layer": (("sequence", "layer"), values[:, n_thoughts:]),
-            "mutual_information": ((), found.total[0]),
-            "mutual_information_se": ((), found.total[1]),
         },
         coords={
             "sequence": post.ids.cpu().numpy(),
@@ -322,21 +334,40 @@ def information_by_block(
             "layer": np.arange(len(layers)),
         },
     )
-    for name, pair in (("thought", found.thoughts), ("layer", found.layers)):
-        for ending, value in zip(("", "_se"), pair, strict=True):
-            data[f"mutual_information_{name}{ending}"] = (name, value.numpy())
+    for ending, dims, part in (
+        ("", (), found.total),
+        ("_thought", ("thought",), found.thoughts),
+        ("_layer", ("layer",), found.layers),
+    ):
+        name = f"mutual_information{ending}"
+        data[name], data[f"{name}_se"] = (dims, part.value.numpy()), (dims, part.error.numpy())
+        data[f"{name}_upper"] = (dims, part.upper.numpy())
     for column in data.data_vars.values():
         column.attrs["units"] = "nats"
     data.attrs = {
         "kl_kind": kind,
         "mutual_information_kind": found.kind,
-        "mutual_information_cap": math.log(len(post)),
+        "mutual_information_is": strength(found.total),
+        "mutual_information_cap": found.cap,
+        "mutual_information_counts": counts(again),
         "reason": reason(post, kind),
         "guide": post.family,
         "draws": draws,
         "seed": seed,
     }
     return data
+
+
+def strength(total: Information) -> str:
+    """`estimate` or `at least`."""
+    return "at least" if bool(total.at_least) else "estimate"
+
+
+def counts(again: Posterior | None) -> str:
+    """What a mutual information takes for information."""
+    if again is None:
+        return "whatever tells these fits apart, the noise of the fast loop included"
+    return "what a second inference, with noise of its own, tells apart too"
 
 
 def reason(post: Posterior, kind: Kind) -> str:

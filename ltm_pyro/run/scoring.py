@@ -37,6 +37,8 @@ class HeldOut:
         split: `val` or `test`.
         batch: The sequences.
         post: q, fitted to them (mode `oracle`) or to their first part (`prefix`).
+        again: In mode `oracle`, the same with other noise: what both tell apart is no accident of
+            the fast loop.
         scores: From `evaluate`.
         control: From `evaluate`, exact; `None` where the run has no finished control.
     """
@@ -44,6 +46,7 @@ class HeldOut:
     split: str
     batch: Batch
     post: Posterior | None
+    again: Posterior | None
     scores: xr.Dataset
     control: xr.Dataset | None
 
@@ -51,7 +54,7 @@ class HeldOut:
         """The collapse panel; `None` in other modes than `oracle`, and for one sequence."""
         if self.post is None or self.scores.attrs["mode"] != "oracle" or len(self.batch) < 2:
             return None
-        return collapse_panel(self.post, self.scores, n_layers=n_layers)
+        return collapse_panel(self.post, self.scores, n_layers=n_layers, again=self.again)
 
 
 @exclusive
@@ -89,15 +92,17 @@ def score_run(
     sequences = run.config.eval_sequences if sequences is None else sequences
     draws = run.config.eval_draws if draws is None else draws
     batch = spread(getattr(corpus, split), sequences).to(run.model.device)
-    scored, post, fast_steps = batch, None, run.config.eval_fast_steps
+    scored, fast_steps = batch, run.config.eval_fast_steps
+    post = again = None
     if mode == "prefix":
         prefix = corpus.seq_len // 2 if prefix is None else prefix
         batch = _longer_than(batch, prefix)
         scored, post = batch.suffix(prefix), run.svi.infer(batch.prefix(prefix), fast_steps)
     elif mode == "oracle":
         post = run.svi.infer(batch, fast_steps)
+        again = run.svi.infer(batch, fast_steps, seed=run.svi.seed + 1)
     scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed, parallel=run.parallel)
-    return HeldOut(split, batch, post, scores, _control_scores(run, scored))
+    return HeldOut(split, batch, post, again, scores, _control_scores(run, scored))
 
 
 def spread(split: SequenceSet, count: int) -> Batch:
