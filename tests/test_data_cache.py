@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -99,18 +101,59 @@ def test_a_damaged_entry_is_built_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_a_long_file_is_not_read_to_be_opened(
+def test_damage_of_a_long_file_is_noticed_though_it_is_verified_but_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_ALWAYS_VERIFIED_BYTES", 1)
     build = Builder()
     build.get(Cache(tmp_path))
-    monkeypatch.setattr(module, "_VERIFIED_BYTES", 1)
     (folder,) = tmp_path.iterdir()
-    (folder / "tokens.bin").write_bytes(b"\x07\x00" * 4)
-    entry = Cache(tmp_path).get("some label/é", {"source": 1}, DTYPES, build)
-    assert entry.arrays["tokens"].tolist() == [7, 7, 7, 7]
-    (folder / "tokens.bin").write_bytes(b"\x07\x00" * 3)
+    file = folder / "tokens.bin"
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def spy(stream: BinaryIO, name: str) -> object:
+        hashed.append(Path(stream.name).name)
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", spy)
     build.get(Cache(tmp_path))
+    assert hashed == []
+    # The same size and time, one bit flipped: the system still tells that the file was touched.
+    before = file.stat()
+    with open(file, "r+b") as stream:
+        stream.write(bytes([file.read_bytes()[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    build.get(Cache(tmp_path))
+    assert build.calls == 2
+    assert "tokens.bin" in hashed
+    # A stamp is no proof of another content.
+    hashed.clear()
+    shutil.copytree(folder, tmp_path / "copy")
+    folder.rename(tmp_path / "aside")
+    (tmp_path / "copy").rename(folder)
+    build.get(Cache(tmp_path))
+    assert build.calls == 2
+    assert "tokens.bin" in hashed
+
+
+def test_what_only_building_tells_is_kept_once(tmp_path: Path) -> None:
+    build = Builder()
+    for _ in range(2):
+        entry = Cache(tmp_path).get("x", None, DTYPES, build)
+        assert entry.arrays["tokens"].tolist() == [1, 2, 3, 65_535]
+    assert build.calls == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_array_that_is_no_file_is_built_again(tmp_path: Path) -> None:
+    build = Builder()
+    build.get(Cache(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    (folder / "tokens.bin").unlink()
+    os.mkfifo(folder / "tokens.bin")
+    build.get(Cache(tmp_path))
+    assert build.calls == 2
 
 
 def test_nothing_stays_of_a_build_that_fails(tmp_path: Path) -> None:

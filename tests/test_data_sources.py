@@ -12,10 +12,12 @@ from types import ModuleType
 
 import pytest
 
-from ltm_pyro.data import reference, sources
+from ltm_pyro.data import files, reference
+from ltm_pyro.data.blocks import blocks
 from ltm_pyro.data.hub import HubSource
+from ltm_pyro.data.records import Source
 from ltm_pyro.data.reference import PydocSource
-from ltm_pyro.data.sources import FileSource, blocks
+from ltm_pyro.data.sources import FileSource
 from ltm_pyro.errors import InputError
 
 
@@ -24,6 +26,10 @@ def random_prose(seed: int, length: int) -> str:
     rng = random.Random(seed)
     pieces = ["word ", "é中\U0001f600", "\n", "\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "x" * 90]
     return "".join(rng.choices(pieces, weights=[20, 3, 3, 1, 1, 1, 1, 2], k=length))
+
+
+def texts(source: Source) -> list[str]:
+    return [document.text for document in source.documents()]
 
 
 def chunks(text: str, size: int) -> list[str]:
@@ -53,11 +59,11 @@ def test_blocks_end_after_blank_lines_then_line_ends_then_anywhere() -> None:
 def test_a_text_file_is_kept_to_the_character(
     tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 61)  # cuts characters in two
+    monkeypatch.setattr(files, "CHUNK_BYTES", 61)  # cuts characters in two
     text = random_prose(0, 400)
     file = tmp_path / "some.TXT"
     file.write_bytes(text.encode(encoding))
-    documents = list(FileSource(file, encoding).documents())
+    documents = texts(FileSource(file, encoding=encoding))
     assert len(documents) > 3
     assert "".join(documents) == text
 
@@ -79,32 +85,36 @@ def test_blocks_grow_with_the_text(tmp_path: Path) -> None:
 def test_the_offending_byte_is_named(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
     file = tmp_path / "latin.txt"
     file.write_bytes(("é" * 50).encode() + b"caf\xe9 \n")
     with pytest.raises(InputError, match=r"byte 103 is 0xe9 .* --encoding latin-1"):
-        list(FileSource(file).documents())
-    assert "".join(FileSource(file, "latin-1").documents()).endswith("café \n")
+        texts(FileSource(file))
+    assert "".join(texts(FileSource(file, encoding="latin-1"))).endswith("café \n")
 
 
 def test_a_file_that_ends_in_mid_character(tmp_path: Path) -> None:
     file = tmp_path / "cut.txt"
     file.write_bytes("abc中".encode()[:-1])
     with pytest.raises(InputError, match="byte 3 is 0xe4"):
-        list(FileSource(file).documents())
+        texts(FileSource(file))
 
 
 def test_utf16_without_its_mark(tmp_path: Path) -> None:
     file = tmp_path / "plain.txt"
     file.write_bytes(b"plain ascii")
     with pytest.raises(InputError, match=r"not utf-16: .*--encoding utf-8"):
-        list(FileSource(file, "utf-16").documents())
+        texts(FileSource(file, encoding="utf-16"))
 
 
 def test_an_encoding_goes_by_any_of_its_names(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"text")
-    assert FileSource(file, "latin").encoding == FileSource(file, "L1").encoding == "iso8859-1"
+    assert (
+        FileSource(file, encoding="latin").encoding
+        == FileSource(file, encoding="L1").encoding
+        == "iso8859-1"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-9", "hex", "undefined"])
@@ -112,7 +122,7 @@ def test_encodings_that_are_none(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"text")
     with pytest.raises(InputError, match=f"unknown encoding '{encoding}'.* try utf-8"):
-        FileSource(file, encoding)
+        FileSource(file, encoding=encoding)
 
 
 def write_lines(file: Path, *lines: str) -> Path:
@@ -121,11 +131,11 @@ def write_lines(file: Path, *lines: str) -> Path:
 
 
 def test_each_json_line_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 13)
-    texts = ["one", "two\r\nlines", "sep \u2028 \x85 \u2029", "\U0001f600", " "]
-    lines = [json.dumps({"id": 1, "text": t}, ensure_ascii=False) for t in texts]
+    monkeypatch.setattr(files, "CHUNK_BYTES", 13)
+    expected = ["one", "two\r\nlines", "sep \u2028 \x85 \u2029", "\U0001f600", " "]
+    lines = [json.dumps({"id": 1, "text": t}, ensure_ascii=False) for t in expected]
     file = write_lines(tmp_path / "a.jsonl", "\ufeff" + lines[0], "", *lines[1:], "  ", "")
-    assert list(FileSource(file).documents()) == texts
+    assert texts(FileSource(file)) == expected
 
 
 @pytest.mark.parametrize(
@@ -143,7 +153,7 @@ def test_each_json_line_is_a_document(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     file = write_lines(tmp_path / "a.jsonl", '{"text": "fine"}', "", line, '{"text": "fine"}')
     with pytest.raises(InputError, match=message) as caught:
-        list(FileSource(file).documents())
+        texts(FileSource(file))
     assert "\n" not in str(caught.value)
 
 
@@ -157,8 +167,11 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / ".hidden.txt").write_text("never")
     (tmp_path / ".git" / "note.txt").write_text("never")
-    source = FileSource(tmp_path)
-    assert list(source.documents()) == ["2", "1", "3"]
+    with pytest.warns(UserWarning, match=r"not read: \.git .*\.hidden\.txt .*picture\.png"):
+        source = FileSource(tmp_path)
+    assert texts(source) == ["2", "1", "3"]
+    assert list(source.skipped) == [".git", ".hidden.txt", "picture.png"]
+    assert source.files == ("a.txt", "b/deep/one.md", "c.jsonl", "empty.txt")
     assert source.name == tmp_path.name
 
 
@@ -167,7 +180,7 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
     file.write_text("some text")
     before = FileSource(file).identity()
     assert FileSource(file).identity() == before == json.loads(json.dumps(before))
-    assert FileSource(file, "latin-1").identity() != before
+    assert FileSource(file, encoding="latin-1").identity() != before
     os.utime(file, ns=(1, 1))
     assert FileSource(file).identity() != before
 
@@ -175,13 +188,13 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="there is no file or folder"):
         FileSource(tmp_path / "missing.txt")
-    with pytest.raises(InputError, match=r"holds no .txt, .md or .jsonl file"):
+    with pytest.raises(InputError, match=r"holds no \.txt, .* or \.parquet file"):
         FileSource(tmp_path)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match="is empty"):
         FileSource(tmp_path / "empty.txt")
     (tmp_path / "book.pdf").write_text("text")
-    with pytest.raises(InputError, match=r"give a \.txt, \.md or \.jsonl file"):
+    with pytest.raises(InputError, match=r"give a \.txt, .* or \.parquet file"):
         FileSource(tmp_path / "book.pdf")
     with pytest.raises(InputError, match=r"cannot read .*empty.txt/x.txt"):
         FileSource(tmp_path / "empty.txt" / "x.txt")
@@ -195,7 +208,7 @@ def test_paths_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = FileSource(tmp_path / "locked.txt")
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(InputError, match=r"cannot read .*locked\.txt': Permission denied"):
-        list(source.documents())
+        texts(source)
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(InputError, match="cannot read 'locked': Permission denied"):
         FileSource(tmp_path)
@@ -220,7 +233,7 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = FakeHub([{"text": "one"}, {"text": "two", "label": 1}])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     source = HubSource("owner/data", "small", "validation")
-    assert list(source.documents()) == ["one", "two"]
+    assert texts(source) == ["one", "two"]
     assert hub.asked == ("owner/data", "small", "validation")
     assert source.name == "data"
     assert source.identity() != HubSource("owner/data").identity()
@@ -229,13 +242,13 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_datasets_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=re.escape('pip install "ltm-pyro[hf]"')):
-        list(HubSource("owner/data").documents())
+        texts(HubSource("owner/data"))
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(FileNotFoundError("no such\ndataset")))
     with pytest.raises(InputError, match=r"cannot load .*'owner/data': no such dataset"):
-        list(HubSource("owner/data").documents())
+        texts(HubSource("owner/data"))
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": "one"}, {"body": "two"}]))
-    with pytest.raises(InputError, match=r'row 1 of .* has no string "text"'):
-        list(HubSource("owner/data").documents())
+    with pytest.raises(InputError, match=r'owner/data.*item 1 has no string "text".*body'):
+        texts(HubSource("owner/data"))
 
 
 LIBRARY = {
@@ -284,7 +297,7 @@ def test_docstrings_are_read_without_importing(
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(reference, "_library", lambda: tmp_path)
     monkeypatch.setattr(reference, "_topics", list)
-    alpha, beta = PydocSource().documents()
+    alpha, beta = texts(PydocSource())
     assert alpha.startswith("Alpha is about")
     assert "A class," in alpha
     assert "A method," in alpha
@@ -298,4 +311,4 @@ def test_docstrings_are_read_without_importing(
 def test_a_python_without_topics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(InputError, match="full standard library"):
-        list(PydocSource().documents())
+        texts(PydocSource())

@@ -13,6 +13,7 @@ import pytest
 from ltm_pyro.data import store
 from ltm_pyro.data.bpe import BPETokenizer
 from ltm_pyro.data.cache import Cache
+from ltm_pyro.data.records import Document
 from ltm_pyro.data.store import TextStore, store_text, store_tokens, training_texts
 from ltm_pyro.data.tokenizer import ByteTokenizer
 
@@ -38,7 +39,10 @@ def nasty(seed: int, n: int = 400) -> str:
 
 def stored(tmp_path: Path, documents: list[str]) -> TextStore:
     source = SimpleNamespace(
-        name="test", identity=lambda: {"n": documents}, documents=lambda: iter(documents)
+        name="test",
+        files=("",),
+        identity=lambda: {"n": documents},
+        documents=lambda: map(Document, documents),
     )
     return store_text(Cache(tmp_path), source)
 
@@ -114,7 +118,10 @@ def test_an_interrupt_leaves_nothing_half_written(
         raise KeyboardInterrupt
 
     source = SimpleNamespace(
-        name="test", identity=dict, documents=lambda: interrupted(["word " * 10**6])
+        name="test",
+        files=("",),
+        identity=dict,
+        documents=lambda: map(Document, interrupted(["word " * 10**6])),
     )
     with pytest.raises(KeyboardInterrupt):
         store_text(Cache(tmp_path), source)
@@ -122,7 +129,7 @@ def test_an_interrupt_leaves_nothing_half_written(
     text = stored(tmp_path, ["word " * 1_000, "more"])
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(
-        BPETokenizer, "encode_pieces", lambda self, pieces: interrupted([(np.arange(3),) * 2])
+        BPETokenizer, "encode_pieces", lambda self, pieces: interrupted([(np.arange(1, 4),) * 2])
     )
     with pytest.raises(KeyboardInterrupt):
         store_tokens(Cache(tmp_path), text, "x", {}, lambda: bpe, 600)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ltm_pyro.data.cache import digest_of
+from ltm_pyro.data.card import data_card
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
+from ltm_pyro.data.store import TextStore
 from ltm_pyro.data.tokenizer import Tokenizer
 
 
@@ -29,6 +35,12 @@ class Corpus:
         n_bytes: Bytes of the text, by which scores of different tokenizers can be compared; one
             per symbol where the corpus is synthetic.
         settings: What else determines sequences and split, as JSON types.
+        recipe: The settings, by the names in `CorpusConfig`, with which it can be loaded again;
+            `None` where it cannot, since a program held the data.
+        text: The documents; `None` where the corpus is synthetic.
+        parts: The documents of each split, as indices.
+        skipped: Files that were not read, with the reason.
+        notes: Warnings about the splits.
     """
 
     name: str
@@ -41,6 +53,11 @@ class Corpus:
     n_tokens: int
     n_bytes: int
     settings: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None = None
+    text: TextStore | None = None
+    parts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -51,6 +68,19 @@ class Corpus:
     def fingerprint(self) -> str:
         """Qualifies the ids of sequences: see `Batch.corpus`."""
         return self.train.corpus
+
+    def card(self) -> dict[str, Any]:
+        """What the splits can be trusted for, as JSON types: see `data_card`; and warnings."""
+        found: dict[str, Any] = dict(self._data_card)
+        return {**found, "not_read": dict(self.skipped), "warnings": list(self.notes)}
+
+    @cached_property
+    def _data_card(self) -> dict[str, Any]:
+        if self.text is None:
+            return {}
+        given = self.settings.get("split") == "given"
+        asked = None if given else dict(zip(SPLITS, self.settings["fractions"], strict=True))
+        return data_card(self.text, self.parts, asked)
 
     def describe(self) -> dict[str, Any]:
         """The facts about the corpus, as JSON types."""
@@ -74,6 +104,8 @@ class Corpus:
                 for name, split in splits.items()
             },
             "settings": dict(self.settings),
+            "recipe": None if self.recipe is None else dict(self.recipe),
+            "card": self.card(),
         }
 
     def __repr__(self) -> str:

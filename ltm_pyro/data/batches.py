@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
+
+
+class Origin(Protocol):
+    """Where sequences were cut from."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """By which their texts became tokens."""
+        ...
+
+    def metadata(self, ids: NDArray[np.int64]) -> pd.DataFrame:
+        """What is known of the sequences `ids` (B,), one row each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,8 @@ class Batch:
             each sequence then stands for itself.
         corpus: Fingerprint of the corpus that the ids belong to; `None` in a batch made by hand.
             Ids of two corpora may coincide by chance, their fingerprints do not.
+        origin: Where the sequences were cut from, which knows their texts and metadata; `None` in a
+            batch made by hand. It stays behind when a batch is pickled.
 
     Raises:
         InputError: if the shapes disagree.
@@ -37,6 +56,7 @@ class Batch:
     ids: Tensor = None  # type: ignore[assignment]
     documents: Tensor | None = None
     corpus: str | None = None
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         x, mask, ids = self.x, self.mask, self.ids
@@ -108,7 +128,36 @@ class Batch:
 
     def plain_fields(self) -> dict[str, Any]:
         """The fields of a plain `Batch` by name, for the constructor of a subclass."""
-        return {field.name: getattr(self, field.name) for field in fields(Batch)}
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
+    def texts(self, tokenizer: Tokenizer | None = None) -> list[str]:
+        """The text of each sequence, masked positions left out; cut characters become U+FFFD.
+
+        Args:
+            tokenizer: For a batch made by hand; one from a corpus knows its own.
+
+        Raises:
+            InputError: if there is no text or no tokenizer.
+        """
+        chosen = tokenizer or (self.origin.tokenizer if self.origin is not None else None)
+        if chosen is None:
+            raise InputError(
+                "this batch was made by hand and knows no tokenizer: give texts(tokenizer)"
+            )
+        rows = zip(self.observed.cpu(), self.mask.cpu(), strict=True)
+        return [chosen.decode(x[mask].numpy()) for x, mask in rows]
+
+    @property
+    def metadata(self) -> pd.DataFrame:
+        """What is known of each sequence, one row each; see `SequenceSet.metadata`."""
+        ids = self.ids.cpu().numpy()
+        if self.origin is not None:
+            return self.origin.metadata(ids)
+        known = {} if self.documents is None else {"document": self.documents.cpu().numpy()}
+        return pd.DataFrame(known, index=pd.Index(ids, name="id"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "origin": None}
 
     def _per_row(self) -> dict[str, Any]:
         """The plain fields that hold something for each row."""

@@ -1,13 +1,14 @@
-"""Byte-pair encoding over bytes: learned from a corpus, or GPT-2's from its two files.
+"""Tokenizers of the library `tokenizers`: learned byte-pair encoding, GPT-2's, and any other.
 
-No normaliser, no added space, no special tokens: the pieces are cut by GPT-2's regular expression
-(Radford et al., 2019) and every one of the 256 bytes is in the vocabulary, so any UTF-8 survives
-the round trip exactly.
+Byte-pair encoding has no normaliser, no added space, no special tokens: the pieces are cut by
+GPT-2's regular expression (Radford et al., 2019) and every one of the 256 bytes is in the
+vocabulary, so any UTF-8 survives the round trip exactly. Of other pipelines that is not promised.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,84 +19,75 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ltm_pyro.data.tokenizer import Part, Unit, checked_ids, utf8
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 
-_VOCABULARY, _MERGES = "encoder.json", "vocab.bpe"
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+"""What GPT-2's vocabulary and merges are called, by its authors and by Hugging Face."""
+_MOST_BYTES = 2**28  # of a file; the largest vocabularies known take 40 MB
+_LONGEST_RULE = 10_000  # characters that a step of the pipeline may put in a text
 _MIN_FREQUENCY = 2  # a pair seen once is not worth an id
 # Encoded at a time: some 40 MB in the library, which keeps about 100 bytes per token for a while.
 _BATCH_CHARACTERS = 2**20
 
 
-class BPETokenizer:
-    """Byte-level byte-pair encoding.
+class HuggingFaceTokenizer:
+    """Any pipeline of the library, as a `tokenizer.json` holds it.
+
+    Nothing is added to a text: no special tokens, no padding; nothing is cut off or left to chance.
 
     Args:
         state: The JSON state of a `tokenizers.Tokenizer`, as `to_json` holds it.
 
     Raises:
-        InputError: if `state` is damaged, or its vocabulary cannot write every byte.
+        InputError: if `state` is damaged, or would take up memory without limit.
     """
 
+    kind = "huggingface"
+
     def __init__(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise InputError(f"saved {self.kind} tokenizer is damaged: it is no JSON object")
+        _refuse_long_rules(state)
+        plain = {**state, "padding": None, "truncation": None}
+        if isinstance(state.get("model"), Mapping) and "dropout" in state["model"]:
+            plain["model"] = {**state["model"], "dropout": None}
         try:
-            self._engine = Engine.from_str(json.dumps(state))
+            self._engine = Engine.from_str(json.dumps(plain))
         except Exception as error:  # the library raises bare `Exception`
-            raise InputError(f"saved bpe tokenizer is damaged: {error}") from None
-        missing = set(pre_tokenizers.ByteLevel.alphabet()) - self._engine.get_vocab().keys()
-        if missing:
             raise InputError(
-                f"the vocabulary lacks {len(missing)} of the 256 bytes, so some text could not be "
-                "written in it: use a byte-level vocabulary such as GPT-2's"
+                f"saved {self.kind} tokenizer is damaged: {shown(str(error), 200)[1:-1]}"
+            ) from None
+        # Names of special tokens in a text are text.
+        self._engine.encode_special_tokens = True
+        ids = self._engine.get_vocab(with_added_tokens=True).values()
+        self._size = max(ids, default=-1) + 1
+        if not ids or self._size > 2 * len(ids) + 1000:
+            raise InputError(
+                f"the vocabulary has {len(ids)} pieces with ids up to {self._size - 1}: they must "
+                "be numbered without large gaps"
             )
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learns the merges from `documents`, which are streamed and not kept.
-
-        Args:
-            documents: Texts of the training split; no others, or held-out text would leak.
-            vocab_size: V to aim at, 256 or more; a small corpus may yield fewer.
+    def from_file(cls, file: Path) -> HuggingFaceTokenizer:
+        """A pipeline from its `tokenizer.json`.
 
         Raises:
-            InputError: if `vocab_size` is not a whole number of 256 or more.
+            InputError: if the file is missing, damaged or too large.
         """
-        check_vocab_size(vocab_size)
-        engine = _engine(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=_MIN_FREQUENCY,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        engine.train_from_iterator(documents, trainer)
-        return cls(json.loads(engine.to_str()))
+        try:
+            return cls(json.loads(_limited_text(file)))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"cannot read the tokenizer {str(file)!r}: {error}") from None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> BPETokenizer:
-        """GPT-2's vocabulary, or one in its format.
-
-        Args:
-            folder: Holds `encoder.json` and `vocab.bpe`.
-
-        Raises:
-            InputError: if a file is missing or damaged.
-        """
-        for name in (_VOCABULARY, _MERGES):
-            if not (folder / name).is_file():
-                raise InputError(
-                    f"tokenizer folder {str(folder)!r} has no {name}: it must hold GPT-2's "
-                    f"{_VOCABULARY} and {_MERGES}"
-                )
-        try:
-            model = models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
-        except Exception as error:  # the library raises bare `Exception`
-            raise InputError(f"cannot read the tokenizer in {str(folder)!r}: {error}") from None
-        return cls(json.loads(_engine(model).to_str()))
+    def from_engine(cls, engine: Engine) -> HuggingFaceTokenizer:
+        """The pipeline of a `tokenizers.Tokenizer`."""
+        return cls(json.loads(engine.to_str()))
 
     @property
     def name(self) -> str:
-        """`bpe-V`."""
-        return f"bpe-{self.vocab_size}"
+        """The kind of its model and V, e.g. `wordpiece-30522`."""
+        return f"{type(self._engine.model).__name__.lower()}-{self.vocab_size}"
 
     @property
     def unit(self) -> Unit:
@@ -105,7 +97,7 @@ class BPETokenizer:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return int(self._engine.get_vocab_size())
+        return self._size
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """The ids (T,) of `text`; names of special tokens are ordinary text."""
@@ -163,17 +155,91 @@ class BPETokenizer:
         return str(self._engine.decode(checked.tolist(), skip_special_tokens=False))
 
     def to_json(self) -> dict[str, Any]:
-        """`{"type": "bpe", "tokenizer": state}`."""
-        return {"type": "bpe", "tokenizer": json.loads(self._engine.to_str())}
+        """`{"type": "bpe", "tokenizer": state}`, or `huggingface`."""
+        return {"type": self.kind, "tokenizer": json.loads(self._engine.to_str())}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BPETokenizer) and self.to_json() == other.to_json()
+        return isinstance(other, HuggingFaceTokenizer) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self._engine.to_str())
 
     def __repr__(self) -> str:
-        return f"BPETokenizer(vocab_size={self.vocab_size})"
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+
+class BPETokenizer(HuggingFaceTokenizer):
+    """Byte-level byte-pair encoding.
+
+    Args:
+        state: The JSON state of a `tokenizers.Tokenizer`, as `to_json` holds it.
+
+    Raises:
+        InputError: if `state` is damaged, or its vocabulary cannot write every byte.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__(state)
+        missing = set(pre_tokenizers.ByteLevel.alphabet()) - self._engine.get_vocab().keys()
+        if missing:
+            raise InputError(
+                f"the vocabulary lacks {len(missing)} of the 256 bytes, so some text could not be "
+                "written in it: use a byte-level vocabulary such as GPT-2's"
+            )
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Learns the merges from `documents`, which are streamed and not kept.
+
+        Args:
+            documents: Texts of the training split; no others, or held-out text would leak.
+            vocab_size: V to aim at, 256 or more; a small corpus may yield fewer.
+
+        Raises:
+            InputError: if `vocab_size` is not a whole number of 256 or more.
+        """
+        check_vocab_size(vocab_size)
+        engine = _engine(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=_MIN_FREQUENCY,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        engine.train_from_iterator(documents, trainer)
+        return cls(json.loads(engine.to_str()))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> BPETokenizer:
+        """GPT-2's vocabulary, or one in its format.
+
+        Args:
+            folder: Holds `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`.
+
+        Raises:
+            InputError: if a file is missing, damaged or too large.
+        """
+        for vocabulary, merges in GPT2_FILES:
+            if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                break
+        else:
+            pairs = " or ".join(" and ".join(pair) for pair in GPT2_FILES)
+            there = [n for pair in GPT2_FILES for n in pair if (folder / n).is_file()]
+            lone = next((p for p in GPT2_FILES if set(p) & set(there)), GPT2_FILES[0])
+            lacking = next(n for n in lone if n not in there)
+            raise InputError(
+                f"tokenizer folder {str(folder)!r} has no {lacking}: it must hold GPT-2's {pairs}, "
+                "or a tokenizer.json"
+            )
+        for name in (vocabulary, merges):
+            _refuse_large(folder / name)
+        try:
+            model = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
+        except Exception as error:  # the library raises bare `Exception`
+            raise InputError(f"cannot read the tokenizer in {str(folder)!r}: {error}") from None
+        return cls(json.loads(_engine(model).to_str()))
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -195,3 +261,44 @@ def _engine(model: models.BPE) -> Engine:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     engine.decoder = decoders.ByteLevel()
     return engine
+
+
+def _refuse_large(file: Path) -> None:
+    """Refuses a tokenizer file of hundreds of megabytes, and what is no regular file."""
+    info = file.stat()
+    if not stat.S_ISREG(info.st_mode) or info.st_size > _MOST_BYTES:
+        raise InputError(
+            f"tokenizer file {str(file)!r} has {info.st_size} bytes: must be a regular file of "
+            f"{_MOST_BYTES} at most"
+        )
+
+
+def _limited_text(file: Path) -> str:
+    try:
+        _refuse_large(file)
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot read the tokenizer {str(file)!r}: {error.strerror or error}"
+        ) from None
+
+
+def _refuse_long_rules(state: Mapping[str, Any]) -> None:
+    """Refuses steps that put long texts in place of short ones, which multiplies any text.
+
+    Raises:
+        InputError: if there is one.
+    """
+    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    left: list[Any] = [state.get(step) for step in steps]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += [inner for key, inner in value.items() if key != "precompiled_charsmap"]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and len(value) > _LONGEST_RULE:
+            raise InputError(
+                f"the tokenizer's pipeline holds a rule of {len(value)} characters: must be "
+                f"{_LONGEST_RULE} at most"
+            )

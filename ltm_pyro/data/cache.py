@@ -14,12 +14,13 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,13 +31,16 @@ from numpy.typing import DTypeLike, NDArray
 from ltm_pyro.errors import InputError
 
 ENVIRONMENT_VARIABLE = "LTM_PYRO_CACHE"
-_FORMAT = 1  # part of every key: raise it when the layout or a text's extraction changes
+_FORMAT = 2  # part of every key: raise it when the layout or a text's extraction changes
 _META = "meta.json"
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 _LABEL_LENGTH = 48
 _UNFINISHED = "building-"
 _STALE_SECONDS = 24 * 3600.0
-_VERIFIED_BYTES = 64 * 2**20  # larger files are checked by length alone: hashing them takes seconds
+_STAMPS = "verified.json"
+# Larger files are hashed when they are first met and whenever the system says that they changed
+# since: 1 GB takes a second.
+_ALWAYS_VERIFIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class EntryWriter:
         self._hashes[name].update(data)
         self._sizes[name] += values.size
 
-    def finish(self, meta: Mapping[str, Any]) -> None:
-        """Writes `meta.json`, after which the entry is complete."""
+    def finish(self, meta: Mapping[str, Any]) -> str:
+        """Writes `meta.json`, after which the entry is complete; returns the checksum of it all."""
         self._stack.close()
         arrays = {
             name: {
@@ -99,8 +103,10 @@ class EntryWriter:
             for name in self._dtypes
         }
         body = {"arrays": arrays, "meta": dict(meta)}
-        text = json.dumps({"sha256": digest_of(body), "body": body})
+        checksum = digest_of(body)
+        text = json.dumps({"sha256": checksum, "body": body})
         (self._folder / _META).write_text(text, encoding="utf-8")
+        return checksum
 
 
 Build = Callable[[EntryWriter], Mapping[str, Any]]
@@ -117,12 +123,12 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = default_folder() if folder is None else Path(folder).expanduser()
+        self.folder = default_folder() if folder is None else _expanded(folder)
 
     def get(
         self,
         label: str,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Any] | None,
         dtypes: Mapping[str, DTypeLike],
         build: Build,
     ) -> Entry:
@@ -130,7 +136,8 @@ class Cache:
 
         Args:
             label: Start of the folder's name, for people.
-            identity: JSON types that determine the content.
+            identity: JSON types that determine the content. `None` where only building tells: it
+                is then built each time, and kept once under its own checksums.
             dtypes: Name and dtype of every array.
             build: Called when there is no good entry; turns its own input's `OSError` into
                 `InputError`, so that what is left is the cache's.
@@ -138,17 +145,17 @@ class Cache:
         Raises:
             InputError: as `build` does, or if the disk is full. Nothing half-written stays.
         """
-        name = f"{_NOT_PLAIN.sub('_', label)[:_LABEL_LENGTH]}-{_key(identity)}"
-        final = self.folder / name
-        entry = _open_entry(final)
-        if entry is not None:
-            return entry
+        label = _NOT_PLAIN.sub("_", label)[:_LABEL_LENGTH]
+        if identity is not None:
+            entry = _open_entry(self.folder / f"{label}-{_key(identity)}")
+            if entry is not None:
+                return entry
         work = self._work_folder()
-        final = self.folder / name  # the folder may have been replaced by a temporary one
         try:
             with EntryWriter(work, dtypes) as writer:
-                writer.finish(build(writer))
-            return _publish(work, final)
+                made = writer.finish(build(writer))
+            key = _key(identity if identity is not None else {"content": made})
+            return _publish(work, self.folder / f"{label}-{key}")
         except OSError as error:
             raise InputError(
                 f"cannot write the token cache in {str(self.folder)!r}: {error.strerror or error}; "
@@ -178,7 +185,7 @@ def default_folder() -> Path:
     """`$LTM_PYRO_CACHE`, or the platform's folder for caches."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return _expanded(chosen)
     home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         return (
@@ -187,6 +194,11 @@ def default_folder() -> Path:
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "ltm_pyro"
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "ltm_pyro"
+
+
+def _expanded(folder: str | os.PathLike[str]) -> Path:
+    # Unlike `Path.expanduser`, this leaves the home folder of an unknown user as it is written.
+    return Path(os.path.expanduser(folder))
 
 
 def digest_of(value: object) -> str:
@@ -210,32 +222,65 @@ def _open_entry(folder: Path) -> Entry | None:
         if saved["sha256"] != digest_of(body):
             return None
         specs = {str(name): spec for name, spec in body["arrays"].items()}
+        stamps = _read_stamps(folder)
+        before = dict(stamps)
         arrays = {
-            name: _open_array(_array_file(folder, name), spec) for name, spec in specs.items()
+            name: _open_array(_array_file(folder, name), spec, stamps)
+            for name, spec in specs.items()
         }
+        if stamps != before:
+            _write_stamps(folder, stamps)
         hashes = {name: str(spec["sha256"]) for name, spec in specs.items()}
         return Entry(arrays, hashes, dict(body["meta"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _open_array(file: Path, spec: Mapping[str, Any]) -> NDArray[Any]:
+def _open_array(file: Path, spec: Mapping[str, Any], stamps: dict[str, str]) -> NDArray[Any]:
     """The array in `file`.
+
+    Args:
+        file: Where it is.
+        spec: What was written.
+        stamps: What the system told of large files when they were verified; new ones are added.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is not what was written.
     """
     dtype = np.dtype(spec["dtype"])
-    length = file.stat().st_size
+    info = file.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{file} is no regular file")
+    length = info.st_size
     if length != spec["size"] * dtype.itemsize:
         raise ValueError(f"{file} has been cut")
     if length == 0:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
+    # No program can set the time of the last change of a file's state (ctime).
+    stamp = f"{spec['sha256']} {info.st_ino} {length} {info.st_mtime_ns} {info.st_ctime_ns}"
+    if length <= _ALWAYS_VERIFIED_BYTES or stamps.get(file.name) != stamp:
+        with open(file, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != spec["sha256"]:
+                raise ValueError(f"{file} has been changed")
+        if length > _ALWAYS_VERIFIED_BYTES:
+            stamps[file.name] = stamp
     array: NDArray[Any] = np.memmap(file, dtype=dtype, mode="r")
-    if length <= _VERIFIED_BYTES and hashlib.sha256(array.data).hexdigest() != spec["sha256"]:
-        raise ValueError(f"{file} has been changed")
     return array
+
+
+def _read_stamps(folder: Path) -> dict[str, str]:
+    try:
+        stamps = json.loads((folder / _STAMPS).read_text(encoding="utf-8"))
+        return {str(name): str(stamp) for name, stamp in stamps.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write_stamps(folder: Path, stamps: Mapping[str, str]) -> None:
+    """Keeps `stamps`, where the folder can be written to; else the next reader verifies again."""
+    with suppress(OSError):
+        (folder / _STAMPS).write_text(json.dumps(dict(stamps)), encoding="utf-8")
 
 
 def _publish(work: Path, final: Path) -> Entry:

@@ -1,67 +1,95 @@
-"""`load_corpus`: from a name or a path to sequences."""
+"""`load_corpus`: from whatever holds text to sequences."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ltm_pyro.data.arrays import ArraySource
 from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.cache import Cache
-from ltm_pyro.data.hub import PREFIX, HubSource
+from ltm_pyro.data.files import Newlines
+from ltm_pyro.data.finding import BUILT_IN as BUILT_IN
+from ltm_pyro.data.finding import HUB_OPTIONS, IN_MEMORY, Reading, find_source
+from ltm_pyro.data.grouping import SplitKind, check_split, group_labels
+from ltm_pyro.data.hub import HubSource
+from ltm_pyro.data.memory import is_ids
 from ltm_pyro.data.mixture import MixtureCorpus, make_mixture
-from ltm_pyro.data.reference import PydocSource
+from ltm_pyro.data.records import Source, TextField
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet, whole_number
-from ltm_pyro.data.sources import SUFFIXES, FileSource, Source
-from ltm_pyro.data.split import FRACTIONS, check_fractions, split_documents
+from ltm_pyro.data.split import (
+    FRACTIONS,
+    SPLITS,
+    check_fractions,
+    given_splits,
+    split_documents,
+    warn_of_shares,
+)
 from ltm_pyro.data.store import TextStore, TokenStore, store_text, store_tokens, training_texts
 from ltm_pyro.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.data.vocabularies import Given, open_tokenizer
+from ltm_pyro.errors import InputError, shown, unknown_name
 
-BUILT_IN = ("pydoc", "mixture")
 VOCABULARY = 8192
-_ARGUMENTS = ("seq_len", "tokenizer", "seed", "encoding", "cache_dir")
+_ARGUMENTS = (
+    *("seq_len", "tokenizer", "seed", "encoding", "cache_dir", "text_field", "turn_separator"),
+    *("newlines", "split", "split_by"),
+)
 _TEXT_OPTIONS = ("fractions", "vocab_size")
-_HUB_OPTIONS = ("config", "split")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @overload
 def load_corpus(
-    name_or_path: Literal["mixture"],
+    data: Literal["mixture"],
     *,
     seq_len: int = ...,
-    tokenizer: str | os.PathLike[str] | Tokenizer = ...,
+    tokenizer: Given = ...,
     seed: int = ...,
     encoding: str = ...,
     cache_dir: str | os.PathLike[str] | None = ...,
+    text_field: str = ...,
+    turn_separator: str = ...,
+    newlines: Newlines = ...,
+    split: SplitKind | None = ...,
+    split_by: str | None = ...,
     **options: object,
 ) -> MixtureCorpus: ...
 @overload
 def load_corpus(
-    name_or_path: str | os.PathLike[str],
+    data: object,
     *,
     seq_len: int = ...,
-    tokenizer: str | os.PathLike[str] | Tokenizer = ...,
+    tokenizer: Given = ...,
     seed: int = ...,
     encoding: str = ...,
     cache_dir: str | os.PathLike[str] | None = ...,
+    text_field: str = ...,
+    turn_separator: str = ...,
+    newlines: Newlines = ...,
+    split: SplitKind | None = ...,
+    split_by: str | None = ...,
     **options: object,
 ) -> Corpus: ...
 def load_corpus(
-    name_or_path: str | os.PathLike[str],
+    data: object,
     *,
     seq_len: int = 128,
-    tokenizer: str | os.PathLike[str] | Tokenizer = "bytes",
+    tokenizer: Given = "bytes",
     seed: int = 0,
     encoding: str = "utf-8",
     cache_dir: str | os.PathLike[str] | None = None,
+    text_field: str = "text",
+    turn_separator: str = "\n",
+    newlines: Newlines = "keep",
+    split: SplitKind | None = None,
+    split_by: str | None = None,
     **options: Any,
 ) -> Corpus:
     """Loads a corpus, cut into sequences and split by document.
@@ -71,20 +99,36 @@ def load_corpus(
     clear it.
 
     Args:
-        name_or_path: `pydoc` (English reference prose, from this Python); `mixture` (synthetic,
-            with exact likelihoods); the path of a .txt, .md or .jsonl file (one JSON object with a
-            string `text` per line) or of a folder of them; or a Hugging Face dataset, `hf:NAME` or
-            `OWNER/NAME`.
+        data: `pydoc` (English reference prose, from this Python); `mixture` (synthetic, with exact
+            likelihoods); the path of a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz
+            or .zst, or .parquet) or of a folder of them, several paths in a list, or a pattern such
+            as `books/*.md`; a Hugging Face dataset, `hf:NAME`, `hf:NAME@REVISION` or `OWNER/NAME`.
+            Or what a program holds: strings or dicts, in a list or any iterable; a pandas frame; a
+            `datasets.Dataset`; a dict of such by split; an array of token ids, (n,) or
+            (documents, n).
         seq_len: T, 2 or more.
         tokenizer: `bytes`; `bpe`, learned from the training split; a folder with GPT-2's
-            `encoder.json` and `vocab.bpe`; or a `Tokenizer`, e.g. the one that a run was fitted
-            with. `mixture` has symbols of its own.
+            `encoder.json` and `vocab.bpe` (or `vocab.json` and `merges.txt`); a `tokenizer.json`,
+            or its folder; a `tokenizers.Tokenizer`; one registered by `register_tokenizer`, by its
+            name; or a `Tokenizer`, e.g. the one that a run was fitted with. `mixture` has symbols
+            of its own.
         seed: Of the split, and of everything in `mixture`.
-        encoding: Of text files.
+        encoding: Of text files that do not begin with a mark of their own.
         cache_dir: Instead of `$LTM_PYRO_CACHE` or the user's cache folder.
+        text_field: The field of a record that is its text; dots lead into nested objects and
+            through lists, as in `turns.text`.
+        turn_separator: Between the strings of a list.
+        newlines: `keep`, or `lf`: every line end becomes a line feed.
+        split: `document` deals whole documents out; `group` keeps all documents together that agree
+            in `split_by`; `given` leaves the splits as they are: files, or their folders, that are
+            called after train, val (valid, validation, dev) and test, the splits of a Hugging Face
+            dataset, or of a dict, for which it is the default. Otherwise the default is `document`.
+        split_by: For `group`: a field of the records; `file`; or `file:PATTERN`, what the first
+            group of a regular expression finds in the file's name.
         **options: For text, `fractions` (shares of train, val and test, by default 0.9, 0.05 and
             0.05) and, with `tokenizer="bpe"`, `vocab_size` (8192). For a Hugging Face dataset also
-            its `config` and `split`. For `mixture`, those of `make_mixture`.
+            its `config`, and `hub_split`, the split of it to read (`train`). For what a program
+            holds, a `name`. For `mixture`, those of `make_mixture`.
 
     Returns:
         Corpus, or MixtureCorpus for `mixture`.
@@ -95,80 +139,161 @@ def load_corpus(
     """
     seq_len = whole_number("seq_len", seq_len, at_least=2)
     seed = whole_number("seed", seed, at_least=0)
-    if name_or_path == "mixture":
-        known = [o for o in inspect.signature(make_mixture).parameters if o not in _ARGUMENTS]
-        _check_options("mixture", options, known)
-        corpus = make_mixture(seq_len=seq_len, seed=seed, **options)
-        if tokenizer not in ("bytes", "symbols", corpus.tokenizer):
-            raise InputError(
-                f"corpus 'mixture' cannot be read by tokenizer {tokenizer!r}: it consists of "
-                "symbols; leave the tokenizer out"
-            )
-        return corpus
-    hub_options = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
-    source = _source(name_or_path, encoding, hub_options)
-    known = [*_TEXT_OPTIONS, *(_HUB_OPTIONS if isinstance(source, HubSource) else ())]
-    _check_options(source.name, {**hub_options, **options}, known)
-    return _text_corpus(
-        source, str(name_or_path), seq_len, tokenizer, seed, Cache(cache_dir), **options
-    )
+    kind = check_split(split, split_by, is_dict=isinstance(data, Mapping))
+    field = TextField(text_field, turn_separator)
+    reading = Reading(encoding, newlines, field, kind == "given")
+    if isinstance(data, str) and data in BUILT_IN:
+        _refuse_reading(data, reading, kind)
+    if isinstance(data, str) and data == "mixture":
+        return _mixture(seq_len, tokenizer, seed, options)
+    settings: dict[str, Any] = {"seed": seed, "split": kind, "split_by": split_by}
+    settings |= {"encoding": encoding, "newlines": newlines, **field.identity()}
+    cutter = _Cutter(Cache(cache_dir), seq_len, seed, kind, split_by)
+    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    name = options.pop("name", None)
+    if name is not None and not (isinstance(name, str) and name.isprintable() and name):
+        raise InputError(f"name is {shown(name)}: must be a word or two")
+    if is_ids(data):
+        chosen = tokenizer if isinstance(tokenizer, SymbolTokenizer) else open_tokenizer(tokenizer)
+        if chosen is None:
+            raise InputError("token ids have their tokenizer already: give it instead of 'bpe'")
+        array = ArraySource(data, chosen, seq_len, name or IN_MEMORY)
+        _check_options(array.name, {**hub, **options}, ("fractions", "name"))
+        return cutter.tokens(array, settings, **options)
+    source, again = find_source(data, reading, hub, name)
+    known = [*_TEXT_OPTIONS, *(HUB_OPTIONS if isinstance(source, HubSource) else ())]
+    _check_options(source.name, {**hub, **options}, [*known, *(() if again else ("name",))])
+    if again is not None and name is not None:
+        raise InputError("name is for data that a program holds: files and datasets have theirs")
+    return cutter.text(source, again, tokenizer, {**settings, **hub}, **options)
 
 
-def _text_corpus(
-    source: Source,
-    given: str,
-    seq_len: int,
-    tokenizer: str | os.PathLike[str] | Tokenizer,
-    seed: int,
-    cache: Cache,
-    fractions: Sequence[float] = FRACTIONS,
-    vocab_size: int | None = None,
-) -> Corpus:
-    shares = check_fractions(fractions)
-    chosen = _tokenizer(tokenizer, vocab_size)
-    text = store_text(cache, source)
-    _check_length(given, len(text.text), seq_len)
-    documents = split_documents(text.digests, text.lengths, shares, seed, corpus=given)
-    settings: dict[str, Any] = {"source": given, "seed": seed, "fractions": list(shares)}
-    if chosen is None:
-        size = VOCABULARY if vocab_size is None else vocab_size
-        settings["vocab_size"] = size
-        store = _learned(cache, text, source.name, documents["train"], size, settings)
-        chosen = load_tokenizer(store.tokenizer)
-    else:
-        store = _encoded(cache, text, source.name, chosen)
-    _check_length(given, len(store.tokens), seq_len)
-    fingerprint = fingerprint_of(text.sha256, chosen, seq_len)
-    layout = SequenceLayout(store.tokens, store.lengths, seq_len, fingerprint)
-    return Corpus(
-        name=source.name,
-        seq_len=seq_len,
-        tokenizer=chosen,
-        **{name: SequenceSet(layout, part, name) for name, part in documents.items()},
-        sha256=text.sha256["text"],
-        n_tokens=len(store.tokens),
-        n_bytes=len(text.text),
-        settings=settings,
-    )
+class _Cutter:
+    """Cuts texts into sequences, and deals them out."""
+
+    def __init__(
+        self, cache: Cache, seq_len: int, seed: int, kind: SplitKind, split_by: str | None
+    ) -> None:
+        self.cache, self.seq_len, self.seed = cache, seq_len, seed
+        self.kind, self.split_by = kind, split_by
+
+    def text(
+        self,
+        source: Source,
+        again: str | None,
+        tokenizer: Given,
+        settings: dict[str, Any],
+        fractions: Sequence[float] = FRACTIONS,
+        vocab_size: int | None = None,
+    ) -> Corpus:
+        shares = check_fractions(fractions)
+        chosen = open_tokenizer(tokenizer, vocab_size)
+        text = store_text(self.cache, source)
+        label = source.name if again is None else again
+        _check_length(label, len(text.text), self.seq_len)
+        parts = self._parts(text, shares, label)
+        settings = {"source": label, "fractions": list(shares), **settings}
+        if chosen is None:
+            size = VOCABULARY if vocab_size is None else vocab_size
+            settings["vocab_size"] = size
+            store = _learned(self.cache, text, source.name, parts["train"], size)
+            chosen = load_tokenizer(store.tokenizer)
+        else:
+            store = _encoded(self.cache, text, source.name, chosen)
+        return self._corpus(source, again, text, store, chosen, parts, settings)
+
+    def tokens(
+        self, source: ArraySource, settings: dict[str, Any], fractions: Sequence[float] = FRACTIONS
+    ) -> Corpus:
+        shares = check_fractions(fractions)
+        text = store_text(self.cache, source)
+        store = TokenStore(source.tokens, source.lengths, source.tokenizer.to_json())
+        parts = self._parts(text, shares, source.name)
+        settings = {"source": source.name, "fractions": list(shares), **settings}
+        return self._corpus(source, None, text, store, source.tokenizer, parts, settings)
+
+    def _parts(
+        self, text: TextStore, shares: Sequence[float], label: str
+    ) -> dict[str, NDArray[np.int64]]:
+        """The documents of each split."""
+        if self.kind == "given":
+            return given_splits(text.given, label)
+        together = [np.ascontiguousarray(text.near).view("V16")[:, 0]]
+        if self.kind == "group":
+            together.append(group_labels(text.table, str(self.split_by)))
+        return split_documents(text.digests, text.lengths, shares, self.seed, label, together)
+
+    def _corpus(
+        self,
+        source: Source,
+        again: str | None,
+        text: TextStore,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        parts: Mapping[str, NDArray[np.int64]],
+        settings: Mapping[str, Any],
+    ) -> Corpus:
+        _check_length(source.name, len(store.tokens), self.seq_len)
+        asked = dict(zip(SPLITS, settings["fractions"], strict=True))
+        notes = warn_of_shares(
+            parts, text.lengths, None if self.kind == "given" else asked, source.name
+        )
+        fingerprint = fingerprint_of(text.sha256, tokenizer, self.seq_len)
+        table = replace(text.table, group_by=self.split_by)
+        layout = SequenceLayout(
+            store.tokens, store.lengths, self.seq_len, fingerprint, tokenizer, table
+        )
+        symbols = tokenizer.unit == "byte" or isinstance(tokenizer, SymbolTokenizer)
+        sets: dict[str, Any] = {k: SequenceSet(layout, part, k) for k, part in parts.items()}
+        return Corpus(
+            name=source.name,
+            seq_len=self.seq_len,
+            tokenizer=tokenizer,
+            **sets,
+            sha256=text.sha256["text"],
+            n_tokens=len(store.tokens),
+            n_bytes=len(store.tokens) if symbols else len(text.text),
+            settings=settings,
+            recipe=None if again is None else _recipe(again, settings),
+            text=text,
+            parts=parts,
+            skipped=getattr(source, "skipped", {}),
+            notes=tuple(notes),
+        )
+
+
+def _recipe(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `CorpusConfig` that load a corpus again; the tokenizer is a run's own."""
+    fields = ("seed", "encoding", "newlines", "text_field", "turn_separator", "split", "split_by")
+    options = {k: v for k, v in settings.items() if k not in (*fields, "source")}
+    return {"name": name, **{k: settings[k] for k in fields}, "options": options}
+
+
+def _mixture(
+    seq_len: int, tokenizer: Given, seed: int, options: Mapping[str, Any]
+) -> MixtureCorpus:
+    known = [o for o in inspect.signature(make_mixture).parameters if o not in _ARGUMENTS]
+    _check_options("mixture", options, known)
+    corpus = make_mixture(seq_len=seq_len, seed=seed, **options)
+    named = isinstance(tokenizer, str) and tokenizer in ("bytes", "symbols")
+    if not named and tokenizer != corpus.tokenizer:
+        raise InputError(
+            f"corpus 'mixture' cannot be read by tokenizer {shown(tokenizer)}: it consists of "
+            "symbols; leave the tokenizer out"
+        )
+    return corpus
 
 
 def _learned(
-    cache: Cache,
-    text: TextStore,
-    label: str,
-    training: NDArray[np.int64],
-    vocab_size: int,
-    settings: Mapping[str, Any],
+    cache: Cache, text: TextStore, label: str, training: NDArray[np.int64], vocab_size: int
 ) -> TokenStore:
     """Tokens by byte-pair encoding learned from the documents `training`."""
-    # Deferred here and below: the compiled library is needed for byte-pair encoding only.
+    # Deferred: the compiled library is needed for byte-pair encoding only.
     from ltm_pyro.data.bpe import BPETokenizer, check_vocab_size
 
     check_vocab_size(vocab_size)
-    recipe = {
-        "learned": "bpe",
-        **{key: settings[key] for key in ("seed", "fractions", "vocab_size")},
-    }
+    documents = hashlib.sha256(training.tobytes()).hexdigest()
+    recipe = {"learned": "bpe", "vocab_size": vocab_size, "training": documents}
     return store_tokens(
         cache,
         text,
@@ -188,72 +313,25 @@ def _encoded(cache: Cache, text: TextStore, label: str, tokenizer: Tokenizer) ->
     return store_tokens(cache, text, name, saved, lambda: tokenizer, size)
 
 
-def _source(
-    name_or_path: str | os.PathLike[str], encoding: str, hub_options: Mapping[str, Any]
-) -> Source:
-    """Where the documents of `name_or_path` come from."""
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
-    if isinstance(name_or_path, str):
-        if name == "pydoc":
-            return PydocSource()
-        if name.startswith(PREFIX):
-            return HubSource(name.removeprefix(PREFIX), **hub_options)
-        if _is_hub_name(name) and not os.path.lexists(path):
-            return HubSource(name, **hub_options)
-        if not name or not (os.path.lexists(path) or "." in name or len(path.parts) > 1):
-            raise InputError(
-                f"{unknown_name('corpus', name, BUILT_IN)}, or give the path of a file or folder, "
-                f"or a Hugging Face dataset as {PREFIX}NAME"
-            )
-    return FileSource(path, encoding)
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether `name` reads as OWNER/NAME rather than as a path with a slip in it."""
-    owner = name.partition("/")[0]
-    is_text_file = name.lower().endswith(SUFFIXES)
-    return bool(_HUB_NAME.fullmatch(name)) and not is_text_file and not os.path.isdir(owner)
-
-
-def _tokenizer(
-    tokenizer: str | os.PathLike[str] | Tokenizer, vocab_size: int | None
-) -> Tokenizer | None:
-    """The tokenizer asked for; `None` where it is to be learned."""
-    if isinstance(tokenizer, SymbolTokenizer):
-        raise InputError("text cannot be written in the symbols of 'mixture': use bytes or bpe")
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    name = os.fspath(tokenizer)
-    if name == "bpe":
-        return None
-    if vocab_size is not None:
+def _refuse_reading(name: str, reading: Reading, kind: SplitKind) -> None:
+    """Refuses what the built-in corpora have no use for."""
+    plain = Reading(reading.encoding, "keep", TextField(), False)
+    if reading != plain or kind != "document":
         raise InputError(
-            f"vocab_size is for tokenizer 'bpe': {name!r} has a vocabulary of its own; leave "
-            "vocab_size out"
+            f"corpus {name!r} has neither fields, line ends nor splits of its own: leave out "
+            "text_field, turn_separator, newlines, split and split_by"
         )
-    if name == "bytes":
-        return ByteTokenizer()
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            f"{unknown_name('tokenizer', name, ('bytes', 'bpe'))}, or give the folder that holds "
-            "GPT-2's encoder.json and vocab.bpe"
-        )
-    from ltm_pyro.data.bpe import BPETokenizer
-
-    return BPETokenizer.from_folder(folder)
 
 
 def _check_options(corpus: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of corpus {corpus!r},", option, [*known, *_ARGUMENTS])
+            raise unknown_name(f"option of corpus {shown(corpus)},", option, [*known, *_ARGUMENTS])
 
 
 def _check_length(corpus: str, n_tokens: int, seq_len: int) -> None:
     if n_tokens < seq_len:
         raise InputError(
-            f"corpus {corpus!r} holds {n_tokens} tokens, fewer than one sequence of {seq_len}: "
-            "give more text or a smaller seq_len"
+            f"corpus {shown(corpus, 200)} holds {n_tokens} tokens, fewer than one sequence of "
+            f"{seq_len}: give more text or a smaller seq_len"
         )

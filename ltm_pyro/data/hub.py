@@ -3,61 +3,88 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ltm_pyro.errors import InputError
+from ltm_pyro.data.files import Newlines
+from ltm_pyro.data.memory import MemorySource
+from ltm_pyro.data.records import Document, TextField
+from ltm_pyro.data.split import SPLIT_NAMES
+from ltm_pyro.errors import InputError, shown
 
 PREFIX = "hf:"
 
 
 class HubSource:
-    """The strings in one column of one split of a dataset, one document per row.
+    """The texts of a dataset, one document per row.
 
-    The dataset is named in the cache's key, not its revision: clear the cache to follow an update.
+    Without a revision the dataset is named in the cache's key, not its state: name the revision, or
+    clear the cache, to follow an update.
 
     Args:
-        dataset: Its name on the hub, e.g. `owner/name`.
+        dataset: Its name on the hub, e.g. `owner/name` or `owner/name@REVISION`.
         config: Its configuration, where it has several.
-        split: Its split to read. The corpus is then split into train, val and test as any other.
+        hub_split: Its split to read, which is then split into train, val and test as any corpus.
+        field: Which part of a row is the text.
+        newlines: `keep` or `lf`.
+        given: Read all its splits and keep them as they are.
     """
 
-    def __init__(self, dataset: str, config: str | None = None, split: str = "train") -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None = None,
+        hub_split: str = "train",
+        field: TextField | None = None,
+        newlines: Newlines = "keep",
+        given: bool = False,
+    ) -> None:
+        self.dataset, _, revision = dataset.partition("@")
+        self.revision = revision or None
         self.config = config
-        self.split = split
-        self.name = dataset.rpartition("/")[2]
+        self.hub_split = hub_split
+        self.field = field or TextField()
+        self.newlines: Newlines = newlines
+        self.given = given
+        self.name = self.dataset.rpartition("/")[2]
+        self.files = (dataset,)
 
     def identity(self) -> Mapping[str, Any]:
-        """The dataset's name, configuration and split."""
-        names = {"dataset": self.dataset, "config": self.config, "split": self.split}
-        return {"source": "huggingface", **names}
+        """The dataset's name, revision, configuration and split, and how it is read."""
+        names = {"dataset": self.dataset, "revision": self.revision, "config": self.config}
+        split = {"split": None if self.given else self.hub_split, "newlines": self.newlines}
+        return {"source": "huggingface", **names, **split, **self.field.identity()}
 
-    def documents(self) -> Iterator[str]:
-        """The `text` of each row."""
-        for number, row in enumerate(self._rows()):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise InputError(
-                    f'row {number} of {self._shown} has no string "text": choose a dataset with a '
-                    "text column"
-                )
-            yield text
+    def documents(self) -> Iterator[Document]:
+        """The text of each row."""
+        try:
+            rows = self._rows()
+            yield from MemorySource(rows, self.field, self.newlines).documents()
+        except InputError as error:
+            raise InputError(f"{self._shown}: {error}") from None
+        except (OSError, ValueError, RuntimeError) as error:  # of names, networks and files
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"cannot load {self._shown}: {reason}") from None
 
     @property
     def _shown(self) -> str:
-        return f"the Hugging Face dataset {self.dataset!r}"
+        return f"the Hugging Face dataset {shown(self.dataset)}"
 
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
+    def _rows(self) -> Iterable[Any]:
+        """Rows, or, where the dataset's own splits are asked for, rows by split."""
         try:
             datasets = importlib.import_module("datasets")
         except ModuleNotFoundError:
             raise InputError(
-                f"{self.dataset!r} is no file or folder here, and to read {self._shown} an "
+                f"{shown(self.dataset)} is no file or folder here, and to read it as a dataset an "
                 'optional package is needed: pip install "ltm-pyro[hf]"'
             ) from None
-        try:
-            yield from datasets.load_dataset(self.dataset, self.config, split=self.split)
-        except (OSError, ValueError) as error:  # what the library raises for names and networks
-            reason = " ".join(str(error).split())
-            raise InputError(f"cannot load {self._shown}: {reason}") from None
+        options = {"revision": self.revision} if self.revision else {}
+        if not self.given:
+            rows: Iterable[Any] = datasets.load_dataset(
+                self.dataset, self.config, split=self.hub_split, **options
+            )
+            return rows
+        found = datasets.load_dataset(self.dataset, self.config, **options)
+        # Other splits, such as an unlabelled one, are no part of what is scored.
+        return {k: v for k, v in found.items() if k.lower() in SPLIT_NAMES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,10 @@ def make_mixture(
     tokenizer = SymbolTokenizer(process.symbols)
     sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     fingerprint = fingerprint_of({"symbols": sha256}, tokenizer, seq_len)
-    layout = SequenceLayout(tokens.ravel(), lengths, seq_len, fingerprint)
+    layout = SequenceLayout(tokens.ravel(), lengths, seq_len, fingerprint, tokenizer)
+    parts: dict[str, Any] = {
+        name: SequenceSet(layout, documents, name) for name, documents in split.items()
+    }
     settings = {
         "seed": seed,
         "classes": process.classes,
@@ -127,11 +131,16 @@ def make_mixture(
         name="mixture",
         seq_len=seq_len,
         tokenizer=tokenizer,
-        **{name: SequenceSet(layout, documents, name) for name, documents in split.items()},
+        **parts,
         sha256=sha256,
         n_tokens=tokens.size,
         n_bytes=tokens.size,
         settings=settings,
+        recipe={
+            "name": "mixture",
+            "seed": seed,
+            "options": {key: value for key, value in settings.items() if key != "seed"},
+        },
         process=process,
         labels=labels,
     )

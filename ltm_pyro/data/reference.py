@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ltm_pyro.data.records import Document
 from ltm_pyro.errors import InputError
 
 _SKIPPED = {"test", "tests", "idle_test", "lib2to3", "pydoc_data"}
@@ -35,18 +36,21 @@ class PydocSource:
     """
 
     name = "pydoc"
+    files = ("",)
 
     def identity(self) -> Mapping[str, Any]:
         """The build of Python, and where its library lies."""
         return {"source": "pydoc", "python": sys.version, "library": str(_library())}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Topics from short to long, then modules, package by package."""
         seen: set[str] = set()
+        number = 0
         for text in (*_topics(), *_module_texts(_library())):
             kept = _without_repeats(text, seen)
             if len(kept) >= _LEAST_DOCUMENT:
-                yield kept + "\n"
+                yield Document(kept + "\n", 0, number)
+                number += 1
 
 
 def _library() -> Path:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.metadata import DocumentTable
+from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
 
 Order = NDArray[np.unsignedinteger[Any]]
@@ -29,11 +33,21 @@ class SequenceLayout:
         seq_len: T.
         corpus: Fingerprint that qualifies the ids: the same documents, tokenizer and T give the
             same one.
+        tokenizer: By which they became tokens.
+        table: What else is known of the documents.
     """
 
     def __init__(
-        self, tokens: NDArray[Any], lengths: NDArray[np.int64], seq_len: int, corpus: str
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int64],
+        seq_len: int,
+        corpus: str,
+        tokenizer: Tokenizer | None = None,
+        table: DocumentTable | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
+        self._table = table
         self.tokens = tokens
         self.seq_len = seq_len
         self.corpus = corpus
@@ -73,7 +87,21 @@ class SequenceLayout:
             torch.from_numpy(ids.copy()),
             documents=torch.from_numpy(self.documents_of(ids)),
             corpus=self.corpus,
+            origin=self,
         )
+
+    def metadata(self, ids: NDArray[np.int64]) -> pd.DataFrame:
+        """What is known of the sequences `ids` (B,), one row each; see `SequenceSet.metadata`."""
+        documents = self.documents_of(ids)
+        if self._table is None:
+            frame = pd.DataFrame({"document": documents})
+        else:
+            unique, place = np.unique(documents, return_inverse=True)
+            frame = self._table.frame(unique).take(place)
+        position = (ids - self._first_id[documents]) * self.seq_len
+        frame.insert(min(3, frame.shape[1]), "position", position)
+        frame.index = pd.Index(ids, name="id")
+        return frame
 
 
 class SequenceSet:
@@ -111,6 +139,17 @@ class SequenceSet:
         """(n,) the document that the sequence at each position was cut from, as its index."""
         return self._layout.documents_of(self.ids)
 
+    @cached_property
+    def metadata(self) -> pd.DataFrame:
+        """What is known of each sequence: one row per sequence, by its stable id.
+
+        Columns `document` (its index), `file`, `offset` (where the document begins in its file: in
+        bytes of the text as UTF-8, or, of records, its number), `position` (the sequence's first
+        token in the document), every other field of the document's record, and `group` where the
+        corpus is split by group. Read from disk when it is first asked for.
+        """
+        return self._layout.metadata(self.ids)
+
     @property
     def corpus(self) -> str:
         """Fingerprint of the corpus, which qualifies the ids; see `Batch.corpus`."""
@@ -135,6 +174,7 @@ class SequenceSet:
         """
         if (positions is None) == (ids is None):
             raise InputError("batch() takes either positions or ids=...")
+        self._refuse_empty()
         if ids is not None:
             return self._layout.batch(self._known(_whole_numbers(ids, "ids")))
         if isinstance(positions, slice):
@@ -188,6 +228,7 @@ class SequenceSet:
         Raises:
             InputError: if an argument is not a whole number in its range, or `rows` is empty.
         """
+        self._refuse_empty()
         whole_number("step", step, at_least=0)
         whole_number("batch size", batch_size, at_least=1)
         whole_number("seed", seed, at_least=0)
@@ -223,6 +264,12 @@ class SequenceSet:
             # 20 bytes per sequence while it is made; 4 of them stay where numbers are that small.
             self._orders[lane] = order.astype(np.min_scalar_type(max(n - 1, 2**16)))
         return self._orders[lane]
+
+    def _refuse_empty(self) -> None:
+        if not len(self):
+            raise InputError(
+                f"the {self._name} split is empty: choose another, or give data for it"
+            )
 
     def _known(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         place = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)

@@ -1,268 +1,290 @@
-"""Documents from files: .txt and .md, .jsonl, and folders of them, read as streams."""
+"""Documents from files: one, several, those that a pattern names, and folders of them."""
 
 from __future__ import annotations
 
-import codecs
-import encodings.aliases
-import json
-import math
+import glob
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ltm_pyro.errors import InputError, nearest
+from ltm_pyro.data.blocks import block_size, blocks
+from ltm_pyro.data.files import (
+    NEWLINES,
+    PACKED_SUFFIXES,
+    Newlines,
+    check_encoding,
+    name_of,
+    no_regular_file,
+    status,
+    text_chunks,
+    text_size,
+    unreadable,
+)
+from ltm_pyro.data.readers import (
+    PARQUET,
+    RECORDS,
+    SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    number_or_text,
+    parquet,
+)
+from ltm_pyro.data.records import Document, TextField, joined_names
+from ltm_pyro.data.split import SPLIT_NAMES
+from ltm_pyro.errors import InputError, shown, unknown_name
 
-TEXT_SUFFIXES = (".txt", ".md")
-LINES_SUFFIX = ".jsonl"
-SUFFIXES = (*TEXT_SUFFIXES, LINES_SUFFIX)
-_CHUNK_BYTES = 2**20
-_LEAST_BLOCK, _LARGEST_BLOCK = 64, 65536
-# Characters that a block may grow to, in units of the block, while it waits for a blank line.
-_PATIENCE = 4
-# The last line break of a run of blank lines: the block ends after it.
-_PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n(?=[^\r\n])")
-_LINE_END = re.compile(r"\n")
-
-
-class Source(Protocol):
-    """Where documents come from."""
-
-    @property
-    def name(self) -> str:
-        """For people and for the name of the cache entry."""
-        ...
-
-    def identity(self) -> Mapping[str, Any]:
-        """JSON types that change whenever the documents may have changed."""
-        ...
-
-    def documents(self) -> Iterator[str]:
-        """The documents in source order, one at a time; empty ones are left out by the reader.
-
-        Raises:
-            InputError: where the source cannot be read.
-        """
-        ...
+PATTERN = re.compile(r"[*?\[]")
+_WORDS = re.compile(r"[^a-z0-9]+")
 
 
 class FileSource:
-    """One file, or a folder of files.
+    """Files, and folders of files.
 
-    A line of a .jsonl file is one document. A .txt or .md file is cut after blank lines into
-    blocks that grow with the square root of all the text read (4 kB in 1 MB, 64 kB at most), so
-    that small corpora still have documents for each split and large ones have long documents; a
-    file shorter than its block is one document. The blocks of a file put together give its text,
-    line endings included. In a folder, files with other suffixes and hidden ones are passed over.
+    A .jsonl, .json, .csv, .tsv or .parquet file holds one document per record. A .txt or .md file
+    is cut after blank lines into blocks whose size follows that of all the text read (see
+    `block_size`); a file shorter than its block is one document. The blocks of a file put together
+    give its text. All but .parquet may be packed, as .gz or .zst. A folder is read with all that is
+    below it; a warning names the files that are passed over.
 
     Args:
-        path: The file or folder.
-        encoding: Of the files.
+        paths: Files and folders.
+        encoding: Of texts that do not begin with a mark of their own.
+        newlines: `keep` or `lf`; see `text_chunks`.
+        field: Which part of a record is its text.
+        given: Each file belongs to the split that its name, or its folder's, tells; those that
+            belong to none are passed over.
+
+    Attributes:
+        skipped: What is passed over, by name, with the reason.
 
     Raises:
-        InputError: if there is nothing there to read, or `encoding` is unknown.
+        InputError: if there is nothing there to read, or `encoding` or `newlines` is unknown.
     """
 
-    def __init__(self, path: Path, encoding: str = "utf-8") -> None:
-        self.path = path
-        self.encoding = _check_encoding(encoding)
-        self.name = path.resolve().stem or "text"
-        mode = _stat(path).st_mode
-        self._files = _text_files(path) if stat.S_ISDIR(mode) else [_one_file(path, mode)]
-        self._stats = [_stat(file) for file in self._files]
-        text_bytes = sum(
-            info.st_size
-            for file, info in zip(self._files, self._stats, strict=True)
-            if file.suffix.lower() in TEXT_SUFFIXES
-        )
-        self.block = max(_LEAST_BLOCK, min(_LARGEST_BLOCK, 4 * math.isqrt(text_bytes)))
+    def __init__(
+        self,
+        *paths: Path,
+        encoding: str = "utf-8",
+        newlines: Newlines = "keep",
+        field: TextField | None = None,
+        given: bool = False,
+    ) -> None:
+        if newlines not in NEWLINES:
+            raise unknown_name("newlines", str(newlines), NEWLINES)
+        self.encoding = check_encoding(encoding)
+        self.newlines: Newlines = newlines
+        self.field = field or TextField()
+        self.given = given
+        self.skipped: dict[str, str] = {}
+        self._paths: list[Path] = []
+        names: list[str] = []
+        for path in paths:
+            for file, name in self._found(path):
+                self._paths.append(file)
+                names.append(plain_name(name))
+        if not self._paths:
+            self._refuse(paths)
+        if self.skipped:
+            told = [f"{name} ({reason})" for name, reason in self.skipped.items()]
+            warnings.warn(f"not read: {joined_names(told)}", stacklevel=2)
+        self.files = tuple(names)
+        self.name = plain_name(_stem(paths[0]) if len(paths) == 1 else _stem(paths[0].parent))
+        self._stats = [status(file) for file in self._paths]
         if not any(info.st_size for info in self._stats):
-            raise InputError(f"{str(path)!r} is empty: give a file with text in it")
+            raise InputError(f"{name_of(paths[0])} is empty: give a file with text in it")
+        self.block = block_size(self._text_size())
 
     def identity(self) -> Mapping[str, Any]:
-        """Path, size and time of change of every file, and the encoding."""
+        """Path, size and time of change of every file, and how they are read."""
         files = [
-            [str(file.resolve()), info.st_size, info.st_mtime_ns]
-            for file, info in zip(self._files, self._stats, strict=True)
+            [os.fsencode(file.resolve()).hex(), name, info.st_size, info.st_mtime_ns]
+            for file, name, info in zip(self._paths, self.files, self._stats, strict=True)
         ]
-        return {"source": "files", "files": files, "encoding": self.encoding}
+        how = {"encoding": self.encoding, "newlines": self.newlines, "given": self.given}
+        return {"source": "files", "files": files, **how, **self.field.identity()}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """The documents, file after file in the order of their paths."""
-        for file in self._files:
-            text = _decoded(file, self.encoding)
-            if file.suffix.lower() == LINES_SUFFIX:
-                yield from _json_texts(file, text)
+        for number, (file, name) in enumerate(zip(self._paths, self.files, strict=True)):
+            split = (split_of(name) or "") if self.given else ""
+            if kind_of(file) in TEXT_SUFFIXES:
+                yield from self._blocks(file, number, split)
             else:
-                yield from blocks(text, self.block)
+                yield from self._records(file, number, split)
+
+    def _blocks(self, file: Path, number: int, split: str) -> Iterator[Document]:
+        offset = 0
+        for block in blocks(text_chunks(file, self.encoding, self.newlines), self.block):
+            yield Document(block, number, offset, split)
+            offset += len(block.encode("utf-8"))
+
+    def _records(self, file: Path, number: int, split: str) -> Iterator[Document]:
+        kind = kind_of(file)
+        if kind == PARQUET:
+            records = parquet(file)
+        else:
+            records = RECORDS[kind](file, text_chunks(file, self.encoding, self.newlines))
+        for place, (where, record) in enumerate(records):
+            text, fields = self.field.take(record, where)
+            if self.newlines == "lf":  # escapes in JSON, and whatever a parquet table holds
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            if kind in TABLE_SUFFIXES:
+                fields = {key: number_or_text(value) for key, value in fields.items()}
+            yield Document(text, number, place, split, fields)
+
+    def _text_size(self) -> int:
+        texts = [file for file in self._paths if kind_of(file) in TEXT_SUFFIXES]
+        return sum(text_size(file, self.encoding, self.newlines) for file in texts)
+
+    def _found(self, path: Path) -> Iterator[tuple[Path, str]]:
+        """The files that `path` gives, with their names."""
+        mode = status(path).st_mode
+        if stat.S_ISDIR(mode):
+            for file, name in _below(path):
+                reason = self._reason_to_skip(file, name)
+                if reason:
+                    self.skipped[plain_name(name)] = reason
+                else:
+                    yield file, name
+            return
+        if not stat.S_ISREG(mode):
+            raise no_regular_file(path)
+        if kind_of(path) not in SUFFIXES:
+            raise InputError(f"{name_of(path)} cannot be read as text: give a {suffixes()} file")
+        if self.given and split_of(path.name) is None:
+            raise _no_split(path.name)
+        yield path, path.name
+
+    def _reason_to_skip(self, file: Path, name: str) -> str:
+        if any(part.startswith(".") for part in Path(name).parts):
+            return "hidden"
+        if kind_of(file) not in SUFFIXES:
+            return "of another kind"
+        try:
+            info = status(file)
+        except InputError:
+            return "cannot be read"
+        if not stat.S_ISREG(info.st_mode):
+            return "no regular file"
+        if self.given and split_of(name) is None:
+            return "of no split"
+        return ""
+
+    def _refuse(self, paths: Sequence[Path]) -> None:
+        what = f"folder {name_of(paths[0])}" if len(paths) == 1 else f"{len(paths)} folders"
+        found = f"; it holds {joined_names(self.skipped)}" if self.skipped else ""
+        split = ' that is called after its split ("train", "val", "test")' if self.given else ""
+        raise InputError(f"{what} holds no {suffixes()} file{split}{found}: put one there")
 
 
-def blocks(text: Iterator[str], size: int) -> Iterator[str]:
-    """Cuts a stream of text into blocks whose concatenation is the text.
+def expand_paths(given: str) -> list[Path]:
+    """The files and folders that a path or pattern names.
 
-    A block ends at the first blank line after `size` characters; if there is none before
-    `4 * size`, at the first line break after `size`; if there is none either, at `4 * size`. Where
-    the stream is cut into chunks makes no difference.
-
-    Args:
-        text: Chunks of any length.
-        size: Characters.
+    Raises:
+        InputError: if there are none, or it cannot be a path.
     """
-    limit = _PATIENCE * size
-    buffer = ""
-    for chunk in text:
-        buffer += chunk
-        start = 0
-        while len(buffer) - start > limit:  # one more, to see what follows a blank line
-            end = _block_end(buffer, start, size, limit)
-            yield buffer[start:end]
-            start = end
-        buffer = buffer[start:]
-    start = 0
-    while start < len(buffer):
-        end = _block_end(buffer, start, size, limit)
-        yield buffer[start:end]
-        start = end
+    path = as_path(given)
+    if os.path.lexists(path) or not PATTERN.search(given):
+        return [path]
+    found = sorted(glob.glob(str(path), recursive=True))
+    if not found:
+        raise InputError(f"no file matches the pattern {shown(given, 200)}: check it")
+    paths = [Path(name) for name in found]
+    readable = [path for path in paths if kind_of(path) in SUFFIXES or path.is_dir()]
+    passed = [plain_name(str(path)) for path in paths if path not in readable]
+    if readable and passed:
+        warnings.warn(f"not read: {joined_names(passed)} (of another kind)", stacklevel=2)
+    return readable or paths
 
 
-def _block_end(buffer: str, start: int, size: int, limit: int) -> int:
-    stop = min(start + limit, len(buffer))
-    # One character beyond `stop` is for the look-ahead, which the match itself leaves out.
-    found = _PARAGRAPH_END.search(buffer, start + size - 1, stop + 1)
-    if found is None:
-        found = _LINE_END.search(buffer, start + size - 1, stop)
-    return stop if found is None else found.end()
+def as_path(given: str | os.PathLike[str]) -> Path:
+    """`given` as a path, `~` expanded.
 
-
-def _json_texts(file: Path, text: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(_lines(text), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {str(file)!r}"
-        try:
-            record = json.loads(line.removeprefix("\ufeff"))
-        except ValueError as error:
-            raise InputError(
-                f"{where} is not JSON ({str(error).partition(':')[0]}): each line must be one JSON "
-                'object with a string "text"'
-            ) from None
-        except RecursionError:
-            raise InputError(f"{where} is nested too deeply to be read") from None
-        value = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            raise InputError(
-                f'{where} has no string "text": each line must be a JSON object like '
-                '{"text": "..."}'
-            )
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{where} holds a lone surrogate (\\uD800 to \\uDFFF), which is not valid Unicode "
-                "text: write the file's escapes in pairs"
-            ) from None
-        yield value
-
-
-def _lines(text: Iterator[str]) -> Iterator[str]:
-    """Lines that end with a line feed only: JSON strings may hold other Unicode line breaks."""
-    held: list[str] = []
-    for chunk in text:
-        *complete, rest = chunk.split("\n")
-        for line in complete:
-            yield "".join([*held, line])
-            held.clear()
-        held.append(rest)
-    yield "".join(held)
-
-
-def _decoded(file: Path, encoding: str) -> Iterator[str]:
-    """The text of `file` in chunks; no line ending is touched."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    consumed = 0
+    Raises:
+        InputError: if no file can have that name.
+    """
+    name = os.fspath(given)
+    if not isinstance(name, str) or "\0" in name or not _is_unicode(name):
+        raise InputError(
+            f"{shown(name)} cannot be the path of a corpus: rename the file, with plain characters"
+        )
     try:
-        with open(file, "rb") as stream:
-            while True:
-                chunk = stream.read(_CHUNK_BYTES)
-                consumed += len(chunk)
-                yield decoder.decode(chunk, final=not chunk)
-                if not chunk:
-                    return
-    except UnicodeDecodeError as error:
-        # The decoder was given what it had held back before this chunk and the chunk itself.
-        offset = consumed - len(error.object) + error.start
-        wrong = error.object[error.start]
-        other = "latin-1" if encoding == "utf-8" else "utf-8"
+        return Path(name).expanduser()
+    except RuntimeError:
         raise InputError(
-            f"{str(file)!r} is not {encoding}: byte {offset} is 0x{wrong:02x} ({error.reason}); "
-            f"name its encoding, e.g. --encoding {other}"
+            f"{shown(name)} begins with the home folder of a user that is not known here: check "
+            "the path"
         ) from None
-    except UnicodeError as error:  # e.g. UTF-16 without its byte order mark
-        raise InputError(
-            f"{str(file)!r} is not {encoding}: {error}; name its encoding, e.g. --encoding utf-8"
-        ) from None
-    except OSError as error:
-        raise _unreadable(file, error) from None
 
 
-def _check_encoding(encoding: str) -> str:
-    """The canonical name of `encoding`."""
-    try:
-        name = codecs.lookup(encoding).name
-        bytes(8).decode(name, "ignore")  # refuses codecs that are not about text, such as hex
-        codecs.getincrementaldecoder(name)
-    except (LookupError, ValueError):
-        guess = nearest(encoding, [n.replace("_", "-") for n in encodings.aliases.aliases])
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise InputError(
-            f"unknown encoding {encoding!r}: {hint}try utf-8, utf-16, latin-1 or cp1252"
-        ) from None
-    return name
+def kind_of(file: Path) -> str:
+    """The suffix that tells how to read `file`, that of its packing left off."""
+    suffix = file.suffix.lower()
+    if suffix in PACKED_SUFFIXES:
+        inner = file.with_suffix("").suffix.lower()
+        return suffix if inner == PARQUET else inner
+    return suffix
 
 
-def _one_file(path: Path, mode: int) -> Path:
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{str(path)!r} is neither a file nor a folder: give a {_suffixes()} file")
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{str(path)!r} cannot be read as text: give a {_suffixes()} file")
-    return path
+def split_of(name: str) -> str | None:
+    """The split that a file's name tells, or else the folder it is in; `None` where none does.
+
+    Raises:
+        InputError: if it tells two.
+    """
+    for part in reversed(Path(name).parts):
+        words = _WORDS.split(part.lower())
+        told = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+        if len(told) > 1:
+            raise InputError(f"file {shown(name)} is called after two splits: rename it")
+        if told:
+            return told.pop()
+    return None
 
 
-def _text_files(folder: Path) -> list[Path]:
-    """All text files below `folder`, in the order of their paths."""
+def plain_name(name: str) -> str:
+    """A file's name as Unicode text, whatever bytes it is made of."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def suffixes() -> str:
+    """The kinds of file, for a message."""
+    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+def _below(folder: Path) -> list[tuple[Path, str]]:
+    """All files below `folder` with their names there, in order; a hidden folder counts as one."""
 
     def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename), error)
+        raise unreadable(Path(os.fsdecode(error.filename)), error)
 
-    found = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    ]
-    inside = [(file.relative_to(folder).parts, file) for file in found]
-    files = [file for parts, file in sorted(inside) if not any(p.startswith(".") for p in parts)]
-    if not files:
-        raise InputError(f"folder {str(folder)!r} holds no {_suffixes()} file: put one there")
-    return files
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        raise InputError(f"there is no file or folder {str(path)!r}: check the path") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot read {str(path)!r}: {error.strerror or error}; check the path and its permissions"
+    found: list[Path] = []
+    for parent, inner, names in os.walk(folder, onerror=refuse):
+        hidden = [name for name in inner if name.startswith(".")]
+        inner[:] = [name for name in inner if name not in hidden]
+        found += [Path(parent, name) for name in (*names, *hidden)]
+    return sorted(
+        ((file, str(file.relative_to(folder))) for file in found), key=lambda pair: pair[0].parts
     )
 
 
-def _suffixes() -> str:
-    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+def _stem(path: Path) -> str:
+    """The name of a corpus in `path`."""
+    name = path.resolve()
+    packed = name.suffix.lower() in PACKED_SUFFIXES
+    return (name.with_suffix("") if packed else name).stem or "text"
+
+
+def _no_split(name: str) -> InputError:
+    return InputError(
+        f'{shown(name)} tells no split: with split="given" a file, or its folder, is called after '
+        '"train", "val" or "test"'
+    )
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)

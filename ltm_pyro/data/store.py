@@ -20,14 +20,30 @@ from numpy.typing import DTypeLike, NDArray
 from tqdm.auto import tqdm
 
 from ltm_pyro.data.cache import Cache, EntryWriter, digest_of
-from ltm_pyro.data.sources import Source
-from ltm_pyro.data.tokenizer import Part, StreamTokenizer, Tokenizer, utf8
-from ltm_pyro.errors import InputError
+from ltm_pyro.data.metadata import DocumentTable
+from ltm_pyro.data.records import Document, Source, row_of
+from ltm_pyro.data.split import SPLITS, near_form
+from ltm_pyro.data.tokenizer import Part, StreamTokenizer, Tokenizer, checked_ids, utf8
+from ltm_pyro.errors import InputError, shown
 
 # A batch then has enough pieces for many cores, and the hundreds that the library reads ahead when
 # it learns are a few megabytes.
 _PIECE_BYTES = 2**14
-_WRITTEN_BYTES = 2**20
+_WRITTEN_BYTES, _WRITTEN_DOCUMENTS = 2**20, 2**12
+_MOST_FIELDS = 10_000
+_NEAR_BYTES = 16
+_SPLIT_CODES = {"": -1, **{name: code for code, name in enumerate(SPLITS)}}
+_TEXT_TYPES: dict[str, DTypeLike] = {
+    "text": np.uint8,
+    "lengths": np.int64,
+    "digests": np.uint8,
+    "near": np.uint8,
+    "file": np.int32,
+    "offset": np.int64,
+    "given": np.int8,
+    "rows": np.uint8,
+    "row_lengths": np.int64,
+}
 _MAPPED_BYTES = 2**24  # read before the mapping is emptied, or the whole text would seem to be held
 # White space after a character that is none. GPT-2's expression starts a new word there whatever
 # comes before and after. Bytes from 0x80 on are the last of a longer character: those that end one
@@ -43,12 +59,18 @@ class TextStore:
         text: (n_bytes,) uint8, the documents' UTF-8 one after another.
         lengths: (n,) int64, bytes of each document, 1 or more.
         digests: (n, 32) uint8, SHA-256 of each document.
+        near: (n, 16) uint8, a digest of each document's `near_form`.
+        given: (n,) int8, the place in `SPLITS` of the split that the source put it in, or -1.
+        table: What else is known of the documents.
         sha256: SHA-256 of `text` and of `lengths`, in hexadecimal, by these names.
     """
 
     text: NDArray[np.uint8]
     lengths: NDArray[np.int64]
     digests: NDArray[np.uint8]
+    near: NDArray[np.uint8]
+    given: NDArray[np.int8]
+    table: DocumentTable
     sha256: Mapping[str, str]
 
     def documents(self, chosen: NDArray[np.int64] | None = None) -> Iterator[str]:
@@ -107,38 +129,91 @@ def store_text(cache: Cache, source: Source) -> TextStore:
     """
 
     def build(writer: EntryWriter) -> dict[str, Any]:
-        held: list[bytes] = []
-        size, empty = 0, True
-
-        def write() -> None:
-            writer.append("text", np.frombuffer(b"".join(held), dtype=np.uint8))
-            writer.append("lengths", np.array([len(data) for data in held]))
-            digests = b"".join(hashlib.sha256(data).digest() for data in held)
-            writer.append("digests", np.frombuffer(digests, dtype=np.uint8))
-            held.clear()
-
+        held = _Held(writer)
         with _progress("read", None) as bar:
             for document in source.documents():
-                data = utf8(document)
-                if not data:
-                    continue
-                held.append(data)
-                size, empty = size + len(data), False
-                if size >= _WRITTEN_BYTES:
-                    write()
-                    bar.update(size)
-                    size = 0
-            if held:
-                write()
-        if empty:
-            raise InputError(f"corpus {source.name!r} is empty: give a source with text in it")
-        return {}
+                data = utf8(document.text)
+                if data:
+                    bar.update(held.add(document, data))
+            held.write()
+        if not held.documents:
+            raise InputError(f"corpus {shown(source.name)} is empty: give a source with text in it")
+        return {"files": list(source.files), "fields": list(held.fields)}
 
-    dtypes = {"text": np.uint8, "lengths": np.int64, "digests": np.uint8}
-    entry = cache.get(f"{source.name}-text", source.identity(), dtypes, build)
-    text, lengths = entry.arrays["text"], entry.arrays["lengths"]
-    digests = entry.arrays["digests"].reshape(-1, hashlib.sha256().digest_size)
-    return TextStore(text, lengths, digests, {k: entry.sha256[k] for k in ("text", "lengths")})
+    entry = cache.get(f"{source.name}-text", source.identity(), _TEXT_TYPES, build)
+    arrays = entry.arrays
+    table = DocumentTable(
+        files=tuple(entry.meta["files"]),
+        fields=tuple(entry.meta["fields"]),
+        file=arrays["file"],
+        offset=arrays["offset"],
+        rows=arrays["rows"],
+        row_lengths=arrays["row_lengths"],
+    )
+    return TextStore(
+        text=arrays["text"],
+        lengths=arrays["lengths"],
+        digests=arrays["digests"].reshape(-1, hashlib.sha256().digest_size),
+        near=arrays["near"].reshape(-1, _NEAR_BYTES),
+        given=arrays["given"],
+        table=table,
+        sha256={k: entry.sha256[k] for k in ("text", "lengths")},
+    )
+
+
+class _Held:
+    """Documents on their way into the cache."""
+
+    def __init__(self, writer: EntryWriter) -> None:
+        self._writer = writer
+        self._held: list[tuple[Document, bytes, bytes]] = []
+        self._size = 0
+        self.documents = 0
+        self.fields: dict[str, int] = {}
+
+    def add(self, document: Document, data: bytes) -> int:
+        """Takes a document and its UTF-8; returns the bytes written out on this occasion."""
+        row = row_of(document.fields, self.fields, f"document {self.documents}")
+        if len(self.fields) > _MOST_FIELDS:
+            raise InputError(
+                f"the records have more than {_MOST_FIELDS} different fields: leave out what "
+                "differs from record to record"
+            )
+        self._held.append((document, data, row))
+        self._size += len(data) + len(row)
+        self.documents += 1
+        full = self._size >= _WRITTEN_BYTES or len(self._held) >= _WRITTEN_DOCUMENTS
+        return self.write() if full else 0
+
+    def write(self) -> int:
+        """Writes what is held; returns its size in bytes."""
+        documents = [document for document, _, _ in self._held]
+        texts = [data for _, data, _ in self._held]
+        rows = [row for _, _, row in self._held]
+        columns: dict[str, Any] = {
+            "text": np.frombuffer(b"".join(texts), np.uint8),
+            "lengths": [len(data) for data in texts],
+            "digests": np.frombuffer(b"".join(map(_sha256, texts)), np.uint8),
+            "near": np.frombuffer(b"".join(_near(d.text) for d in documents), np.uint8),
+            "file": [document.file for document in documents],
+            "offset": [document.offset for document in documents],
+            "given": [_SPLIT_CODES[document.split] for document in documents],
+            "rows": np.frombuffer(b"".join(rows), np.uint8),
+            "row_lengths": [len(row) for row in rows],
+        }
+        for name, values in columns.items():
+            self._writer.append(name, np.asarray(values))
+        size, self._size = self._size, 0
+        self._held.clear()
+        return size
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _near(text: str) -> bytes:
+    return hashlib.blake2b(near_form(text).encode(), digest_size=_NEAR_BYTES).digest()
 
 
 def store_tokens(
@@ -165,7 +240,15 @@ def store_tokens(
 
     def build(writer: EntryWriter) -> dict[str, Any]:
         tokenizer = make()
+        done = 0
         for tokens, lengths in _encoded(tokenizer, text):
+            if not np.all(lengths):
+                number = done + int(np.flatnonzero(lengths == 0)[0])
+                raise InputError(
+                    f"tokenizer {tokenizer.name!r} makes no token of document {number}: leave the "
+                    "document out, or choose a tokenizer that can write it"
+                )
+            done += len(lengths)
             writer.append("tokens", tokens)
             writer.append("lengths", lengths)
         return {"tokenizer": tokenizer.to_json()}
@@ -192,7 +275,7 @@ def _encoded(tokenizer: Tokenizer, text: TextStore) -> Iterator[Part]:
     with _progress("encode", len(text.text)) as bar:
         if not isinstance(tokenizer, StreamTokenizer):
             for document in text.documents():
-                ids = tokenizer.encode(document)
+                ids = checked_ids(tokenizer.encode(document), tokenizer.vocab_size)
                 bar.update(len(document))
                 yield ids, np.array([len(ids)])
             return

@@ -6,16 +6,21 @@ that a run folder holds all that is needed to read its tokens.
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.registry import Registry
 
+K = TypeVar("K", bound=type[Any])
+TOKENIZERS: Registry[type[Any]] = Registry("tokenizer", "register_tokenizer")
+_DEFERRED = ("bpe", "huggingface")
 Unit = Literal["byte", "token"]
 Part = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Tokens (n,) and the lengths (m,) of the documents that end in them."""
@@ -83,6 +88,7 @@ class StreamTokenizer(Tokenizer, Protocol):
         ...
 
 
+@TOKENIZERS.register("bytes")
 @dataclass(frozen=True)
 class ByteTokenizer:
     """One id per byte of UTF-8."""
@@ -104,11 +110,17 @@ class ByteTokenizer:
         """`{"type": "bytes"}`."""
         return {"type": "bytes"}
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> ByteTokenizer:
+        """Restores what `to_json` wrote."""
+        return cls()
+
 
 _LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 _FURTHER_LETTERS = 0x0100  # Latin Extended-A onwards, for alphabets beyond letters and digits
 
 
+@TOKENIZERS.register("symbols")
 @dataclass(frozen=True)
 class SymbolTokenizer:
     """The abstract symbols of a synthetic corpus, printed as letters.
@@ -166,27 +178,85 @@ class SymbolTokenizer:
         """`{"type": "symbols", "vocab_size": V}`."""
         return {"type": "symbols", "vocab_size": self.vocab_size}
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> SymbolTokenizer:
+        """Restores what `to_json` wrote."""
+        return cls(saved["vocab_size"])
+
+
+def register_tokenizer(name: str, *, override: bool = False) -> Callable[[K], K]:
+    """Class decorator: makes a tokenizer of one's own known, so that runs with it can be loaded.
+
+    The class is a `Tokenizer` whose `to_json` gives JSON types with `"type": name`, and has a class
+    method `from_json` that restores it from them. Without further facts than its type it can be
+    asked for by name: `load_corpus(..., tokenizer=name)`.
+
+    Args:
+        name: E.g. `"words"`.
+        override: Replace a tokenizer of that name.
+
+    Raises:
+        InputError: if the name is taken, or the class has no `to_json` or `from_json`.
+    """
+
+    def add(cls: K) -> K:
+        for method in ("to_json", "from_json", "encode", "decode"):
+            if not callable(getattr(cls, method, None)):
+                raise InputError(
+                    f"tokenizer {shown(name)} ({shown(getattr(cls, '__name__', cls))}) lacks "
+                    f"{method}: define it"
+                )
+        register(cls)
+        return cls
+
+    if name in _DEFERRED:
+        raise InputError(f"tokenizer {name!r} is built in: choose another name")
+    register = TOKENIZERS.register(name, override=override)
+    return add
+
 
 def load_tokenizer(saved: Mapping[str, Any]) -> Tokenizer:
     """Restores what `to_json` wrote. Nothing is executed.
 
     Raises:
-        InputError: if `saved` does not describe a tokenizer.
+        InputError: if `saved` does not describe a tokenizer that is known here.
     """
-    kind = saved.get("type")
+    kind = saved.get("type") if isinstance(saved, Mapping) else None
+    if not isinstance(kind, str) or kind not in (*TOKENIZERS, *_DEFERRED):
+        raise InputError(
+            f"{unknown_name('tokenizer type', str(kind), (*TOKENIZERS, *_DEFERRED))}; one's own is "
+            "registered first, with register_tokenizer"
+        )
     try:
-        if kind == "bytes":
-            return ByteTokenizer()
-        if kind == "symbols":
-            return SymbolTokenizer(saved["vocab_size"])
-        if kind == "bpe":
-            # Deferred: the compiled library is needed for this family only.
-            from ltm_pyro.data.bpe import BPETokenizer
+        if kind in _DEFERRED:
+            # Deferred: the compiled library is needed for these families only.
+            from ltm_pyro.data import bpe
 
-            return BPETokenizer(saved["tokenizer"])
+            made = bpe.BPETokenizer if kind == "bpe" else bpe.HuggingFaceTokenizer
+            return made(saved["tokenizer"])
+        restored: Tokenizer = TOKENIZERS[kind].from_json(saved)
     except KeyError as error:
         raise InputError(f"saved {kind} tokenizer lacks {error}: it is damaged") from None
-    raise unknown_name("tokenizer type", str(kind), ("bytes", "symbols", "bpe"))
+    return restored
+
+
+def check_restorable(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that `load_tokenizer` would not give back: a run could not be opened.
+
+    Raises:
+        InputError: saying what is missing.
+    """
+    name = type(tokenizer).__name__
+    try:
+        saved = tokenizer.to_json()
+        restored = load_tokenizer(json.loads(json.dumps(saved)))
+    except (InputError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"tokenizer {name} cannot be saved with a run ({error}): put "
+            f"@register_tokenizer('...') on its class, with to_json and from_json"
+        ) from None
+    if restored.to_json() != saved:
+        raise InputError(f"tokenizer {name}: from_json does not give back what to_json wrote")
 
 
 def utf8(text: str) -> bytes:

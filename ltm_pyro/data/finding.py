@@ -1,0 +1,168 @@
+"""From what a person gives to where the documents come from."""
+
+from __future__ import annotations
+
+import json
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.data.files import Newlines
+from ltm_pyro.data.hub import PREFIX, HubSource
+from ltm_pyro.data.memory import MemorySource
+from ltm_pyro.data.readers import SUFFIXES
+from ltm_pyro.data.records import Source, TextField
+from ltm_pyro.data.reference import PydocSource
+from ltm_pyro.data.sources import PATTERN, FileSource, as_path, expand_paths, kind_of
+from ltm_pyro.errors import InputError, shown, unknown_name
+
+BUILT_IN = ("pydoc", "mixture")
+HUB_OPTIONS = ("config", "hub_split")
+IN_MEMORY = "in-memory"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_LONGEST_PATH = 1024
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become documents; see `load_corpus`."""
+
+    encoding: str
+    newlines: Newlines
+    field: TextField
+    given: bool
+
+
+def find_source(
+    data: object, reading: Reading, hub: Mapping[str, Any], name: str | None
+) -> tuple[Source, str | None]:
+    """Where the documents of `data` come from.
+
+    Args:
+        data: As `load_corpus` takes it.
+        reading: How to read it.
+        hub: Options for a Hugging Face dataset.
+        name: What to call data that a program holds.
+
+    Returns:
+        The source, and the name by which `load_corpus` finds it again; `None` where it cannot.
+
+    Raises:
+        InputError: if there is no such source.
+    """
+    if isinstance(data, str) and data.startswith("["):
+        data = _path_list(data)
+    if isinstance(data, str | os.PathLike):
+        source = _named(data, reading, hub)
+        return source, _absolute(data) if isinstance(source, FileSource) else str(data)
+    if isinstance(data, list | tuple) and _are_paths(data):
+        paths = [path for item in data for path in expand_paths(os.fspath(item))]
+        again = json.dumps([_absolute(item) for item in data])
+        return _file_source(paths, reading), again
+    if isinstance(data, list | tuple):
+        _refuse_list(data)
+    return MemorySource(data, reading.field, reading.newlines, name or IN_MEMORY), None
+
+
+def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any]) -> Source:
+    name = os.fspath(data)
+    if isinstance(name, str) and isinstance(data, str):
+        if name == "pydoc":
+            return PydocSource()
+        if name.startswith(PREFIX):
+            return _hub_source(name.removeprefix(PREFIX), reading, hub)
+        if _is_text(name):
+            raise InputError(
+                f"{shown(name)} reads as a text, not as the path of one: give texts in a list, "
+                "load_corpus([...])"
+            )
+        path = as_path(name)
+        there = os.path.lexists(path) or bool(PATTERN.search(name))
+        if _is_hub_name(name) and not there:
+            return _hub_source(name, reading, hub)
+        if not name or not (there or "." in name or len(path.parts) > 1):
+            raise InputError(
+                f"{unknown_name('corpus', name, BUILT_IN)}, or give the path of a file or folder, "
+                f"or a Hugging Face dataset as {PREFIX}NAME"
+            )
+    return _file_source(expand_paths(name), reading)
+
+
+def _file_source(paths: Sequence[Path], reading: Reading) -> FileSource:
+    return FileSource(
+        *paths,
+        encoding=reading.encoding,
+        newlines=reading.newlines,
+        field=reading.field,
+        given=reading.given,
+    )
+
+
+def _hub_source(dataset: str, reading: Reading, hub: Mapping[str, Any]) -> HubSource:
+    return HubSource(
+        dataset, **hub, field=reading.field, newlines=reading.newlines, given=reading.given
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether `name` reads as OWNER/NAME rather than as a path with a slip in it."""
+    owner = name.partition("/")[0]
+    is_file = kind_of(Path(name)) in SUFFIXES
+    return bool(_HUB_NAME.fullmatch(name)) and not is_file and not os.path.isdir(owner)
+
+
+def _is_text(name: str) -> bool:
+    """Whether `name` can hardly be a path: it has lines, or the length of a text."""
+    return "\n" in name or len(name) > _LONGEST_PATH or (name.count(" ") > 4 and not _lies(name))
+
+
+def _lies(name: str) -> bool:
+    """Whether something lies at `name`; a name that no file can have is no path."""
+    try:
+        return os.path.lexists(os.path.expanduser(name))
+    except (OSError, ValueError):
+        return False
+
+
+def _are_paths(items: Sequence[object]) -> bool:
+    """Whether all of `items` are paths: of what lies there, or by their suffixes."""
+    return bool(items) and all(
+        isinstance(item, os.PathLike)
+        or (
+            isinstance(item, str)
+            and bool(item)
+            and not _is_text(item)
+            and (_lies(item) or kind_of(Path(item)) in SUFFIXES)
+        )
+        for item in items
+    )
+
+
+def _path_list(text: str) -> list[str]:
+    """Several paths in one string, as a run's settings keep them."""
+    try:
+        paths = json.loads(text)
+    except (ValueError, RecursionError):
+        paths = None
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+        raise InputError(f'{shown(text)} is no list of paths: write several as ["a.txt", "b.txt"]')
+    return [os.fspath(as_path(path)) for path in paths]
+
+
+def _refuse_list(items: Iterable[object]) -> None:
+    first = next(iter(items), None)
+    if first is None:
+        raise InputError("the corpus is empty: give texts, or records with a text")
+    if isinstance(first, numbers.Number):
+        raise InputError(
+            f"a list of numbers such as {shown(first)} is no corpus: give token ids as a NumPy "
+            "array, or texts as strings"
+        )
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return str(as_path(path).absolute())
