@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Batch": "ltm_pyro.data.batches",
     "load_corpus": "ltm_pyro.data.corpus",
+    "register_tokenizer": "ltm_pyro.data.tokenizer",
     "ModelConfig": "ltm_pyro.config",
     "FitConfig": "ltm_pyro.config",
     "Fast": "ltm_pyro.config",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from ltm_pyro.config import Slow as Slow
     from ltm_pyro.data.batches import Batch as Batch
     from ltm_pyro.data.corpus import load_corpus as load_corpus
+    from ltm_pyro.data.tokenizer import register_tokenizer as register_tokenizer
     from ltm_pyro.diagnostics.bounds import evaluate as evaluate
     from ltm_pyro.diagnostics.bounds import score_on_own_draws as score_on_own_draws
     from ltm_pyro.diagnostics.calibration import sbc as sbc

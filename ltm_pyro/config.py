@@ -152,11 +152,23 @@ class CorpusConfig:
     """Which text, and how it becomes sequences."""
 
     name: Text = "pydoc"
-    """A built-in name (`pydoc`, `mixture`), a path, or a Hugging Face dataset (`hf:NAME`)."""
+    """A built-in name (`pydoc`, `mixture`), a path or pattern, or a Hugging Face dataset
+    (`hf:NAME`, `hf:NAME@REVISION`)."""
     tokenizer: Text = "bytes"
-    """`bytes`, `bpe` (trained on the training split), or a folder with a GPT-2 vocabulary."""
+    """`bytes`, `bpe` (trained on the training split), a registered name, a `tokenizer.json`, or a
+    folder with GPT-2's vocabulary."""
     encoding: Text = "utf-8"
-    """Encoding of text files."""
+    """Encoding of text files that do not begin with a mark of their own."""
+    newlines: Literal["keep", "lf"] = "keep"
+    """`keep`, or `lf`: every line end becomes a line feed."""
+    text_field: Text = "text"
+    """The field of a record that is its text; dots lead into nested ones, as in `turns.text`."""
+    turn_separator: Text = "\n"
+    """Between the strings, where the text is a list of turns."""
+    split: Text | None = None
+    """`document` (the default), `group` by `split_by`, or `given`: as files or datasets have it."""
+    split_by: Text | None = None
+    """For `group`: a field, `file`, or `file:PATTERN`, found in the file's name."""
     seed: Seed = 0
     """Seed of the split, and of a synthetic corpus."""
     options: Options = field(default_factory=dict)

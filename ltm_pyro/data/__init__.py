@@ -8,7 +8,13 @@ from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.markov import MarkovMixture
 from ltm_pyro.data.mixture import MixtureCorpus
 from ltm_pyro.data.sequences import SequenceSet
-from ltm_pyro.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
+from ltm_pyro.data.tokenizer import (
+    ByteTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    register_tokenizer,
+)
 
 __all__ = [
     "Batch",
@@ -21,4 +27,5 @@ __all__ = [
     "Tokenizer",
     "load_corpus",
     "load_tokenizer",
+    "register_tokenizer",
 ]

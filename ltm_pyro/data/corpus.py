@@ -38,7 +38,7 @@ from ltm_pyro.data.vocabularies import Given, open_tokenizer
 from ltm_pyro.errors import InputError, shown, unknown_name
 
 VOCABULARY = 8192
-_ARGUMENTS = (
+ARGUMENTS = (
     *("seq_len", "tokenizer", "seed", "encoding", "cache_dir", "text_field", "turn_separator"),
     *("newlines", "split", "split_by"),
 )
@@ -165,7 +165,8 @@ def load_corpus(
     _check_options(source.name, {**hub, **options}, [*known, *(() if again else ("name",))])
     if again is not None and name is not None:
         raise InputError("name is for data that a program holds: files and datasets have theirs")
-    return cutter.text(source, again, tokenizer, {**settings, **hub}, **options)
+    label = os.fspath(data) if isinstance(data, str | os.PathLike) else source.name
+    return cutter.text(source, label, again, tokenizer, {**settings, **hub}, **options)
 
 
 class _Cutter:
@@ -180,6 +181,7 @@ class _Cutter:
     def text(
         self,
         source: Source,
+        label: str,
         again: str | None,
         tokenizer: Given,
         settings: dict[str, Any],
@@ -189,7 +191,6 @@ class _Cutter:
         shares = check_fractions(fractions)
         chosen = open_tokenizer(tokenizer, vocab_size)
         text = store_text(self.cache, source)
-        label = source.name if again is None else again
         _check_length(label, len(text.text), self.seq_len)
         parts = self._parts(text, shares, label)
         settings = {"source": label, "fractions": list(shares), **settings}
@@ -272,7 +273,7 @@ def _recipe(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _mixture(
     seq_len: int, tokenizer: Given, seed: int, options: Mapping[str, Any]
 ) -> MixtureCorpus:
-    known = [o for o in inspect.signature(make_mixture).parameters if o not in _ARGUMENTS]
+    known = [o for o in inspect.signature(make_mixture).parameters if o not in ARGUMENTS]
     _check_options("mixture", options, known)
     corpus = make_mixture(seq_len=seq_len, seed=seed, **options)
     named = isinstance(tokenizer, str) and tokenizer in ("bytes", "symbols")
@@ -326,7 +327,7 @@ def _refuse_reading(name: str, reading: Reading, kind: SplitKind) -> None:
 def _check_options(corpus: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of corpus {shown(corpus)},", option, [*known, *_ARGUMENTS])
+            raise unknown_name(f"option of corpus {shown(corpus)},", option, [*known, *ARGUMENTS])
 
 
 def _check_length(corpus: str, n_tokens: int, seq_len: int) -> None:

@@ -164,5 +164,19 @@ def _refuse_list(items: Iterable[object]) -> None:
         )
 
 
+def absolute_path(name: str) -> str:
+    """The absolute path, paths or pattern that `name` stands for; other names stay as they are.
+
+    Raises:
+        InputError: if no file can have that name.
+    """
+    if name in BUILT_IN or not name:
+        return name
+    if name.startswith("["):
+        return json.dumps([_absolute(path) for path in _path_list(name)])
+    return _absolute(name) if PATTERN.search(name) or _lies(name) else name
+
+
 def _absolute(path: str | os.PathLike[str]) -> str:
-    return str(as_path(path).absolute())
+    found = as_path(path)
+    return str(found.absolute() if PATTERN.search(str(found)) else found.resolve())

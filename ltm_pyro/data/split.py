@@ -93,8 +93,8 @@ def given_splits(codes: NDArray[np.int8], corpus: str) -> dict[str, NDArray[np.i
     """
     if (codes < 0).any():
         raise InputError(
-            f"corpus {shown(corpus, 200)} has no splits of its own: give files called after train, val "
-            'and test, a dict of them or a data set that has them, or split="document"'
+            f"corpus {shown(corpus, 200)} has no splits of its own: give files called after train, "
+            'val and test, a dict of them or a data set that has them, or split="document"'
         )
     parts = {name: np.flatnonzero(codes == i) for i, name in enumerate(SPLITS)}
     if not len(parts["train"]):

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.data.corpus import BUILT_IN, load_corpus
+from ltm_pyro.data.corpus import load_corpus
+from ltm_pyro.data.finding import absolute_path
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 _OWN_SETTING = {
-    "name_or_path": "corpus.name",
-    "tokenizer": "corpus.tokenizer",
-    "seed": "corpus.seed",
-    "encoding": "corpus.encoding",
+    **{f.name: f"corpus.{f.name}" for f in fields(CorpusConfig)},
+    "data": "corpus.name",
     "seq_len": "model.seq_len",
     "cache_dir": "the environment variable LTM_PYRO_CACHE",
 }
@@ -42,15 +40,11 @@ def open_corpus(config: FitConfig) -> Corpus:
                 f"{option} is no option of a corpus: leave it out of corpus.options, "
                 f"{_OWN_SETTING[option]} sets it"
             )
+    arguments: dict[str, Any] = {
+        f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("name", "options")
+    }
     options: dict[str, Any] = dict(chosen.options)
-    return load_corpus(
-        chosen.name,
-        seq_len=config.model.seq_len,
-        tokenizer=chosen.tokenizer,
-        seed=chosen.seed,
-        encoding=chosen.encoding,
-        **options,
-    )
+    return load_corpus(chosen.name, seq_len=config.model.seq_len, **arguments, **options)
 
 
 def open_device(name: str) -> torch.device:
@@ -97,7 +91,9 @@ def absolute_paths(config: FitConfig) -> FitConfig:
 
 def absolute_name(name: str) -> str:
     """The absolute path, where `name` is the path of something and not a built-in name."""
-    if not name or name in (*BUILT_IN, *BUILT_IN_TOKENIZERS):
+    if name in BUILT_IN_TOKENIZERS:
         return name
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    try:
+        return absolute_path(name)
+    except InputError:
+        return name  # loading it tells what is wrong
