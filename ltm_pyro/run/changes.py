@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ltm_pyro.config import FitConfig, to_dict
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 
 _OPEN = ("options", "guide_options", "objective_options", "prior_options")
 """Settings whose keys are free: a key left out is a difference too."""
@@ -24,13 +24,21 @@ def refuse_changes(config: FitConfig, other: Mapping[str, Any], here: str, there
     Raises:
         InputError: naming the first setting that differs.
     """
+    found = difference(config, other, here, there)
+    if found is not None:
+        raise InputError(
+            f"{found}: a fit goes on with its own settings only; leave them out, or fit anew into "
+            "another folder"
+        )
+
+
+def difference(config: FitConfig, other: Mapping[str, Any], here: str, there: str) -> str | None:
+    """The first setting in `other` that `config` has otherwise, in words; see `refuse_changes`."""
     mine = to_dict(config)
     name = first_change(mine, other)
-    if name is not None:
-        raise InputError(
-            f"{name} is {_at(mine, name)!r} in {here} and {_at(other, name)!r} in {there}: a fit "
-            "goes on with its own settings only; leave them out, or fit anew into another folder"
-        )
+    if name is None:
+        return None
+    return f"{name} is {shown(_at(mine, name))} in {here} and {shown(_at(other, name))} in {there}"
 
 
 def first_change(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

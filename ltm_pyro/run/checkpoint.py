@@ -21,14 +21,13 @@ from torch import Tensor
 from ltm_pyro.errors import InputError
 from ltm_pyro.run.files import (
     PARTIAL,
-    damaged,
     json_bytes,
-    read_bytes,
-    read_json,
     sha256,
     write_atomic,
     writing,
 )
+from ltm_pyro.run.reading import damaged, read_bytes, read_json
+from ltm_pyro.run.schemas import CheckpointFile, State, checked
 
 STATE = "state.json"
 _PATTERN = "tensors-*.safetensors"
@@ -85,20 +84,25 @@ def load(folder: Path, owner: str) -> Checkpoint:
         InputError: if it is absent, cut short or changed.
     """
     for attempt in range(ATTEMPTS):
-        saved = read_json(folder / STATE, owner)
-        body = {key: value for key, value in saved.items() if key != "checksum"}
-        if saved.get("checksum") != _checksum(body):
-            raise damaged(owner, f"{folder.name}/{STATE} does not match its own checksum")
-        path = folder / str(body["tensors"])
+        saved = _read_state(folder, owner)
+        path = folder / saved.tensors
         if path.exists() or attempt == ATTEMPTS - 1:
             break
     data = read_bytes(path, owner)
-    if sha256(data) != body["sha256"]:
+    if sha256(data) != saved.sha256:
         raise damaged(owner, f"{folder.name}/{path.name} does not match its checksum")
     try:
-        return Checkpoint(safetensors.torch.load(data), body["state"])
-    except SafetensorError as error:
+        return Checkpoint(safetensors.torch.load(data), dict(saved.state))
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise damaged(owner, f"{folder.name}/{path.name}: {error}") from None
+
+
+def _read_state(folder: Path, owner: str) -> CheckpointFile:
+    saved = read_json(folder / STATE, owner)
+    found = checked(CheckpointFile, saved, folder / STATE, owner)
+    if found.checksum != _checksum({k: v for k, v in saved.items() if k != "checksum"}):
+        raise damaged(owner, f"{folder.name}/{STATE} does not match its own checksum")
+    return found
 
 
 def saved_step(folder: Path, owner: str) -> int:
@@ -107,10 +111,8 @@ def saved_step(folder: Path, owner: str) -> int:
     Raises:
         InputError: if it is absent or damaged.
     """
-    try:
-        return int(read_json(folder / STATE, owner)["state"]["slow_step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(owner, f"{folder.name}/{STATE}: {error}") from None
+    saved = _read_state(folder, owner)
+    return checked(State, saved.state, folder / STATE, owner).slow_step
 
 
 def exists(folder: Path) -> bool:

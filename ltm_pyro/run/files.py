@@ -106,47 +106,6 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path, owner: str) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Args:
-        path: The file.
-        owner: What it belongs to, for the message.
-
-    Raises:
-        InputError: if it is absent, cut short or no JSON object.
-    """
-    data = read_bytes(path, owner)
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise damaged(owner, f"{path.name} is not JSON ({str(error).partition(':')[0]})") from None
-    if not isinstance(value, dict):
-        raise damaged(owner, f"{path.name} holds no JSON object")
-    return value
-
-
-def read_bytes(path: Path, owner: str) -> bytes:
-    """The bytes in `path`.
-
-    Raises:
-        InputError: if it is absent or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise damaged(owner, f"{path.name} is missing") from None
-    except OSError as error:
-        raise damaged(owner, f"{path.name} cannot be read ({error.strerror or error})") from None
-
-
-def damaged(owner: str, what: str) -> InputError:
-    """The error for a run folder that cannot be used any more."""
-    return InputError(
-        f"{owner} is damaged: {what}; restore it from a copy, or fit anew with --overwrite"
-    )
-
-
 def sha256(data: bytes) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -13,11 +13,12 @@ step, so a fit that was killed goes on from its checkpoint to the very weights o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.config import FitConfig, from_dict, to_dict
+from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.rows.database import RowDatabase
@@ -28,10 +29,11 @@ from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
-from ltm_pyro.run.changes import refuse_changes
-from ltm_pyro.run.checkpoint import ATTEMPTS, Checkpoint, check_names, put, take
-from ltm_pyro.run.files import damaged
+from ltm_pyro.run.changes import difference
+from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, check_names, put, take
 from ltm_pyro.run.metrics import MetricsFile
+from ltm_pyro.run.reading import damaged
+from ltm_pyro.run.schemas import State, checked
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
 CHECKPOINT, STORE, CONTROL = "checkpoint", "store", "control"
@@ -161,6 +163,7 @@ class Run:
         return True
 
     def _write(self, checkpoint: Checkpoint) -> None:
+        self.metrics_file.complete(self.svi.metrics)
         self.metrics_file.sync()
         checkpoints.save(self.folder / CHECKPOINT, checkpoint)
 
@@ -196,9 +199,18 @@ class Run:
         weights, shared = take(saved.tensors, "model."), take(saved.tensors, "guide.")
         check_names(self.model.state_dict(), weights, self.label)
         self.model.load_state_dict(weights)
-        self.guide.load_state_dict(shared)
-        self.svi.clock.load(take(saved.tensors, "adamw."))
+        with self._same_model():
+            self.guide.load_state_dict(shared)
+            self.svi.clock.load(take(saved.tensors, "adamw."))
         self.svi.slow_step = step
+
+    @contextmanager
+    def _same_model(self) -> Iterator[None]:
+        """Turns what torch says of tensors that do not fit into one line."""
+        try:
+            yield
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise damaged(self.label, f"its checkpoint is another model's ({error})") from None
 
     def open_rows(self, step: int) -> None:
         """Takes up the local parameters on disk as they were at slow step `step`."""
@@ -244,7 +256,8 @@ class Run:
             weights = take(saved.tensors, "model.")
             check_names(model.state_dict(), weights, self.label)
             model.load_state_dict(weights)
-            fit.clock.load(take(saved.tensors, "adamw."))
+            with self._same_model():
+                fit.clock.load(take(saved.tensors, "adamw."))
         return fit
 
     def _control_checkpoint(self) -> Checkpoint | None:
@@ -273,7 +286,7 @@ class Run:
         """One row per slow step of the control.
 
         Raises:
-            InputError: if the file is damaged.
+            InputError: if the checkpoint is damaged.
         """
         saved = self._control_checkpoint()
         step = 0 if saved is None else self._checked_step(saved)
@@ -284,13 +297,11 @@ class Run:
 
     def _checked_step(self, saved: Checkpoint) -> int:
         """The checkpoint's slow step, known to belong to this run's settings."""
-        try:
-            config = from_dict(FitConfig, saved.state["config"])
-            step = int(saved.state["slow_step"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(self.label, f"its checkpoint's state: {error}") from None
-        refuse_changes(self.config, to_dict(config), f"{CONFIG} of {self.label}", "the checkpoint")
-        return step
+        state = checked(State, saved.state, Path(STATE), self.label)
+        other = difference(self.config, to_dict(state.config), CONFIG, STATE)
+        if other is not None:
+            raise damaged(self.label, other)
+        return state.slow_step
 
 
 def share_checkpoint(

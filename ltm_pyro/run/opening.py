@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ import torch
 import ltm_pyro
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.data.tokenizer import load_tokenizer
+from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.rows.database import new_store_files
-from ltm_pyro.errors import InputError, nearest
+from ltm_pyro.errors import InputError, nearest, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.files import (
-    damaged,
     json_bytes,
     new_folder,
-    read_bytes,
-    read_json,
     refuse_protected,
     sha256,
     writing,
@@ -36,11 +32,14 @@ from ltm_pyro.run.files import (
 from ltm_pyro.run.folder import (
     CHECKPOINT,
     CONFIG,
+    CONTROL,
     STORE,
     TOKENIZER,
     Run,
     share_checkpoint,
 )
+from ltm_pyro.run.reading import LARGEST_JSON, damaged, read_bytes, read_json
+from ltm_pyro.run.schemas import Facts, Heading, checked
 
 FORMAT = 1
 """Raised when a run folder's layout changes."""
@@ -140,13 +139,29 @@ def read_run(folder: Path, device: str | None = None, parallel: Parallel | None 
     """
     facts, config = _read_facts(folder)
     label = f"run folder {str(folder)!r}"
-    expected = facts["tokenizer_sha256"]
-    if sha256(read_bytes(folder / TOKENIZER, label)) != expected:
-        raise damaged(label, f"{TOKENIZER} does not match its checksum")
-    tokenizer = load_tokenizer(read_json(folder / TOKENIZER, label))
+    tokenizer = _read_tokenizer(folder / TOKENIZER, facts["tokenizer_sha256"], label)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise damaged(
+            label,
+            f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} {config.model.vocab_size}",
+        )
     run = Run(folder, config, facts, tokenizer, device, parallel)
     run.restore()
     return run
+
+
+def _read_tokenizer(path: Path, expected: str, label: str) -> Tokenizer:
+    """The tokenizer that was recorded."""
+    data = read_bytes(path, label, most=LARGEST_JSON)
+    if sha256(data) != expected:
+        raise damaged(label, f"{path.name} does not match its checksum")
+    saved = read_json(path, label)
+    try:
+        return load_tokenizer(saved)
+    except InputError as error:
+        raise damaged(label, f"{path.name}: {error}") from None
+    except Exception as error:  # of the compiled library, which has no error class of its own
+        raise damaged(label, f"{path.name} holds no tokenizer ({shown(str(error))})") from None
 
 
 def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
@@ -154,16 +169,12 @@ def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
     if not (folder / CONFIG).exists():
         raise _no_run(folder)
     label = f"run folder {str(folder)!r}"
+    for name in (CHECKPOINT, STORE, CONTROL):
+        if (folder / name).is_symlink():
+            raise damaged(label, f"{name} is a link, and a run's files lie in its own folder")
     facts = read_json(folder / CONFIG, label)
-    _check_version(facts, label)
-    try:
-        config = from_dict(FitConfig, facts["config"])
-        facts["tokenizer_sha256"], facts["corpus"]["sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(label, f"{CONFIG} lacks {error}") from None
-    except InputError as error:
-        raise damaged(label, f"{CONFIG}: {error}") from None
-    return facts, config
+    _check_version(checked(Heading, facts, folder / CONFIG, label), label)
+    return facts, checked(Facts, facts, folder / CONFIG, label).config
 
 
 def share_run(parallel: Parallel, run: Run | None) -> Run:
@@ -238,11 +249,9 @@ def _no_run(folder: Path) -> InputError:
     return damaged(f"run folder {str(folder)!r}", f"{CONFIG} is missing")
 
 
-def _check_version(facts: Mapping[str, Any], label: str) -> None:
+def _check_version(heading: Heading, label: str) -> None:
     """Refuses a layout that this version does not know."""
-    written, version = facts.get("format"), str(facts.get("version"))
-    if not isinstance(written, int):
-        raise damaged(label, f"{CONFIG} has no format number")
+    written, version = heading.format, heading.version
     if written != FORMAT or _numbers(version) > _numbers(ltm_pyro.__version__):
         raise InputError(
             f"{label} was written by ltm-pyro {version} (format {written}) and this is "
@@ -251,4 +260,4 @@ def _check_version(facts: Mapping[str, Any], label: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

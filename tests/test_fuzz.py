@@ -1,0 +1,305 @@
+"""Whatever a folder holds and whatever is asked for: a result, or one line; and never a long wait.
+
+Hypothesis makes the cases. In `make test` they are the same few hundred at every run; with
+`make test-slow` there are thousands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_helpers import write_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ltm_pyro.cli import main
+from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.run import create_run, train
+from ltm_pyro.run.checkpoint import _checksum
+
+LONGEST = 20  # seconds; most cases take a hundredth
+
+FEW = settings(
+    max_examples=60, derandomize=True, deadline=None, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+MANY = settings(FEW, max_examples=1500, derandomize=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a run of two steps, `good`; not to be changed."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    config = FitConfig(
+        corpus=CorpusConfig(name=str(write_text(folder / "text.txt"))),
+        model=ModelConfig(
+            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
+        ),
+        fast=Fast(steps=2), steps=2, batch_size=4, compile=False, control=False,
+        eval_sequences=5, eval_draws=4, eval_fast_steps=2,
+    )  # fmt: skip
+    run = create_run(folder / "good", config)
+    train(run, run.corpus(), progress=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_the_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Fails a case that takes longer than anyone waits."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"more than {LONGEST} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Status and error line of a command, which must do its work or refuse in one line."""
+    capsys.readouterr()
+    with in_time(), warnings.catch_warnings():
+        warnings.simplefilter("default")  # printed as one line each, as they are to a person
+        status = main(arguments)
+    errors = [x for x in capsys.readouterr().err.splitlines() if "warning: " not in x]
+    assert status in (0, 2), (arguments, errors)
+    if status == 2:
+        assert len(errors) == 1, errors
+        assert errors[0].startswith("ltm-pyro: error: ")
+        assert len(errors[0]) < 2000
+        assert errors[0].isprintable()
+    return status, " ".join(errors)
+
+
+def listed(folder: Path) -> dict[str, int]:
+    """All files with their times of change, the run under test aside."""
+    return {
+        str(p): p.lstat().st_mtime_ns
+        for p in folder.rglob("*")
+        if "case" not in p.relative_to(folder).parts and not p.is_dir()
+    }
+
+
+@contextmanager
+def damaged(place: Path, damage: Callable[[Path], object]) -> Iterator[None]:
+    """A copy of the run as `case`, damaged; nothing outside it may change."""
+    shutil.copytree(place / "good", place / "case")
+    try:
+        damage(place / "case")
+        before = listed(place)
+        yield
+        assert listed(place) == before
+    finally:
+        shutil.rmtree(place / "case")
+
+
+GENERATE = ["generate", "case", "--n", "1", "--length", "3"]
+
+
+def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Changes a JSON file of the run; the checkpoint's checksum is made to fit."""
+
+    def act(run: Path) -> None:
+        values = json.loads((run / name).read_text())
+        change(values)
+        if "checksum" in values:
+            values.pop("checksum")
+            values = {"checksum": _checksum(values), **values}
+        (run / name).write_text(json.dumps(values))
+
+    return act
+
+
+def put(name: str, data: str | bytes) -> Callable[[Path], object]:
+    data = data.encode() if isinstance(data, str) else data
+    return lambda run: (run / name).write_bytes(data)
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def act(run: Path) -> None:
+        (run / name).unlink()
+        make(run / name)
+
+    return act
+
+
+STATE, CONFIG = "checkpoint/state.json", "config.json"
+
+
+def settings_edit(**values: object) -> Callable[[Path], object]:
+    return edit(CONFIG, lambda c: c["config"].update(values))
+
+
+DAMAGES = {
+    "empty state": put(STATE, ""),
+    "state {}": put(STATE, "{}"),
+    "state null": put(STATE, "null"),
+    "state without tensors": edit(STATE, lambda s: s.pop("tensors")),
+    "state without sha256": edit(STATE, lambda s: s.pop("sha256")),
+    "state without state": edit(STATE, lambda s: s.pop("state")),
+    "state a list": edit(STATE, lambda s: s.update(state=[1])),
+    "step a text": edit(STATE, lambda s: s["state"].update(slow_step="2")),
+    "step inf": edit(STATE, lambda s: s["state"].update(slow_step=float("inf"))),
+    "step negative": edit(STATE, lambda s: s["state"].update(slow_step=-1)),
+    "another step": edit(STATE, lambda s: s["state"]["config"].update(steps=3)),
+    "fast a number": settings_edit(fast=3),
+    "model null": settings_edit(model=None),
+    "corpus a text": settings_edit(corpus="x"),
+    "options a list": settings_edit(guide_options=[1]),
+    "config a text": edit(CONFIG, lambda c: c.update(config="x")),
+    "no checksum of the tokenizer": edit(CONFIG, lambda c: c.pop("tokenizer_sha256")),
+    "corpus facts a list": edit(CONFIG, lambda c: c.update(corpus=[])),
+    "version of a superscript": edit(CONFIG, lambda c: c.update(version="\N{SUPERSCRIPT TWO}")),
+    "version of 5,000 digits": edit(CONFIG, lambda c: c.update(version="9" * 5000)),
+    "format true": edit(CONFIG, lambda c: c.update(format=True)),
+    "a number of 5,000 digits": put(CONFIG, '{"format": ' + "1" * 5000 + "}"),
+    "10,000 lists": put(CONFIG, "[" * 10_000),
+    "10,000 groups": put(STATE, '{"a":' * 10_000 + "1" + "}" * 10_000),
+    "400 groups": put(STATE, '{"a":' * 400 + "1" + "}" * 400),
+    "not UTF-8": put(CONFIG, b"\xff\xfe{}"),
+    "tokenizer a list": put("tokenizer.json", "[]"),
+    "a device for tensors": edit(STATE, lambda s: s.update(tensors="/dev/zero")),
+    "a folder above": edit(STATE, lambda s: s.update(tensors="../config.json")),
+    "a name with NUL": edit(STATE, lambda s: s.update(tensors="a\0b")),
+    "a name of 5,000 characters": edit(STATE, lambda s: s.update(tensors="a" * 5000)),
+    "tensors a folder": edit(STATE, lambda s: s.update(tensors=".")),
+    **{
+        f"{name} {kind}": instead(name, make)
+        for name in (STATE, CONFIG, "tokenizer.json", "metrics.csv")
+        for kind, make in {
+            "a pipe": os.mkfifo,
+            "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+            "a link to itself": lambda path: path.symlink_to(path.name),
+            "a link": lambda path: path.symlink_to("../good/config.json"),
+            "a folder": lambda path: path.mkdir(),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(place, capsys, damage):
+    with damaged(place, DAMAGES[damage]):
+        status, line = told(GENERATE, capsys)
+    assert status == 2
+    assert "run folder 'case' is damaged: " in line
+
+
+def test_a_checkpoint_elsewhere_is_refused(place, capsys):
+    def link(run: Path) -> None:
+        shutil.rmtree(run / "checkpoint")
+        (run / "checkpoint").symlink_to("../good/checkpoint")
+
+    with damaged(place, link):
+        status, line = told(GENERATE, capsys)
+    assert status == 2
+    assert "checkpoint is a link" in line
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), st.text(max_size=8),
+    st.sampled_from(["/dev/zero", "..", "\0", "\ud800", "9" * 5000, "\N{SUPERSCRIPT TWO}", "inf"]),
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def json_damages(draw) -> Callable[[Path], object]:
+    """One to three values of a JSON file replaced, removed or added."""
+    name = draw(st.sampled_from([STATE, CONFIG, "tokenizer.json"]))
+    picks = draw(
+        st.lists(st.tuples(st.floats(0, 0.999), VALUES, st.integers(0, 3)), min_size=1, max_size=3)
+    )
+
+    def change(values: dict[str, Any]) -> None:
+        for share, value, what in picks:
+            groups = [values]
+            for group in groups:
+                groups += [v for v in group.values() if isinstance(v, dict) and v]
+            group = groups[int(share * len(groups))]
+            key = sorted(group)[int(share * 7919 % 1 * len(group))]
+            if what == 0 and len(group) > 1:
+                del group[key]
+            else:
+                group["extra" if what == 1 else key] = value
+
+    return edit(name, change)
+
+
+@st.composite
+def byte_damages(draw) -> Callable[[Path], object]:
+    """A file cut, emptied, doubled, or with bytes changed in it."""
+    share, act = draw(st.floats(0, 1)), draw(st.sampled_from(["cut", "double", "flip", "insert"]))
+    junk = draw(st.binary(min_size=1, max_size=8))
+    which = draw(st.integers(0, 10**6))
+
+    def damage(run: Path) -> None:
+        files = sorted(p for p in run.rglob("*") if p.is_file())
+        path = files[which % len(files)]
+        data = path.read_bytes()
+        at = int(share * len(data))
+        path.write_bytes(
+            {
+                "cut": data[:at],
+                "double": data + data,
+                "flip": data[:at] + junk + data[at + len(junk) :],
+                "insert": data[:at] + junk + data[at:],
+            }[act]
+        )
+
+    return damage
+
+
+def _damages(place: Path, capsys: pytest.CaptureFixture[str], damage: Any) -> None:
+    with damaged(place, damage):
+        told(GENERATE, capsys)
+
+
+@FEW
+@given(damage=json_damages())
+def test_any_change_of_a_json_file(place, capsys, damage):
+    _damages(place, capsys, damage)
+
+
+@pytest.mark.slow
+@MANY
+@given(damage=json_damages())
+def test_any_change_of_a_json_file_often(place, capsys, damage):
+    _damages(place, capsys, damage)
+
+
+@FEW
+@given(damage=byte_damages())
+def test_any_change_of_bytes(place, capsys, damage):
+    _damages(place, capsys, damage)
+
+
+@pytest.mark.slow
+@MANY
+@given(damage=byte_damages())
+def test_any_change_of_bytes_often(place, capsys, damage):
+    _damages(place, capsys, damage)
