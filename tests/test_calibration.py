@@ -130,6 +130,27 @@ def test_p_values_have_their_null_distribution() -> None:
             assert abs((p <= level).mean() - level) < error + 0.15 * level, level
 
 
+def test_the_p_value_of_all_quantities_is_uniform_and_not_clipped_at_one() -> None:
+    """Bonferroni's product was clipped: on a calibrated posterior it said p = 1.00 as a rule."""
+    rng = np.random.default_rng(2)
+    together = [calibration._together(p) for p in rng.uniform(size=(2000, 12))]
+    found = np.array([attrs["p_value"] for attrs in together])
+    assert stats.kstest(found, "uniform").pvalue > 1e-4
+    assert found.max() < 1
+    # Quantities that repeat each other: on the safe side, never a smaller p than the truth.
+    repeated = rng.uniform(size=(2000, 1)).repeat(12, 1)
+    safe = np.array([calibration._together(p)["p_value"] for p in repeated])
+    assert (safe >= repeated[:, 0]).all()
+    # Small ones keep their size, below the rounding of 1.
+    assert calibration._together(np.array([1e-30, 0.5]))["p_value"] == pytest.approx(2e-30)
+    assert calibration._together(np.ones(3))["p_value"] == 1.0
+    exact = wrong_guides.RIGHT["exact, two modes"]
+    data = sbc(model := exact.make_model(), exact.infer(model), replications=200, seed=1)
+    assert data.attrs["smallest_p_value"] == pytest.approx(float(data["p_value"].min()))
+    assert data.attrs["tests"] == data.sizes["quantity"]
+    assert data.attrs["p_value"] < 1
+
+
 def test_butlers_tail_joins_smoothly() -> None:
     grid = np.linspace(0.05, 6, 300)
     p = np.array([calibration._butler(c) for c in grid])

@@ -84,8 +84,10 @@ def sbc(
           from q's centre; `scale_ratio` (quantity): q's scale over the truth's. Both from normal
           scores of the ranks, so they are exact where q is normal, and at most about 3 in size.
         - `reading` (quantity): the shape in words.
-        Attributes: `p_value`, the smallest p-value times their number. Ranks of one replication
-        depend on each other, and Bonferroni's bound holds under any dependence.
+        Attributes: `p_value`, of all quantities together: 1 - (1 - p)^m for the smallest p of m,
+        the chance of one as small among m independent ones (Sidak 1967). Ranks of one replication
+        lean on each other, which makes it a little too large; `smallest_p_value` and `tests` are p and
+        m, and m p is Bonferroni's limit, which holds under any dependence.
 
     Raises:
         InputError: if there are too few replications or draws, or a statistic gives a wrong shape.
@@ -123,8 +125,7 @@ def sbc(
     for column in data.data_vars:
         data[column].attrs["units"] = units.get(str(column), "1")
     data.attrs = {
-        "p_value": float(min(1.0, p_value.min() * len(names))),
-        "p_value_meaning": "smallest of the quantities' p-values times their number (Bonferroni)",
+        **_together(p_value),
         "replications": replications,
         "draws": draws,
         "bins": bins,
@@ -159,7 +160,8 @@ def vsbc(
     Returns:
         Dataset over `quantity` (dimensions of z) and `replication`: `probability` (replication,
         quantity), in 0..1; `distance`, `p_value` (quantity); `median` (quantity), above 1/2 where
-        the truth lies above q; `reading` (quantity). Attribute `p_value`: Bonferroni, as in `sbc`.
+        the truth lies above q; `reading` (quantity). Attributes `p_value`,
+        `smallest_p_value` and `tests` as in `sbc`.
 
     Raises:
         InputError: if there are too few replications or draws.
@@ -188,13 +190,26 @@ def vsbc(
     for name in data.data_vars:
         data[name].attrs["units"] = "1"
     data.attrs = {
-        "p_value": float(min(1.0, p_value.min() * len(names))),
+        **_together(p_value),
         "blind_to": "scales, correlations, and anything else that leaves q's marginals centred",
         "replications": replications,
         "draws": draws,
         "seed": seed,
     }
     return data
+
+
+def _together(p_values: Floats) -> dict[str, float | int | str]:
+    """One p-value for all quantities, and what it is made of."""
+    smallest, tests = float(p_values.min()), len(p_values)
+    # As it stands, 1 - (1 - p)^m loses a small p to rounding, and log(1 - p) has no value at 1.
+    together = -math.expm1(tests * math.log1p(-smallest)) if smallest < 1.0 else 1.0
+    return {
+        "p_value": together,
+        "p_value_meaning": "1 - (1 - smallest)^tests: the chance of one as small among as many",
+        "smallest_p_value": smallest,
+        "tests": tests,
+    }
 
 
 def _check_counts(replications: int, draws: int) -> None:

@@ -139,6 +139,6 @@ def _caption(calibration: xr.Dataset, ecdf: bool) -> str:
         f"Ranks of the thoughts that {n} sequences were made from, among "
         f"{calibration.attrs['draws']} posterior draws each; uniform if the posterior is right. "
         f"{shapes} For log densities, high ranks mean draws less probable than the truth. All "
-        f"{calibration.sizes['quantity']} quantities together: p = {p:.2g} (chi-square, "
-        f"Bonferroni), {verdict}."
+        f"{calibration.sizes['quantity']} quantities together: p = {p:.2g} (the smallest of "
+        f"as many chi-square tests), {verdict}."
     )
