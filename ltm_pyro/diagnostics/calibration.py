@@ -86,8 +86,8 @@ def sbc(
         - `reading` (quantity): the shape in words.
         Attributes: `p_value`, of all quantities together: 1 - (1 - p)^m for the smallest p of m,
         the chance of one as small among m independent ones (Sidak 1967). Ranks of one replication
-        lean on each other, which makes it a little too large; `smallest_p_value` and `tests` are p and
-        m, and m p is Bonferroni's limit, which holds under any dependence.
+        lean on each other, which makes it a little too large. `smallest_p_value` and `tests`
+        are p and m; m p is Bonferroni's limit, which holds under any dependence.
 
     Raises:
         InputError: if there are too few replications or draws, or a statistic gives a wrong shape.
