@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,10 @@ from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import guide_families
 from ltm_pyro.run import Run, create_run, load_run, train, train_control
+from ltm_pyro.run.building import open_corpus
 from ltm_pyro.run.files import write_atomic
+from ltm_pyro.run.lock import sole_writer
+from ltm_pyro.run.opening import undo_new
 
 
 @pytest.fixture
@@ -222,3 +228,120 @@ def test_what_a_killed_write_has_left_is_not_followed(tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "out").read_bytes() == b"new"
     assert not (tmp_path / "out").is_symlink()
+
+
+# --- one writer --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def another_writer(folder: Path) -> Iterator[None]:
+    """Inside the block another thread, which counts as another process does, has the lock."""
+    taken, enough = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sole_writer(folder):
+            taken.set()
+            enough.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(timeout=60)
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+def test_a_second_writer_is_told_who_holds_the_folder(tmp_path, config):
+    run = create_run(tmp_path / "run", config)
+    corpus = run.corpus()
+    (tmp_path / "link").symlink_to("run")
+    with another_writer(tmp_path / "run"):
+        for write in (
+            run.save,
+            lambda: train(run, corpus, progress=False),
+            lambda: train_control(run, corpus, progress=False),
+            lambda: create_run(tmp_path / "run", config, overwrite=True),
+            lambda: create_run(tmp_path / "link", config, overwrite=True),
+        ):
+            with pytest.raises(InputError, match=rf"process {os.getpid()} on .* since .*20"):
+                write()
+        assert load_run(tmp_path / "run").svi.slow_step == 0
+    train(run, corpus, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "run", "text.txt"]
+
+
+def test_a_new_folder_is_locked_before_it_is_there(tmp_path, config):
+    with (
+        another_writer(tmp_path / "a" / "run"),
+        pytest.raises(InputError, match="is being written by"),
+    ):
+        create_run(tmp_path / "a" / "run", config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import os, sys; from ltm_pyro.run.lock import sole_writer; "
+    code += "held = sole_writer(sys.argv[1]); held.__enter__(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], env=environment(), check=False
+    )
+    assert killed.returncode == -9
+    assert [p.name for p in tmp_path.iterdir()] == [".run.lock"]
+    with sole_writer(tmp_path / "run"), sole_writer(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_another_has_gone_on_with_is_not_written_over(tmp_path, config):
+    old = create_run(tmp_path / "run", config)
+    new = load_run(tmp_path / "run")
+    train(new, new.corpus(), progress=False)
+    for write in (old.save, lambda: train(old, new.corpus(), progress=False)):
+        with pytest.raises(InputError, match="load it again"):
+            write()
+    assert load_run(tmp_path / "run").svi.slow_step == config.steps
+    new.save()
+    create_run(tmp_path / "run", dataclasses.replace(config, seed=1), overwrite=True)
+    with pytest.raises(InputError, match="load it again"):
+        new.save()
+    assert load_run(tmp_path / "run").svi.slow_step == 0
+
+
+def test_a_run_without_a_step_gives_back_the_one_that_it_replaced(tmp_path, config):
+    corpus = open_corpus(config)
+    train(create_run(tmp_path / "run", config), corpus, progress=False)
+    again = create_run(tmp_path / "run", config, overwrite=True, keep_replaced=True)
+    assert load_run(again.folder).svi.slow_step == 0
+    undo_new(again.folder)
+    assert load_run(again.folder).svi.slow_step == config.steps
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "text.txt"]
+
+
+def test_a_replacement_that_was_killed_half_way_is_taken_back(tmp_path, config):
+    run = create_run(tmp_path / "run", config)
+    run.folder.rename(tmp_path / ".run.old")
+    with pytest.raises(InputError, match="exists: go on with it by --resume"):
+        create_run(tmp_path / "run", config)
+    assert load_run(tmp_path / "run").svi.slow_step == 0
+
+
+def test_a_link_stays_when_its_run_is_replaced(tmp_path, config):
+    create_run(tmp_path / "run", config)
+    (tmp_path / "link").symlink_to("run")
+    create_run(tmp_path / "link", dataclasses.replace(config, seed=1), overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert load_run(tmp_path / "run").config.seed == 1
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "loop", "fifo", "/dev/null"])
+def test_a_run_is_put_in_no_strange_place(tmp_path, config, monkeypatch, place):
+    (tmp_path / "in" / "side").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "side")
+    Path("loop").symlink_to("loop")
+    os.mkfifo("fifo")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"choose another|is not a folder|is no run folder"):
+        create_run(place, config, overwrite=True)
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before

@@ -110,15 +110,15 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path, config):
     whole = finish(create_run(tmp_path / "whole", config))
     run = create_run(tmp_path / "run", config)
 
-    def die_in_step_4(row):
-        if row["step"] == 4:
+    def die_in_step_3(row):
+        if row["step"] == 3:
             raise KeyboardInterrupt
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        train(run, run.corpus(), progress=False, after_step=die_in_step_4)
+        train(run, run.corpus(), progress=False, after_step=die_in_step_3)
     with open(run.folder / "metrics.csv", "a") as stream:
-        stream.write("5.0,-9")  # a row cut short by the kill
+        stream.write("4.0,-9")  # a row cut short by the kill
     resumed = load_run(run.folder)
     assert resumed.svi.slow_step == 2 == len(resumed.metrics)
     finish(resumed)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import Namespace
 
-from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError, unknown_name
 
@@ -39,15 +41,26 @@ def run(arguments: list[str]) -> int:
     guides = parse_guides(options.guides)
 
     from ltm_pyro.data.split import SPLITS
-    from ltm_pyro.diagnostics.compare import compare
-    from ltm_pyro.inference.objectives import build_objective
-    from ltm_pyro.run.files import refuse_protected
-    from ltm_pyro.run.scoring import json_value, spread
+    from ltm_pyro.run.scoring import json_value
 
     if options.split not in SPLITS:
         raise unknown_name("split", options.split, SPLITS)
+    with writing_to(options.run):
+        comparison, files = _compare(options, guides)
+    if options.json:
+        print(json.dumps(json_value(comparison.as_dict()), ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"{comparison}\n\n{files}")
+    return 130 if comparison.interrupted else 0
+
+
+def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[Comparison, str]:
+    """The comparison, and a line on each file that it was written to."""
+    from ltm_pyro.diagnostics.compare import compare
+    from ltm_pyro.inference.objectives import build_objective
+    from ltm_pyro.run.scoring import spread
+
     fitted = open_run(options.run, options.device)
-    refuse_protected(fitted.folder)
     corpus, config = fitted.corpus(), fitted.config
     count = config.eval_sequences if options.sequences is None else options.sequences
     # The run's own encoder or flow has been trained; another of its family would start anew.
@@ -71,12 +84,7 @@ def run(arguments: list[str]) -> int:
         seed=options.seed,
         progress=sys.stderr.isatty(),
     )
-    files = _write(fitted.folder, comparison)
-    if options.json:
-        print(json.dumps(json_value(comparison.as_dict()), ensure_ascii=False, allow_nan=False))
-    else:
-        print(f"{comparison}\n\n{files}")
-    return 130 if comparison.interrupted else 0
+    return comparison, _write(fitted.folder, comparison)
 
 
 def parse_guides(text: str) -> dict[str, dict[str, Any]]:
@@ -137,10 +145,12 @@ def _write(folder: Path, comparison: Comparison) -> str:
     import xarray as xr
 
     from ltm_pyro import plots
+    from ltm_pyro.cli.printing import printable
     from ltm_pyro.export import save_datatree
     from ltm_pyro.run.files import write_atomic
 
+    shown = printable(str(folder))
     write_atomic(folder / "comparison.csv", comparison.frame.to_csv().encode())
     save_datatree(xr.DataTree(dataset=comparison.dataset), folder / "comparison.nc")
     plots.save_figure(plots.guide_comparison(comparison), folder / "comparison.png")
-    return "\n".join(f"wrote {folder / f'comparison.{kind}'}" for kind in ("csv", "nc", "png"))
+    return "\n".join(f"wrote {shown}/comparison.{kind}" for kind in ("csv", "nc", "png"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from jsonargparse import Namespace
+
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
 
@@ -29,14 +31,28 @@ def run(arguments: list[str]) -> int:
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
 
-    from ltm_pyro.cli.artefacts import POSTERIOR, write_posterior
+    from ltm_pyro.cli.artefacts import POSTERIOR
+    from ltm_pyro.cli.printing import printable
     from ltm_pyro.run.files import refuse_irregular, refuse_protected
+    from ltm_pyro.run.lock import sole_writer
+
+    folder = Path(options.run)
+    target = folder / POSTERIOR if options.out is None else Path(options.out)
+    inside = target.parent.resolve() == folder.resolve()
+    if not inside:
+        refuse_protected(target.parent)
+    refuse_irregular(target)
+    with writing_to(options.run) if inside else sole_writer(target):
+        _export(options, target)
+    print(f"wrote {printable(str(target))}")
+    return 0
+
+
+def _export(options: Namespace, target: Path) -> None:
+    from ltm_pyro.cli.artefacts import write_posterior
     from ltm_pyro.run.scoring import score_run
 
     fitted = open_run(options.run, options.device)
-    target = fitted.folder / POSTERIOR if options.out is None else Path(options.out)
-    refuse_protected(target.parent)
-    refuse_irregular(target)
     held_out = score_run(
         fitted,
         fitted.corpus(),
@@ -46,5 +62,3 @@ def run(arguments: list[str]) -> int:
         seed=options.seed,
     )
     write_posterior(target, fitted, held_out)
-    print(f"wrote {target}")
-    return 0

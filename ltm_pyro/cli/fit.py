@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.cli.processes import many
+from ltm_pyro.cli.processes import hush, many, tell
 from ltm_pyro.cli.settings import (
     Settings,
     add_settings,
@@ -43,6 +43,8 @@ ltm-pyro fit --steps 1000 --fast.steps 8 --slow.lr 1e-3
 ltm-pyro fit --corpus mixture --corpus.options.classes 4
 ltm-pyro fit --config mine.yaml --seed 1           lines like  steps: 1000
 """
+_BROKEN_PIPE = 141
+"""The exit status of a program that SIGPIPE has ended."""
 _PROMPT_SHARE = 4  # the demonstration's prompt is this part of a held-out sequence
 
 
@@ -55,14 +57,19 @@ def run(arguments: list[str]) -> int:
     resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
+    if out is not None and not out.strip():
+        raise InputError("out is empty: name a folder")
     given = given_settings(parser, options, file)
-    if many():
-        return _share(given, out, resume=resume, overwrite=overwrite)
-    fitted, corpus, new = _open(given, out, resume=resume, overwrite=overwrite)
-    return _fit(fitted, corpus, new=new)
+    with ExitStack() as held:
+        if many():
+            return _share(given, out, held, resume=resume, overwrite=overwrite)
+        fitted, corpus, new = _open(given, out, held, resume=resume, overwrite=overwrite)
+        return _fit(fitted, corpus, new=new)
 
 
-def _share(given: Settings, out: str | None, *, resume: bool, overwrite: bool) -> int:
+def _share(
+    given: Settings, out: str | None, held: ExitStack, *, resume: bool, overwrite: bool
+) -> int:
     """The same in many processes: the first one opens the run, and gives it to all."""
     config = build_config(given)
     from ltm_pyro.cli.printing import default_folder
@@ -75,7 +82,7 @@ def _share(given: Settings, out: str | None, *, resume: bool, overwrite: bool) -
     refuse_unequal(config.batch_size, started()[1])
     parallel = join(config.device, config.shard)
     opened = parallel.lead(
-        lambda: _open(given, out, resume=resume, overwrite=overwrite, parallel=parallel)
+        lambda: _open(given, out, held, resume=resume, overwrite=overwrite, parallel=parallel)
     )
     fitted = share_run(parallel, None if opened is None else opened[0])
     new = parallel.say(opened is not None and opened[2])
@@ -100,12 +107,13 @@ def _parser(arguments: list[str]) -> Parser:
 def _open(
     given: Settings,
     out: str | None,
+    held: ExitStack,
     *,
     resume: bool,
     overwrite: bool,
     parallel: Parallel | None = None,
 ) -> tuple[Run, Corpus, bool]:
-    """The run, its corpus, and whether it is new."""
+    """The run, its corpus, and whether it is new; `held` gets the lock of its folder."""
     config = build_config(given)  # before anything heavy: most slips are found here
     from ltm_pyro.cli.printing import default_folder
 
@@ -113,9 +121,16 @@ def _open(
     from ltm_pyro.run import create_run
     from ltm_pyro.run.building import absolute_name, open_corpus
     from ltm_pyro.run.changes import refuse_changes
-    from ltm_pyro.run.files import refuse_protected
-    from ltm_pyro.run.opening import read_run, refuse_existing
+    from ltm_pyro.run.files import followed, refuse_protected
+    from ltm_pyro.run.lock import sole_writer
+    from ltm_pyro.run.opening import read_run, recover_replaced, refuse_existing, refuse_foreign
 
+    folder = followed(folder)
+    if not resume:
+        refuse_foreign(folder)
+    refuse_protected(folder)
+    held.enter_context(sole_writer(folder))
+    recover_replaced(folder)
     if resume and (folder.exists() or not given):
         fitted = read_run(folder, parallel=parallel)
         corpus_given = given.get("corpus", {})
@@ -123,28 +138,28 @@ def _open(
             if name in corpus_given:
                 corpus_given[name] = absolute_name(corpus_given[name])
         refuse_changes(fitted.config, given, fitted.label, "what was asked for")
-        refuse_protected(folder)
         return fitted, fitted.corpus(), False
     if resume:
-        print(f"ltm-pyro: no run in {str(folder)!r} yet: starting it", file=sys.stderr)
+        tell(f"no run in {str(folder)!r} yet: starting it")
     refuse_existing(folder, overwrite)
-    refuse_protected(folder)
     corpus = open_corpus(config)
-    fitted = create_run(folder, config, corpus=corpus, overwrite=overwrite, parallel=parallel)
+    fitted = create_run(
+        folder, config, corpus=corpus, overwrite=overwrite, parallel=parallel, keep_replaced=True
+    )
     return fitted, corpus, True
 
 
 def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
     """Trains model and control, then reports; stops cleanly when asked to."""
-    from ltm_pyro.cli.printing import describe_fit, resume_line
+    from ltm_pyro.cli.printing import describe_fit, printable, resume_line
     from ltm_pyro.run import Interrupted, train, train_control
 
-    print(describe_fit(fitted))
-    if not new:
-        print(f"Resumed  at slow step {fitted.svi.slow_step}")
-    print(f"Folder   {fitted.folder}", flush=True)
     watch = _Watch(fitted)
     try:
+        print(describe_fit(fitted))
+        if not new:
+            print(f"Resumed  at slow step {fitted.svi.slow_step}")
+        print(f"Folder   {printable(str(fitted.folder))}", flush=True)
         with watch.signals:
             train(fitted, corpus, progress=watch.bars, after_step=watch)
             if fitted.config.control:
@@ -157,25 +172,55 @@ def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
             _report(fitted, corpus)
     except (Interrupted, KeyboardInterrupt):
         if fitted.parallel.first:
-            print(f"ltm-pyro: stopped; {resume_line(fitted)}", file=sys.stderr)
+            tell(f"stopped; {_put_back(fitted, new) or resume_line(fitted)}")
         return watch.signals.status
-    except ProcessLostError as error:
-        error.add_note(f"the last checkpoint is of step {fitted.saved_step()}")
-        error.add_note(resume_line(fitted))
-        raise
-    except NonFiniteError as error:
-        kept = fitted.svi.slow_step if watch.stage == "fit" else error.step
-        error.add_note(f"the checkpoint of step {kept} is kept in {str(fitted.folder)!r}")
-        raise
-    except InputError as error:
-        if not fitted.parallel.first:
-            raise
-        if new and not fitted.svi.slow_step:
-            shutil.rmtree(fitted.folder, ignore_errors=True)
-        else:
-            error.add_note(f"the last checkpoint is whole: {resume_line(fitted)}")
+    except BrokenPipeError:
+        hush()
+        left = _put_back(fitted, new) or resume_line(fitted)
+        tell(f"stopped, since nobody reads what it prints; {left}")
+        return _BROKEN_PIPE
+    except Exception as error:
+        if fitted.parallel.first or isinstance(error, ProcessLostError):
+            for note in _what_is_left(error, fitted, watch.stage, new):
+                error.add_note(note)
         raise
     return 0
+
+
+def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[str]:
+    """What to say with the error that has ended a fit: what is left, and how to go on with it."""
+    from ltm_pyro.cli.printing import resume_line
+    from ltm_pyro.run import load_run
+    from ltm_pyro.run.opening import undo_new
+
+    kept = _put_back(fitted, new)
+    if kept:
+        return [kept]
+    if isinstance(error, NonFiniteError):
+        step = fitted.svi.slow_step if stage == "fit" else error.step
+        return [f"the checkpoint of step {step} is kept in {str(fitted.folder)!r}"]
+    if isinstance(error, ProcessLostError):
+        step = fitted.saved_step()
+        return [f"the last checkpoint is of step {step}", resume_line(fitted)]
+    if new and not fitted.svi.slow_step:
+        undo_new(fitted.folder)
+        return []
+    try:
+        load_run(fitted.folder, device="cpu")
+    except Exception:
+        return []  # nothing can be promised then
+    return [f"the last checkpoint is whole: {resume_line(fitted)}"]
+
+
+def _put_back(fitted: Run, new: bool) -> str:
+    """Puts back the run that a new one without a step has replaced, and says so."""
+    from ltm_pyro.run.opening import undo_new, was_replaced
+
+    unstarted = new and fitted.parallel.first and not fitted.svi.slow_step
+    if not (unstarted and was_replaced(fitted.folder)):
+        return ""
+    undo_new(fitted.folder)
+    return f"the run that was in {str(fitted.folder)!r} is kept"
 
 
 class _Watch:
@@ -188,6 +233,7 @@ class _Watch:
     """
 
     def __init__(self, fitted: Run) -> None:
+        self.folder = fitted.folder
         self.every = fitted.config.checkpoint_every
         self.total = fitted.config.steps
         self.signals = StopSignals()
@@ -206,8 +252,11 @@ class _Watch:
     def __call__(self, row: dict[str, float]) -> bool:
         """Whether to stop after the step with these metrics."""
         from ltm_pyro.inference.point_mass import bound_name
+        from ltm_pyro.run.opening import forget_replaced
 
         step = int(row["step"])
+        if step == 1 and self.parallel.first:
+            forget_replaced(self.folder)  # the new run has started
         if not self.bars and (step % self.every == 0 or step == self.total):
             bound = bound_name(row) if self.stage == "fit" else "nll"
             shown = f"{bound}_per_token"
@@ -224,7 +273,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     The run is read from its folder again, so that what is told is what anyone finds there later.
     """
     from ltm_pyro.cli.artefacts import list_files, write_artefacts
-    from ltm_pyro.cli.printing import format_scores
+    from ltm_pyro.cli.printing import format_scores, printable
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.inference.freed import give_back_freed
     from ltm_pyro.run import load_run
@@ -243,7 +292,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
         print(f"\n{format_panel(panel)}")
     print(f"\n{format_scores(scores)}")
     _samples(saved, corpus)
-    print(f"\nFiles in {saved.folder}\n{list_files(saved.folder)}")
+    print(f"\nFiles in {printable(str(saved.folder))}\n{list_files(saved.folder)}")
 
 
 def _samples(saved: Run, corpus: Corpus) -> None:

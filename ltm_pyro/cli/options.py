@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,3 +41,20 @@ def open_run(folder: str, device: str | None) -> Run:
     if not many():
         return load_run(folder, device=device)
     return load_run(folder, parallel=join(device or recorded_config(Path(folder)).device))
+
+
+@contextmanager
+def writing_to(run: str) -> Iterator[None]:
+    """Inside the block no other command writes into this run's folder.
+
+    Raises:
+        InputError: if there is no run, its folder is read-only, or another command writes to it.
+    """
+    from ltm_pyro.run.files import refuse_protected
+    from ltm_pyro.run.lock import sole_writer
+    from ltm_pyro.run.opening import recorded_config
+
+    recorded_config(Path(run))
+    refuse_protected(Path(run))
+    with sole_writer(run):
+        yield

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ltm_pyro.config import FitConfig
@@ -21,7 +24,7 @@ def describe_fit(run: Run) -> str:
         [
             f"Model    {config.preset}: {weights / 1e6:.2f} M weights, {thoughts} thoughts of "
             f"{dim} dimensions per sequence, {config.guide} posterior",
-            f"Corpus   {corpus['name']}: {corpus['n_bytes'] / 1e6:.2f} MB, "
+            f"Corpus   {printable(corpus['name'])}: {corpus['n_bytes'] / 1e6:.2f} MB, "
             f"{train['sequences']} training sequences of {corpus['seq_len']} "
             f"{corpus['unit']}s (SHA-256 {corpus['sha256'][:12]})",
             f"Fit      {config.steps} slow steps of {config.batch_size} sequences, "
@@ -97,7 +100,17 @@ def printable(text: str) -> str:
 
 def resume_line(run: Run) -> str:
     """How to go on with a run that has stopped."""
-    return f"go on with: ltm-pyro fit --resume --out {run.folder}"
+    return f"go on with: ltm-pyro fit --resume --out {shell_quoted(run.folder)}"
+
+
+def shell_quoted(path: Path) -> str:
+    """`path` as a shell takes it, whatever its name holds, without characters that act."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = set(range(32, 127)) - set(b"'\\")
+    escaped = (chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(text))
+    return f"$'{''.join(escaped)}'"
 
 
 def default_folder(config: FitConfig) -> str:

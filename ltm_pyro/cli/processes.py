@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -39,6 +40,27 @@ def refuse_alone(command: str) -> None:
             f"{command} runs in one process and {os.environ['WORLD_SIZE']} were started: "
             "start it without torchrun"
         )
+
+
+def tell(message: str) -> None:
+    """Says one line on standard error, if anybody listens; never fails.
+
+    Control characters, which a file's name may hold, do not reach the terminal.
+    """
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"ltm-pyro: {line}", file=sys.stderr, flush=True)
+
+
+def hush() -> None:
+    """Sends what is still to be printed nowhere: the reader has gone.
+
+    Python would complain once more when it closes standard output.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

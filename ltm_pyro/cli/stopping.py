@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from ltm_pyro.cli.processes import many
+from ltm_pyro.cli.processes import many, tell
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME = 3.0
@@ -58,4 +57,4 @@ class StopSignals:
         self.received, self._when = number, time.monotonic()
         if many():
             return  # it may be `torchrun`, which ends all because one is gone
-        print("ltm-pyro: stopping after this step; once more stops at once", file=sys.stderr)
+        tell("stopping after this step; once more stops at once")

@@ -132,6 +132,11 @@ def refuse_protected(folder: Path) -> None:
         )
 
 
+def followed(folder: Path) -> Path:
+    """`folder`, or what it leads to where it is a link: the link stays, whatever is put there."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
 def new_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Makes `folder` with `files` in it, all or nothing.
 

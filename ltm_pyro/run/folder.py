@@ -14,7 +14,7 @@ step, so a fit that was killed goes on from its checkpoint to the very weights o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import difference
 from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, check_names, put, take
+from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.metrics import MetricsFile
 from ltm_pyro.run.reading import damaged
 from ltm_pyro.run.schemas import State, checked
@@ -88,6 +89,7 @@ class Run:
             parallel=self.parallel,
         )
         self.svi.horizon = config.steps
+        self._mark = ""
 
     def __repr__(self) -> str:
         return (
@@ -143,13 +145,14 @@ class Run:
         """
         store, step = self.svi.store, self.svi.slow_step
         checkpoint = self.checkpoint()
-        # The checkpoint decides which rows count: see `ltm_pyro.engine.rows.database`.
-        if isinstance(store, RowDatabase):
-            store.prepare(step)
-            self.parallel.wait()
-        self.parallel.lead(lambda: self._write(checkpoint))
-        if isinstance(store, RowDatabase):
-            store.publish(step)
+        with self.writing():
+            # The checkpoint decides which rows count: see `ltm_pyro.engine.rows.database`.
+            if isinstance(store, RowDatabase):
+                store.prepare(step)
+                self.parallel.wait()
+            self.parallel.lead(lambda: self._write(checkpoint))
+            if isinstance(store, RowDatabase):
+                store.publish(step)
 
     def save_alone(self) -> bool:
         """Replaces the checkpoint when other processes are gone, if this one holds all of it.
@@ -159,13 +162,40 @@ class Run:
         """
         if not self.parallel.first or self.parallel.shard or self.svi.store is not None:
             return False
-        self._write(self.checkpoint())
+        with self._alone():
+            self._write(self.checkpoint())
         return True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside the block nothing else writes to the folder; see `sole_writer`.
+
+        Raises:
+            InputError: saying who writes to it, or that another has since it was read here.
+        """
+        with ExitStack() as held:
+            self.parallel.lead(lambda: held.enter_context(self._alone()))
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with sole_writer(self.folder):
+            if checkpoints.mark(self.folder / CHECKPOINT) != self._mark:
+                raise InputError(
+                    f"{self.label} has been changed since it was opened here: load it again, and "
+                    "go on from what it holds now"
+                )
+            yield
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self.metrics_file.complete(self.svi.metrics)
         self.metrics_file.sync()
         checkpoints.save(self.folder / CHECKPOINT, checkpoint)
+        self.note_checkpoint()
+
+    def note_checkpoint(self) -> None:
+        """Takes the checkpoint on disk for this run's own."""
+        self._mark = checkpoints.mark(self.folder / CHECKPOINT)
 
     def saved_step(self) -> int:
         """Slow steps of the checkpoint on disk.
@@ -226,6 +256,7 @@ class Run:
     def _load_with_rows(self) -> Checkpoint:
         """The checkpoint, and the local parameters of its step, which a fit may be replacing."""
         for attempt in range(ATTEMPTS):
+            self.note_checkpoint()  # before it is read, so that what comes between is noticed
             saved = checkpoints.load(self.folder / CHECKPOINT, self.label)
             if self.config.persistent and take(saved.tensors, "store."):
                 raise InputError(
@@ -275,7 +306,8 @@ class Run:
             **put("adamw.", fit.clock.state()),
         }
         checkpoint = Checkpoint(tensors, self._state(fit.slow_step))
-        self.parallel.lead(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
+        with self.writing():
+            self.parallel.lead(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
 
     @property
     def control_metrics_file(self) -> MetricsFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.files import (
+    followed,
     json_bytes,
     new_folder,
     refuse_protected,
@@ -38,6 +40,7 @@ from ltm_pyro.run.folder import (
     Run,
     share_checkpoint,
 )
+from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.reading import LARGEST_JSON, damaged, read_bytes, read_json
 from ltm_pyro.run.schemas import Facts, Heading, checked
 
@@ -53,26 +56,42 @@ def create_run(
     corpus: Corpus | None = None,
     overwrite: bool = False,
     parallel: Parallel | None = None,
+    keep_replaced: bool = False,
 ) -> Run:
     """A new run at step 0, in a folder that appears whole.
 
     Everything that can be checked is checked first, so that a fit that cannot start leaves nothing.
 
     Args:
-        folder: Must not exist, or be empty.
+        folder: Must not exist, or be empty. Where it is a link, the run is put where that leads.
         config: The settings. `model.vocab_size` and `model.seq_len` make way for the corpus's.
         corpus: The corpus of `config`, where it is at hand.
         overwrite: Replace a run that is there.
         parallel: The processes that will share the fit; the first one makes the folder, and the
             others come in by `share_run`.
+        keep_replaced: Keep a run that was replaced, hidden, until `forget_replaced` or
+            `undo_new`.
 
     Raises:
-        InputError: if the settings cannot be used or the folder cannot be written.
+        InputError: if the settings cannot be used, the folder cannot be written, or another
+            process writes to it.
     """
-    folder = Path(folder)
-    refuse_existing(folder, overwrite)
+    folder = followed(Path(folder))
+    refuse_foreign(folder)
     refuse_protected(folder)
-    config = absolute_paths(config)
+    with sole_writer(folder):
+        recover_replaced(folder)
+        refuse_existing(folder, overwrite)
+        run = _create(folder, absolute_paths(config), corpus, parallel)
+        if not keep_replaced:
+            forget_replaced(folder)
+    return run
+
+
+def _create(
+    folder: Path, config: FitConfig, corpus: Corpus | None, parallel: Parallel | None
+) -> Run:
+    """The new run, the one that it replaces kept aside."""
     corpus = corpus if corpus is not None else open_corpus(config)
     config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
     tokenizer = json_bytes(corpus.tokenizer.to_json())
@@ -98,7 +117,12 @@ def create_run(
         rows = new_store_files()
         files |= {f"{STORE}/{name}": data for name, data in rows.items()}
     _replace_folder(folder, files)
-    run.open_rows(0)
+    try:
+        run.open_rows(0)
+        run.note_checkpoint()
+    except BaseException:
+        undo_new(folder)
+        raise
     return run
 
 
@@ -203,40 +227,87 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
     return run
 
 
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuses to put a new run where something is.
+def refuse_foreign(folder: Path) -> None:
+    """Refuses to put a run where something else is.
 
     Raises:
-        InputError: saying how to go on with a run that is there, or to replace it.
+        InputError: if that is a file, a folder of other things, or the one that we are in.
     """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    is_run = (folder / CONFIG).exists() and (folder / CHECKPOINT).exists()
-    if is_run and not overwrite:
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
         raise InputError(
-            f"run folder {str(folder)!r} exists: go on with it by --resume, replace it by "
-            "--overwrite, or choose another --out"
+            f"{str(folder)!r} is the folder that this was started in, or above it: choose another "
+            "--out"
         )
-    if folder.exists() and not is_run:
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not _is_run(folder):
         raise InputError(
             f"{str(folder)!r} exists and is no run folder: choose another --out, nothing in it is "
             "touched"
         )
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).exists() and (folder / CHECKPOINT).exists()
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuses to put a new run where something is.
+
+    Raises:
+        InputError: saying how to go on with a run that is there, or to replace it.
+    """
+    refuse_foreign(folder)
+    if _is_run(folder) and not overwrite:
+        raise InputError(
+            f"run folder {str(folder)!r} exists: go on with it by --resume, replace it by "
+            "--overwrite, or choose another --out"
+        )
+
+
 def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Puts a new run at `folder`; one that is there is removed only when the new one is written."""
+    """Puts a new run at `folder`; one that is there is kept aside."""
     if not folder.exists() or not any(folder.iterdir()):
         new_folder(folder, files)
         return
-    fresh, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    fresh, old = folder.with_name(f".{folder.name}.new"), _replaced(folder)
     with writing(folder):
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         new_folder(fresh, files)
         folder.replace(old)
-        fresh.replace(folder)
-        shutil.rmtree(old)
+        try:
+            fresh.replace(folder)
+        except BaseException:
+            old.replace(folder)
+            raise
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a run is kept whose place a new one has taken."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def was_replaced(folder: Path) -> bool:
+    """Whether a run is kept whose place the one in `folder` has taken."""
+    return _replaced(folder).exists()
+
+
+def recover_replaced(folder: Path) -> None:
+    """Puts back a run that was taken away by a process which was killed before it put another."""
+    if not folder.exists() and _replaced(folder).exists():
+        with writing(folder):
+            _replaced(folder).replace(folder)
+
+
+def forget_replaced(folder: Path) -> None:
+    """Removes a run that a new one has replaced."""
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def undo_new(folder: Path) -> None:
+    """Removes a new run that cannot start, and puts back the one that it has replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    recover_replaced(folder)
 
 
 def _no_run(folder: Path) -> InputError:

@@ -40,14 +40,18 @@ def train(
         Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
         NonFiniteError: on NaN; the checkpoint is of the last good step.
         ProcessLostError: if another process is gone; the last checkpoint is whole.
-        InputError: if the folder cannot be written; its last checkpoint is whole.
+        InputError: if the folder cannot be written, or another fit writes to it; its last
+            checkpoint is whole.
         Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
+    if run.svi.slow_step < run.config.steps:
+        with run.writing():
+            _train(run, corpus, progress, after_step)
+
+
+def _train(run: Run, corpus: Corpus, progress: bool, after_step: AfterStep) -> None:
     svi, config = run.svi, run.config
-    remaining = config.steps - svi.slow_step
-    if remaining <= 0:
-        return
-    first = run.parallel.first
+    remaining, first = config.steps - svi.slow_step, run.parallel.first
     run.parallel.lead(lambda: _ready(run))
     if config.compile:
         run.model.compile_fast_loop()
@@ -55,10 +59,11 @@ def train(
     def on_step(row: Metrics) -> None:
         if first:
             run.metrics_file.append(row)
-        if after_step(row) or run.parallel.stopping:
-            raise Interrupted
+        # Saved first: what comes after may fail, e.g. to print.
         if svi.slow_step % config.checkpoint_every == 0:
             run.save()
+        if after_step(row) or run.parallel.stopping:
+            raise Interrupted
 
     try:
         svi.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
@@ -106,13 +111,23 @@ def train_control(
     Raises:
         Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
         NonFiniteError: on NaN; the checkpoint is of the last good step.
-        InputError: if the folder cannot be written; its last checkpoint is whole.
+        InputError: if the folder cannot be written, or another fit writes to it; its last
+            checkpoint is whole.
         Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
-    fit, config = run.control(), run.config
+    fit = run.control()
+    if fit.slow_step < run.config.steps:
+        with run.writing():
+            fit = run.control()  # as it is now that nobody else goes on with it
+            _train_control(run, fit, corpus, progress, after_step)
+    return fit
+
+
+def _train_control(
+    run: Run, fit: AutoregressiveFit, corpus: Corpus, progress: bool, after_step: AfterStep
+) -> None:
+    config = run.config
     remaining = config.steps - fit.slow_step
-    if remaining <= 0:
-        return fit
     if config.compile:
         fit.model.compile_fast_loop()
     metrics, first = run.control_metrics_file, run.parallel.first
@@ -126,10 +141,10 @@ def train_control(
     def on_step(row: Metrics) -> None:
         if first:
             metrics.append(row)
-        if after_step(row) or run.parallel.stopping:
-            raise Interrupted
         if fit.slow_step % config.checkpoint_every == 0:
             save()
+        if after_step(row) or run.parallel.stopping:
+            raise Interrupted
 
     try:
         fit.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
@@ -143,7 +158,6 @@ def train_control(
             _save_in_spite(save)
         raise
     save()
-    return fit
 
 
 def _ready_control(run: Run, step: int) -> None:
