@@ -143,6 +143,11 @@ class Run:
         Raises:
             InputError: if it cannot be written; the one before is then still whole.
         """
+        if not self.svi.whole:
+            raise InputError(
+                f"a slow step of {self.label} was cut short, so what is held is of no step: load "
+                "the run again"
+            )
         store, step = self.svi.store, self.svi.slow_step
         checkpoint = self.checkpoint()
         with self.writing():
@@ -232,7 +237,7 @@ class Run:
         with self._same_model():
             self.guide.load_state_dict(shared)
             self.svi.clock.load(take(saved.tensors, "adamw."))
-        self.svi.slow_step = step
+        self.svi.slow_step, self.svi.whole = step, True
 
     @contextmanager
     def _same_model(self) -> Iterator[None]:
