@@ -10,8 +10,9 @@ import torch
 from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics import bounds
-from ltm_pyro.diagnostics.bounds import per_token_perplexity
+from ltm_pyro.diagnostics import terms
+from ltm_pyro.diagnostics.perplexity import per_token_perplexity
+from ltm_pyro.diagnostics.sampling_error import clustered_ratio
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_rows_scored_some_at_a_time_get_the_scores_of_all(monkeypatch: pytest.Mo
     sizes: list[int] = []
     prepare = model.prepare
     monkeypatch.setattr(model, "prepare", lambda part: sizes.append(len(part)) or prepare(part))
-    monkeypatch.setattr(bounds, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(terms, "TOKENS_AT_ONCE", 24)
     parts = ltm.evaluate(model, None, batch, draws=3, mode="prior")
     assert set(sizes) == {2, 1}
     # Matrix products of fewer rows may add in another order.
@@ -159,9 +160,8 @@ def test_perplexity_is_of_totals_not_a_mean_over_sequences() -> None:
     out = per_token_perplexity("ppl_x", nats, tokens, np.array([0.3, 0.4]))
     assert out["ppl_x"] == pytest.approx(math.exp(50 / 30))
     assert out["ppl_x_se"] == pytest.approx(out["ppl_x"] * 0.5 / 30)
-    spread = nats - 50 / 30 * tokens
     assert out["ppl_x_sampling_se"] == pytest.approx(
-        out["ppl_x"] * math.sqrt(2 * (spread**2).sum()) / 30
+        out["ppl_x"] * clustered_ratio(nats, tokens).error
     )
     equal = per_token_perplexity("ppl_x", nats, np.array([15, 15]))
     assert equal["ppl_x"] < np.exp(nats / 15).mean()  # Jensen

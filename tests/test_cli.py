@@ -88,7 +88,7 @@ def test_a_bare_perplexity_is_never_printed(fitted, capsys):
     for text in (told, capsys.readouterr().out, (folder / "good" / "scores.json").read_text()):
         assert "perplexity" not in text
         rest = text
-        for name in ("elbo", "iw", "reconstruction", "z0", "shuffled"):
+        for name in ("elbo", "iw", "predictive", "reconstruction", "z0", "shuffled"):
             rest = rest.replace(f"ppl_{name}", "")
         assert "ppl" not in rest
 
@@ -114,7 +114,12 @@ def test_evaluate_json_is_one_object(fitted, capsys, mode):
     assert found["mode"] == mode
     assert found["draws"] == 5
     assert found["split"] == "test"
-    assert {"ppl_elbo", "ppl_elbo_se", "ppl_iw", "ppl_iw_se", "control", "unit"} <= set(found)
+    names = ("predictive",) if mode == "prefix" else ("elbo", "iw")
+    wanted = {f"ppl_{name}{end}" for name in names for end in ("", "_se", "_sampling_se")}
+    assert {*wanted, "control", "unit", "n_documents"} <= set(found)
+    assert mode != "prefix" or not {"ppl_elbo", "ppl_iw"} & set(
+        found
+    )  # no bound, and not called one
 
 
 def test_evaluate_in_other_modes_is_told_in_words(fitted, capsys):
@@ -468,8 +473,12 @@ def test_scores_that_are_not_finite_are_told(fitted):
 
     run = load_run(fitted[0] / "good")
     scores = summary(run, score_run(run, run.corpus(), draws=4))
-    scores.update(ppl_elbo=None, ppl_elbo_se=None, khat=dict.fromkeys(scores["khat"]))
+    scores.update(
+        ppl_elbo=None,
+        ppl_elbo_se=None,
+        khat={**dict.fromkeys(scores["khat"]), "in_words": "not judged"},
+    )
     told = format_scores(scores)
     assert "ppl_elbo per byte none" in told
-    assert "k-hat    unknown" in told
+    assert "k-hat    not judged" in told
     assert torch.isfinite(torch.tensor(scores["ppl_iw"]))

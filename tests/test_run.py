@@ -537,7 +537,7 @@ def test_scores_cover_model_and_control(tmp_path, config):
     json.dumps(found, allow_nan=False)
     lines = per_sequence_csv(held_out).splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("sequence,elbo,")
+    assert lines[0].startswith("sequence,document,elbo,")
     assert lines[0].endswith("control_nll")
     again = score_run(load_run(run.folder), run.corpus())
     assert again.scores.identical(held_out.scores)

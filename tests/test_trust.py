@@ -27,6 +27,7 @@ from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.simulation import simulate
 
 FEWER = {"draws": 400, "steps": 8, "chains": 0}
+JUDGED = {**FEWER, "draws": 1000}  # enough for a k-hat
 """Enough for these errors, and a tenth of the default's time."""
 
 ANNEALED = {**FEWER, "chains": 32, "rungs": 24}
@@ -182,7 +183,7 @@ def test_the_best_mean_field_guide_is_told_what_it_lacks() -> None:
 def test_a_normal_fit_to_heavy_tails_has_heavy_weights() -> None:
     model = wrong_guides.heavy_tails()
     batch = simulate(model, 4, 1).batch
-    diagnosis = diagnose(model, wrong_guides.normal_core(model, batch), batch, **FEWER)
+    diagnosis = diagnose(model, wrong_guides.normal_core(model, batch), batch, **JUDGED)
     assert "tails" in seen(diagnosis, "k-hat")
 
 
@@ -190,7 +191,7 @@ def test_khat_does_not_see_a_scale_that_is_too_large() -> None:
     """Known blind spot: weights p / q are bounded there. In many dimensions few draws hide that."""
     oracle = make_oracle((1, 2))
     batch = simulate(oracle, 16, 1).batch
-    diagnosis = diagnose(oracle, wrong_guides.rescaled(oracle, batch, 2.0), batch, **FEWER)
+    diagnosis = diagnose(oracle, wrong_guides.rescaled(oracle, batch, 2.0), batch, **JUDGED)
     assert (diagnosis.data["khat"] < 0.5).all()
     assert "wide" in diagnosis.problems
 

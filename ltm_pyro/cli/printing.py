@@ -11,7 +11,11 @@ from typing import Any
 from ltm_pyro.config import FitConfig
 from ltm_pyro.run import Run
 
-_BOUNDS = (("ppl_elbo", "ELBO"), ("ppl_iw", "importance-weighted bound"))
+_MEANINGS = {
+    "ppl_elbo": "ELBO",
+    "ppl_iw": "importance-weighted bound",
+    "ppl_predictive": "q's prediction of the rest, no bound",
+}
 
 
 def describe_fit(run: Run) -> str:
@@ -37,26 +41,51 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     """The scores of `ltm_pyro.run.scoring.summary` as text, each with its errors and meaning."""
     unit, control = scores["unit"], scores["control"]
     lines = [
-        f"Scores of {scores['n_sequences']} {scores['split']} sequences, {scores['n_tokens']} "
-        f"{unit}s, mode {scores['mode']}",
+        f"Scores of {scores['n_sequences']} {scores['split']} sequences {_documents(scores)}, "
+        f"{scores['n_tokens']} {unit}s, mode {scores['mode']}",
         f"  ({scores['mode_meaning']}; {scores['draws']} fresh draws per sequence)",
     ]
-    for name, meaning in _BOUNDS:
-        lines.append(_score_line("model", name, scores, f"{meaning}, S = {scores['draws']}", unit))
+    names = [name for name in _MEANINGS if name in scores]
+    for name in names:
+        meaning = f"{_MEANINGS[name]}, S = {scores['draws']}"
+        lines.append(_score_line("model", name, scores, meaning, unit))
     if control is not None:
-        for name, _ in _BOUNDS:
-            what = "same decoder, no z: exact, a bound of itself"
+        for name in names:
+            what = "same decoder, no z, trained apart: exact"
             lines.append(_score_line("control", name, control, what, unit))
-        ratios = [f"{name} {_ratio(scores[name], control[name])}" for name, _ in _BOUNDS]
-        lines.append(f"  model / control: {', '.join(ratios)} (below 1: the thoughts pay)")
+        lines += _against_control(scores["against_control"])
     if scores["mode"] == "oracle":
         lines.append(
             f"  model    ppl_reconstruction per {unit} {_number(scores['ppl_reconstruction'])}: "
             "not a bound, the KL is not charged"
         )
-        lines.append(_khat_line(scores["khat"]))
-    lines.append("  +- sampling: of these sequences for all text; +- MC: of the draws")
+    lines.append(f"  k-hat    {scores['khat']['in_words']}{_khat_verdict(scores['khat'])}")
+    lines.append(
+        "  +- sampling: of these documents for all text, two on either side hold 95 %; "
+        "+- MC: of the draws"
+    )
+    if scores.get("note"):
+        lines.append(f"  note: {scores['note']}")
     return "\n".join(lines)
+
+
+def _documents(scores: Mapping[str, Any]) -> str:
+    """From how many documents; pieces of one are no independent evidence."""
+    documents = scores["n_documents"]
+    if not documents:
+        return "(their documents are not known: each is taken for one)"
+    return f"of {documents} documents (which count as {scores['effective_documents']:.0f} equal)"
+
+
+def _against_control(pairs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The paired ratios, each with the verdict that its error allows."""
+    lines = []
+    for name, pair in pairs.items():
+        lines.append(
+            f"  model / control, paired: {name:<8} {_number(pair['ratio'], 4)} "
+            f"+- {_number(pair['ratio_error'], 4)}: {pair['verdict']}"
+        )
+    return [*lines, "    (one fit of each; that thoughts pay in training takes several seeds)"]
 
 
 def _score_line(who: str, name: str, scores: Mapping[str, Any], what: str, unit: str) -> str:
@@ -67,23 +96,15 @@ def _score_line(who: str, name: str, scores: Mapping[str, Any], what: str, unit:
     )
 
 
-def _khat_line(khat: Mapping[str, Any]) -> str:
+def _khat_verdict(khat: Mapping[str, Any]) -> str:
     share = khat["share_above_limit"]
     if share is None:
-        return "  k-hat    unknown: too few draws to judge the IW bound by"
-    verdict = "the IW bound is loose and noisy there" if share else "the IW bound can be relied on"
-    return (
-        f"  k-hat    median {_number(khat['median'])}, above {khat['limit']} in "
-        f"{100 * share:.0f} % of sequences: {verdict}"
-    )
+        return "; take the MC error of an average over draws for a lower limit"
+    return ": loose and noisy there" if share else ": the average over draws can be relied on"
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
-
-
-def _ratio(value: float | None, other: float | None) -> str:
-    return "none" if value is None or other is None else f"{value / other:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def format_text(text: str) -> str:

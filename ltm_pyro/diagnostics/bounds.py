@@ -1,10 +1,15 @@
-"""Scores: what each estimates, with its Monte Carlo error, never on a draw that inference saw.
+"""Scores: what each estimates, with its errors, never on a draw that inference saw.
 
 Per sequence, with z_s ~ q(z), s = 1..S, and log w_s = log p(x | z_s) + log p(z_s) - log q(z_s):
 
     nll_given_z = -mean_s log p(x | z_s)                     reconstruction; not a bound
     elbo        = -nll_given_z - KL(q || p)                  <= log p(x)
     iw_bound    = log mean_s w_s                             <= log p(x) in expectation, >= ELBO
+
+and in mode `prefix`, where q saw the first part of x and the rest is scored:
+
+    log_predictive = log mean_s p(rest | z_s)                q's prediction of the rest; no bound on
+                                                             log p(rest | first part)
 """
 
 from __future__ import annotations
@@ -13,36 +18,35 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import pyro
 import torch
 import xarray as xr
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
+from ltm_pyro.diagnostics.log_mean import log_mean
 from ltm_pyro.diagnostics.partners import partners_of
-from ltm_pyro.diagnostics.psis import pareto_khat
+from ltm_pyro.diagnostics.perplexity import perplexities
+from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
+from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
+from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
 
 Mode = Literal["oracle", "prefix", "prior"]
 MODES = {
     "oracle": "q saw the sequence that is scored; legitimate only as a bound, with the KL charged",
-    "prefix": "q saw the first part of the sequence; the rest is scored, with q as predictive",
+    "prefix": "q saw the first part of the sequence, and its prediction of the rest is scored",
     "prior": "no posterior: thoughts are drawn from the prior",
 }
 SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
-TOKENS_AT_ONCE = 8192
-"""Tokens that the decoder scores at a time: enough to keep a processor busy."""
 
 
 @exclusive
@@ -62,27 +66,36 @@ def evaluate(
     Args:
         model: Prior and likelihood.
         post: q for the sequences of `batch`, in the same order. In mode `prefix` it was fitted to
-            `batch.prefix(n)`, and what it did not see is scored. Not needed in mode `prior`.
+            `batch.prefix(n)`, and what it did not see is scored; sequences of which it saw
+            everything are left out. Not needed in mode `prior`.
         batch: The sequences.
-        draws: S, fresh draws per sequence, at least 2.
+        draws: S, fresh draws per sequence, at least 2; `psis.MIN_DRAWS` or more for a k-hat.
         mode: `oracle`, `prefix` or `prior`; see `MODES`.
         controls: Also score z = 0 and another sequence's z.
         seed: Of the draws.
         parallel: Processes that share the decoder's work; each then returns all scores.
 
     Returns:
-        Dataset over `sequence` (coordinate: stable ids), in nats per sequence: `elbo`, `elbo_se`,
-        `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`, `iw_bound_se`, `log_joint`; `khat`;
-        `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a sequence of
+        Dataset over `sequence` (coordinates: stable ids, and `document` where the batch knows it),
+        in nats per sequence: `elbo`, `elbo_se`, `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`,
+        `iw_bound_se`, `log_joint`; `khat`, not judged (`nan`) from fewer than `psis.MIN_DRAWS`
+        draws; `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a sequence of
         another document, where documents are known; `nan` where there is no other), with
-        `nll_shuffled_se`. In modes `prefix` and `prior` no KL is charged (`kl` is 0), because
-        thoughts come from a distribution that did not see what is scored.
+        `nll_shuffled_se`. In mode `prior` no KL is charged (`kl` is 0), because thoughts come from
+        a distribution that did not see what is scored. In mode `prefix` there are `log_predictive`
+        and its `_se` in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's prediction of the
+        rest is no bound on log p(rest | first part), and can exceed it.
 
         Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
-        scores, `objective` that q was fitted by and `objective_kl`, how it got its KL, versions,
-        and for all sequences together `ppl_elbo`, `ppl_iw`, `ppl_reconstruction` (not a bound),
-        `ppl_z0`, `ppl_shuffled`: exp(total nats / total tokens). `_se` is the Monte Carlo standard
-        error given these sequences, `_sampling_se` that of sampling the sequences.
+        scores, `objective` that q was fitted by and `objective_kl`, how it got its KL;
+        `khat_limit` at S draws; `n_sequences`, `n_tokens`, `n_documents` (0 where not known: each
+        sequence then stands for itself in errors), `effective_documents`; `left_out`, how many
+        sequences mode `prefix` had nothing to score of; `note`, if something must be said beside
+        the numbers; versions; and for all sequences together `ppl_elbo`, `ppl_iw` (mode `prefix`:
+        `ppl_predictive`), `ppl_reconstruction` (not a bound), `ppl_z0`, `ppl_shuffled`: exp(total
+        nats / total tokens). `_se` is the Monte Carlo standard error given these sequences,
+        `_sampling_se` that of having sampled their documents, so that two of it on either side hold
+        95 % (`diagnostics.sampling_error`).
 
     Raises:
         InputError: if the batch does not fit the model or the posterior.
@@ -94,27 +107,33 @@ def evaluate(
     batch = batch.to(model.device)
     model.check(batch)
     scored = _scored_part(batch, post, mode)
-    q, prior = _proposal(model, post, mode, len(batch))
-    with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), batch.device):
-        z = q.sample(torch.Size([draws]))
-        likelihoods = _Likelihoods(model, scored, parallel or Parallel())
-        log_lik = likelihoods(z)
-        log_prior = prior.log_prob(z).double()
-        log_q = q.log_prob(z).double() if mode == "oracle" else log_prior
-        if mode == "oracle" and post is not None and not post.has_density:
-            log_q = torch.full_like(log_prior, torch.inf)
-        columns = _columns(log_lik, log_prior, log_q, post if mode == "oracle" else None)
+    rows = torch.nonzero(scored.mask.any(1))[:, 0] if mode == "prefix" else batch.indices
+    scored = scored.select(rows)
+    prior = model.prior()
+    post = None if mode == "prior" else post
+    q = prior.expand(torch.Size([len(batch)])) if post is None else post.distribution
+    likelihoods = Likelihoods(model, scored, parallel)
+    with torch.no_grad():
+        terms = score_terms(likelihoods, q, prior, draws, seed, rows=rows)
+        columns = _prediction(terms) if mode == "prefix" else _bounds(terms, post)
         if controls:
-            columns.update(_controls(likelihoods, z))
+            z = next(fresh_draws(q, min(draws, DRAWS_AT_ONCE), seed, batch.device))
+            columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
     columns["n_tokens"] = scored.n_tokens
     data = xr.Dataset(
         {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
-        coords=sequence_coords(batch),
+        coords=sequence_coords(scored),
     )
-    data["khat"] = ("sequence", pareto_khat((log_lik + log_prior - log_q).cpu().numpy()))
     for name in data.data_vars:
         data[name].attrs["units"] = {"khat": "1", "n_tokens": "tokens"}.get(str(name), "nats")
-    data.attrs = {**_attributes(data, post, mode, draws, seed), **corpus_attrs(batch)}
+    data.attrs = {
+        **_settings(post, mode, draws, seed),
+        **corpus_attrs(batch),
+        "left_out": len(batch) - len(scored),
+        **_totals(data),
+    }
+    if notes := _notes(data, post):
+        data.attrs["note"] = "; ".join(notes)
     return data
 
 
@@ -128,50 +147,15 @@ def _scored_part(batch: Batch, post: Posterior | None, mode: Mode) -> Batch:
     if mode == "oracle":
         return batch
     rest = batch.mask & ~post.mask.to(batch.device)
-    if not bool(rest.any(1).all()):
+    if not bool(rest.any()):
         raise InputError(
-            "mode 'prefix' scores what the posterior did not see, and for at least one sequence "
-            "nothing is left: infer on batch.prefix(n) with n below every sequence's length"
+            "mode 'prefix' scores what the posterior did not see, and nothing is left: infer on "
+            f"batch.prefix(n) with n below {int(batch.n_tokens.max())}, the longest sequence"
         )
     return replace(batch, mask=rest)
 
 
-def _proposal(
-    model: LatentModel, post: Posterior | None, mode: Mode, rows: int
-) -> tuple[TorchDistribution, TorchDistribution]:
-    """Where thoughts are drawn, batch shape (B,), and the prior."""
-    prior = model.prior()
-    if mode == "prior" or post is None:
-        return prior.expand(torch.Size([rows])), prior
-    return post.distribution, prior
-
-
-class _Likelihoods:
-    """Log p(x | z_s), (S, B) float64, for one draw and some rows at a time.
-
-    So memory grows neither with S nor with B. Processes share the sequences; draws are cheap, and
-    are all made by each.
-    """
-
-    def __init__(self, model: LatentModel, batch: Batch, parallel: Parallel) -> None:
-        self.model = model
-        self.parallel = Parallel() if len(batch) < parallel.size else parallel
-        mine = self.parallel.share(len(batch))
-        size = max(1, TOKENS_AT_ONCE // batch.mask.shape[1])
-        starts = range(mine.start, mine.stop, size)
-        self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
-        self.batch = batch
-
-    def __call__(self, z: Tensor) -> Tensor:
-        mine = torch.cat([self._of_rows(rows, z) for rows in self.parts], dim=1)
-        return self.parallel.gather_rows(mine, dim=1)
-
-    def _of_rows(self, rows: slice, z: Tensor) -> Tensor:
-        prepared = self.model.prepare(self.batch.select(rows))
-        return torch.stack([self.model.log_likelihood(d[rows], prepared).double() for d in z])
-
-
-def _controls(likelihoods: _Likelihoods, z: Tensor) -> dict[str, Tensor]:
+def _controls(likelihoods: Likelihoods, z: Tensor) -> dict[str, Tensor]:
     """The likelihood at z = 0 and at the thoughts of another document, z (S, B, K, D)."""
     nll_z0 = -likelihoods(torch.zeros_like(z[:1]))[0].to(z.dtype)
     partners = partners_of(z.shape[1], likelihoods.batch.documents)
@@ -191,98 +175,95 @@ def _standard_error(values: Tensor) -> Tensor:
     return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values[0] * torch.nan
 
 
-def _columns(
-    log_lik: Tensor, log_prior: Tensor, log_q: Tensor, post: Posterior | None
-) -> dict[str, Tensor]:
-    """The scores of S draws, (S, B) each; without `post` no KL is charged."""
+def _bounds(terms: Terms, post: Posterior | None) -> dict[str, Tensor]:
+    """Bounds on log p(x) by S draws; without `post` z is from the prior and no KL is charged."""
+    log_lik, log_prior = terms.log_likelihood, terms.log_prior
     nll, nll_se = -log_lik.mean(0), _standard_error(log_lik)
-    log_w = log_lik + log_prior - log_q
+    if post is not None and not post.has_density:
+        terms = replace(terms, log_q=torch.full_like(log_prior, torch.inf))
+    log_w = terms.log_weights
     if post is None:
-        kl, elbo_se = torch.zeros_like(nll), nll_se
+        log_w, kl, elbo_se = log_lik, torch.zeros_like(nll), nll_se
     elif post.kl_estimator == "analytic":
         kl, elbo_se = post.kl().double(), nll_se
     else:
-        kl, elbo_se = (log_q - log_prior).mean(0), _standard_error(log_w)
-    # Relative to the largest weight, so that nothing overflows.
-    top = log_w.amax(0)
-    weight = torch.exp(log_w - torch.where(top.isfinite(), top, 0.0))
+        kl, elbo_se = (terms.log_q - log_prior).mean(0), _standard_error(log_w)
+    iw = log_mean(log_w)
     return {
         "elbo": -nll - kl,
         "elbo_se": elbo_se,
         "nll_given_z": nll,
         "nll_given_z_se": nll_se,
         "kl": kl,
-        "iw_bound": log_w.logsumexp(0) - math.log(len(log_w)),
-        "iw_bound_se": _standard_error(weight) / weight.mean(0),
+        "iw_bound": iw.value,
+        "iw_bound_se": iw.error,
         "log_joint": (log_lik + log_prior).mean(0),
+        "khat": _khat(log_w),
     }
 
 
-def _attributes(
-    data: xr.Dataset, post: Posterior | None, mode: Mode, draws: int, seed: int
-) -> dict[str, Any]:
-    out: dict[str, Any] = {
+def _prediction(terms: Terms) -> dict[str, Tensor]:
+    """What q predicts of the rest, by S draws; k-hat is of the likelihoods that are averaged."""
+    log_lik = terms.log_likelihood
+    predictive = log_mean(log_lik)
+    return {
+        "nll_given_z": -log_lik.mean(0),
+        "nll_given_z_se": _standard_error(log_lik),
+        "log_predictive": predictive.value,
+        "log_predictive_se": predictive.error,
+        "khat": _khat(log_lik),
+    }
+
+
+def _khat(log_weights: Tensor) -> Tensor:
+    return torch.from_numpy(pareto_khat(log_weights.cpu().numpy()))
+
+
+def _settings(post: Posterior | None, mode: Mode, draws: int, seed: int) -> dict[str, Any]:
+    """What was asked, and of what."""
+    return {
         "mode": mode,
         "mode_meaning": MODES[mode],
         "draws": draws,
         "seed": seed,
-        "guide": "prior" if post is None or mode == "prior" else post.family,
+        "guide": "prior" if post is None else post.family,
         "kl_estimator": post.kl_estimator if post is not None and mode == "oracle" else "none",
-        "objective": "none" if post is None or mode == "prior" else post.objective,
-        "objective_kl": "none" if post is None or mode == "prior" else post.objective_kl,
-        "n_sequences": data.sizes["sequence"],
-        "n_tokens": int(data["n_tokens"].sum()),
+        "objective": "none" if post is None else post.objective,
+        "objective_kl": "none" if post is None else post.objective_kl,
+        "khat_limit": khat_threshold(draws),
         "ltm_pyro_version": ltm_pyro.__version__,
         "torch_version": str(torch.__version__),
         "pyro_version": pyro.__version__,
     }
-    for name, column, sign, error in (
-        ("ppl_elbo", "elbo", -1.0, "elbo_se"),
-        ("ppl_iw", "iw_bound", -1.0, "iw_bound_se"),
-        ("ppl_reconstruction", "nll_given_z", 1.0, "nll_given_z_se"),
-        ("ppl_z0", "nll_z0", 1.0, None),
-        ("ppl_shuffled", "nll_shuffled", 1.0, "nll_shuffled_se"),
-    ):
-        if column not in data:
-            continue
-        mc = None if error is None else data[error].values
-        out.update(
-            per_token_perplexity(name, sign * data[column].values, data["n_tokens"].values, mc)
-        )
-    out["ppl_reconstruction_is_a_bound"] = "no: the KL is not charged"
-    if post is not None and mode == "oracle" and not post.has_density:
-        out["note"] = "a point mass has no density: its ELBO is -inf; see log_joint"
-    return out
 
 
-def per_token_perplexity(
-    name: str, nats: np.ndarray, n_tokens: np.ndarray, mc_se: np.ndarray | None = None
-) -> dict[str, float]:
-    """exp(total nats / total tokens) with its two standard errors, by the delta method.
-
-    Args:
-        name: Under which name.
-        nats: (n,) negative log-likelihoods or bounds per sequence.
-        n_tokens: (n,) their lengths.
-        mc_se: (n,) Monte Carlo standard errors of `nats`.
-
-    Returns:
-        `name`; `name_se`, the Monte Carlo error given these sequences (0 where `nats` are exact);
-        `name_sampling_se`, the error of having sampled n sequences (ratio estimator).
-    """
-    total = float(n_tokens.sum())
-    rate = float(nats.sum()) / total
-    ppl = math.exp(rate) if rate < 700 else math.inf
-    n, sampling = len(nats), math.nan
-    if n > 1 and math.isfinite(rate):
-        spread = nats - rate * n_tokens
-        sampling = math.sqrt(n / (n - 1) * float(np.square(spread).sum()))
-    mc = 0.0 if mc_se is None else math.sqrt(float(np.square(mc_se).sum()))
+def _totals(data: xr.Dataset) -> dict[str, Any]:
+    """All sequences together."""
+    documents = documents_of(data)
+    size = clustered_ratio(data["n_tokens"].values, data["n_tokens"].values, documents)
     return {
-        name: ppl,
-        f"{name}_se": ppl * mc / total,
-        f"{name}_sampling_se": ppl * sampling / total,
+        "n_sequences": data.sizes["sequence"],
+        "n_tokens": int(data["n_tokens"].sum()),
+        "n_documents": 0 if documents is None else size.documents,
+        "effective_documents": size.effective,
+        **perplexities(data),
+        "ppl_reconstruction_is_a_bound": "no: the KL is not charged",
     }
+
+
+def _notes(data: xr.Dataset, post: Posterior | None) -> list[str]:
+    """What must be said beside the numbers."""
+    notes, left_out = [], data.attrs["left_out"]
+    if post is not None and data.attrs["mode"] == "oracle" and not post.has_density:
+        notes.append("a point mass has no density: its ELBO is -inf; see log_joint")
+    if left_out:
+        notes.append(
+            f"{left_out} of {left_out + data.sizes['sequence']} sequences are left out: no longer "
+            "than the prefix, so that nothing of them is left to score"
+        )
+    tokens = data["n_tokens"].values
+    few = few_documents_note(clustered_ratio(tokens, tokens, documents_of(data)))
+    return notes if few is None else [*notes, few]
 
 
 @exclusive

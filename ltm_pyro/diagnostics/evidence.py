@@ -13,19 +13,19 @@ that has no other. Such a bracket is narrow, its errors small, and its upper sid
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
+from ltm_pyro.diagnostics.log_mean import log_mean, tail_error
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
+from ltm_pyro.diagnostics.terms import Likelihoods, score_terms
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
@@ -59,57 +59,78 @@ def importance_bound(
         model: Prior and likelihood.
         post: q for the sequences of `batch`, in the same order.
         batch: B sequences.
-        draws: S, fresh draws per sequence, at least `psis.MIN_DRAWS` so that k-hat is known.
+        draws: S, fresh draws per sequence; `psis.MIN_DRAWS` or more for a k-hat. As many others
+            are drawn to judge them by.
         rows: Draws times sequences scored together: bounds memory, whatever S.
         seed: Of the draws.
 
     Returns:
-        Dataset over `sequence`: `iw_bound`, `iw_bound_se` in nats; `khat`; `ess`, the weights'
-        effective number; `reliable`, whether k-hat is below its threshold at S draws. Where it is
-        not, the bound still is one, but it is loose and its standard error too small; the
-        attribute `flags` says so.
+        Dataset over `sequence`: `iw_bound`, and `khat` as `evaluate` has them from as many draws;
+        `iw_bound_se` in nats; `ess`, the weights' effective number; `khat_judge`, the k-hat of as
+        many other draws, and `reliable`, whether that is below its limit at S draws. To judge on
+        the draws that estimate would keep the lucky ones. `iw_bound_se` is the larger of the
+        jackknife's error (`evaluate`'s) and of that which a Pareto tail of the larger k-hat
+        implies, so that it covers for what is called reliable. Where it is not, the bound still is
+        one, but it is loose and its standard error too small; the attribute `flags` says so.
 
     Raises:
         InputError: for too few draws, a point mass, or a posterior of other sequences.
     """
-    check_count("draws", draws, MIN_DRAWS, "since k-hat is fitted to the largest weights")
+    check_count("draws", draws, 2, "since the standard error compares them")
     check_count("rows", rows, 1, "draws times sequences")
     if not post.has_density:
         raise InputError(
             f"a {post.family!r} guide is a point mass: importance weights need a density"
         )
-    piece = max(1, rows // len(batch))
-    parts = []
     with setting(model, batch, post) as place:
-        for number, first in enumerate(range(0, draws, piece)):
-            count = min(piece, draws - first)
-            with seeded(derive_seed(seed, Stream.SCORE, 1 + number), model.device):
-                z = post.sample(count)
-            parts.append((place.log_joint(z)[0].double() - post.log_prob(z).double()).cpu())
-    log_weights = torch.cat(parts)
-    bound = _log_mean(log_weights)
-    khat = pareto_khat(log_weights.numpy())
+        likelihoods = Likelihoods(model, place.batch, at_once=rows)
+        q, prior = post.distribution, place.prior
+        log_weights, others = (
+            score_terms(likelihoods, q, prior, draws, seed, other=other).log_weights.cpu()
+            for other in (False, True)
+        )
+    bound = log_mean(log_weights)
+    weights = log_weights.numpy()
+    khat, khat_judge = pareto_khat(weights), pareto_khat(others.numpy())
     limit = khat_threshold(draws)
-    reliable = khat <= limit
+    reliable = khat_judge <= limit
+    error = np.fmax(bound.error.numpy(), tail_error(weights, np.fmax(khat, khat_judge)))
     data = _dataset(
         batch,
         {
             "iw_bound": (bound.value, "nats"),
-            "iw_bound_se": (bound.error, "nats"),
+            "iw_bound_se": (error, "nats"),
             "ess": (bound.ess, "draws"),
             "khat": (khat, "1"),
+            "khat_judge": (khat_judge, "1"),
             "reliable": (reliable, "1"),
         },
     )
-    flags = []
-    if not reliable.all():
-        flags.append(
-            f"{int((~reliable).sum())} of {len(batch)} sequences have k-hat above {limit:.2f} "
-            f"(ids {_some(data, ~reliable)}): their bound is loose and its standard error too "
-            "small; use annealed_bound"
-        )
-    data.attrs |= {"draws": draws, "seed": seed, "guide": post.family, "flags": "; ".join(flags)}
+    data.attrs |= {
+        "draws": draws,
+        "seed": seed,
+        "guide": post.family,
+        "khat_limit": limit,
+        "flags": _unreliable(data, draws, limit),
+    }
     return data
+
+
+def _unreliable(data: xr.Dataset, draws: int, limit: float) -> str:
+    """What to say of the sequences that are not called reliable; empty where all are."""
+    reliable = data["reliable"].values
+    if reliable.all():
+        return ""
+    if draws < MIN_DRAWS:
+        return (
+            f"with {draws} draws no k-hat is judged, and nothing is called reliable: give "
+            f"{MIN_DRAWS} or more"
+        )
+    return (
+        f"{int((~reliable).sum())} of {len(reliable)} sequences have k-hat above {limit:.2f} on "
+        f"other draws (ids {_some(data, ~reliable)}): their bound is loose and its standard error "
+        "too small; use annealed_bound"
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +257,7 @@ def _anneal(
         length = (len(ladder.beta) - 1) * (1 if exact is None else 2)
         with tqdm(total=length, disable=not how.progress, desc="anneal", unit="rung") as bar:
             with random(2):
-                lower = _log_mean(annealer.forward(ladder, how.chains, bar.update).cpu())
+                lower = log_mean(annealer.forward(ladder, how.chains, bar.update).cpu())
             columns = {
                 "lower": (lower.value, "nats"),
                 "lower_se": (lower.error, "nats"),
@@ -247,7 +268,7 @@ def _anneal(
                 with random(3):
                     z = exact.to(place.scale).flatten(-2)
                     back = annealer.backward(ladder, z, how.chains, bar.update)
-                inverse = _log_mean(-back.cpu())
+                inverse = log_mean(-back.cpu())
                 columns["upper"] = (-inverse.value, "nats")
                 columns["upper_se"] = (inverse.error, "nats")
                 columns["upper_ess"] = (inverse.ess, "chains")
@@ -289,23 +310,6 @@ def _annealing_flags(data: xr.Dataset, weak: np.ndarray) -> list[str]:
                 f"{_some(data, wide)}): more rungs or chains"
             )
     return flags
-
-
-@dataclass(frozen=True)
-class _LogMean:
-    value: Tensor
-    error: Tensor
-    ess: Tensor
-
-
-def _log_mean(log_weights: Tensor) -> _LogMean:
-    """Log mean of weights (S, B), its standard error by the delta method, and the weights' ESS."""
-    top = log_weights.amax(0)
-    weight = (log_weights - torch.where(top.isfinite(), top, 0.0)).exp()
-    n, mean = len(weight), weight.mean(0)
-    value = log_weights.logsumexp(0) - math.log(n)
-    ess = weight.sum(0).square() / weight.square().sum(0)
-    return _LogMean(value, weight.std(0) / (math.sqrt(n) * mean), ess)
 
 
 def _dataset(batch: Batch, columns: dict[str, tuple[Any, str]]) -> xr.Dataset:

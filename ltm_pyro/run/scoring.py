@@ -18,13 +18,13 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
+from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
+from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.run.folder import Run
 
-KHAT_LIMIT = 0.7
-"""Above it an importance-weighted bound is too noisy to rely on (Vehtari et al. 2024)."""
 _CONTROL_DRAWS = 2
 """The control ignores z, so every draw gives its exact log-likelihood."""
 
@@ -77,8 +77,9 @@ def score_run(
         split: `val` or `test`; `train` shows the fit, not the generalisation.
         mode: As in `evaluate`.
         prefix: In mode `prefix`, the tokens that q sees; half a sequence by default. Sequences that
-            are no longer than that are left out.
-        sequences: How many, spread evenly over the split; the run's `eval_sequences` by default.
+            are no longer than that are left out, as in `evaluate`.
+        sequences: How many, drawn over the split's documents; by default the run's
+            `eval_sequences`.
         draws: S; the run's `eval_draws` by default.
         seed: Of the draws.
 
@@ -92,21 +93,29 @@ def score_run(
     sequences = run.config.eval_sequences if sequences is None else sequences
     draws = run.config.eval_draws if draws is None else draws
     batch = spread(getattr(corpus, split), sequences).to(run.model.device)
-    scored, fast_steps = batch, run.config.eval_fast_steps
+    fast_steps = run.config.eval_fast_steps
     post = again = None
     if mode == "prefix":
         prefix = corpus.seq_len // 2 if prefix is None else prefix
-        batch = _longer_than(batch, prefix)
-        scored, post = batch.suffix(prefix), run.svi.infer(batch.prefix(prefix), fast_steps)
+        _refuse_long(prefix, batch)
+        post = run.svi.infer(batch.prefix(prefix), fast_steps)
     elif mode == "oracle":
         post = run.svi.infer(batch, fast_steps)
         again = run.svi.infer(batch, fast_steps, seed=run.svi.seed + 1)
     scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed, parallel=run.parallel)
+    scored = batch
+    if mode == "prefix" and prefix is not None:
+        scored = batch.suffix(prefix)
+        scored = scored.select(torch.nonzero(scored.mask.any(1))[:, 0])
     return HeldOut(split, batch, post, again, scores, _control_scores(run, scored))
 
 
 def spread(split: SequenceSet, count: int) -> Batch:
-    """`count` sequences at even distances over the split, or all where there are fewer.
+    """`count` sequences drawn over the documents of a split, or all where there are fewer.
+
+    Each document gives its share, to within one: as much of the draw as it is of the split, at even
+    distances. So the draw holds as many documents as it can, and its perplexity estimates that of
+    the split.
 
     Raises:
         InputError: if `count` is not above 0.
@@ -114,17 +123,16 @@ def spread(split: SequenceSet, count: int) -> Batch:
     if count < 1:
         raise InputError(f"{count} sequences: must be 1 or more")
     n = len(split)
+    # Sequences stand in the order of their documents, so even distances are shares of documents.
     return split.batch(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)))
 
 
-def _longer_than(batch: Batch, prefix: int) -> Batch:
-    keep = batch.n_tokens > prefix
-    if not bool(keep.any()):
-        longest = int(batch.n_tokens.max())
+def _refuse_long(prefix: int, batch: Batch) -> None:
+    longest = int(batch.n_tokens.max())
+    if prefix >= longest:
         raise InputError(
             f"prefix of {prefix} tokens: the longest held-out sequence has {longest}; choose fewer"
         )
-    return batch.select(torch.nonzero(keep)[:, 0])
 
 
 def _control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
@@ -142,14 +150,13 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
 
     Returns:
         `run`, `step`, `split` and the attributes of `evaluate`; `unit` of the tokens; means over
-        sequences of its columns under `nats_per_sequence`; `khat`; and under `control` the
-        perplexities of the decoder without thoughts, whose likelihood is exact, so that its ELBO
-        and its IW bound are that same number; and under `collapse` the panel (mode `oracle`).
+        sequences of its columns under `nats_per_sequence`; `khat`; under `control` the
+        perplexities of the decoder without thoughts, whose likelihood is exact, so that by every
+        name they are that same number; under `against_control` the paired comparison of
+        `perplexity.against_control`; and under `collapse` the panel (mode `oracle`).
         What is not finite is `None`.
     """
     scores, control = held_out.scores, held_out.control
-    khat = scores["khat"].values
-    known = khat[~np.isnan(khat)]
     columns = [n for n in scores.data_vars if n not in ("khat", "n_tokens")]
     panel = held_out.panel(run.config.model.n_layers)
     out = {
@@ -159,22 +166,33 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         "unit": run.tokenizer.unit,
         **scores.attrs,
         "nats_per_sequence": {str(n): float(scores[n].mean()) for n in columns},
-        "khat": {
-            "median": float(np.median(known)) if known.size else math.nan,
-            "largest": float(np.max(known)) if known.size else math.nan,
-            "share_above_limit": float(np.mean(known > KHAT_LIMIT)) if known.size else math.nan,
-            "limit": KHAT_LIMIT,
-        },
-        "control": None if control is None else _control_summary(control),
+        "khat": _khat_summary(scores),
+        "control": None if control is None else _control_summary(scores, control),
+        "against_control": None if control is None else against_control(scores, control),
         "collapse": None if panel is None else panel.as_dict(),
     }
     return {name: json_value(value) for name, value in out.items()}
 
 
-def _control_summary(control: xr.Dataset) -> dict[str, Any]:
+def _khat_summary(scores: xr.Dataset) -> dict[str, Any]:
+    """How far the weights can be trusted, at the limit that S draws set; `nan` if not judged."""
+    khat, limit = scores["khat"].values, scores.attrs["khat_limit"]
+    known = khat[~np.isnan(khat)]
+    return {
+        "median": float(np.median(known)) if known.size else math.nan,
+        "largest": float(np.max(known)) if known.size else math.nan,
+        "share_above_limit": float(np.mean(known > limit)) if known.size else math.nan,
+        "limit": limit,
+        "draws": scores.attrs["draws"],
+        "in_words": judged_in_words(khat, scores.attrs["draws"]),
+    }
+
+
+def _control_summary(scores: xr.Dataset, control: xr.Dataset) -> dict[str, Any]:
     exact = {
         f"{name}{ending}": control.attrs[f"ppl_z0{ending}"]
-        for name in ("ppl_elbo", "ppl_iw")
+        for name in COMPARED
+        if name in scores.attrs
         for ending in ("", "_se", "_sampling_se")
     }
     return {**exact, "nll_per_sequence": float(control["nll_z0"].mean())}
@@ -199,6 +217,8 @@ def per_sequence_csv(held_out: HeldOut) -> str:
     columns = {str(name): values.values.tolist() for name, values in data.data_vars.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["sequence", *columns])
-    writer.writerows(zip(data["sequence"].values.tolist(), *columns.values(), strict=True))
+    named = [str(name) for name in ("sequence", "document") if name in data.coords]
+    labels = [data[name].values.tolist() for name in named]
+    writer.writerow([*named, *columns])
+    writer.writerows(zip(*labels, *columns.values(), strict=True))
     return text.getvalue()

@@ -181,6 +181,10 @@ def _add_khat(out: xr.Dataset) -> None:
     limit = khat_threshold(out.attrs["draws"])
     out.attrs["khat_limit"] = limit
     known = out["khat"].notnull()
+    if not known.any():
+        unknown = np.full(out.sizes["guide"], np.nan)
+        out["khat_median"], out["khat_share_unreliable"] = ("guide", unknown), ("guide", unknown)
+        return
     out["khat_median"] = out["khat"].median("sequence", skipna=True)
     out["khat_share_unreliable"] = ((out["khat"] > limit) & known).sum("sequence") / known.sum(
         "sequence"
@@ -332,7 +336,8 @@ def format_comparison(comparison: Comparison) -> str:
         text += f"{_with_error(value, 'truncation_gap_per_sequence', 2):>15}"
         text += f"{_with_error(value, 'approximation_gap_per_sequence', 2):>15}"
         share = value["khat_share_unreliable"]
-        text += f"{value['khat_median']:>7.2f}" + f"{f'({share:.0%})':>7}"
+        judged = math.isfinite(share)
+        text += f"{value['khat_median']:>7.2f}{f'({share:.0%})':>7}" if judged else f"{'-':>14}"
         if reference:
             text += f"{value['reference_mean_error_median']:>10.2f}"
             text += f"{value['reference_scale_ratio_median']:>7.2f}"

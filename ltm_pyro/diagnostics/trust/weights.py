@@ -34,7 +34,7 @@ def weight_flags(draws: Draws, court: Court, shape: tuple[int, int]) -> tuple[li
     gap = iw - log_w.mean(0).cpu().numpy()
     gap_error = ((relative - log_w).std(0) / math.sqrt(S)).cpu().numpy()
     flags = []
-    heavy = ~(khat <= limit)
+    heavy = khat > limit  # what is not judged is not flagged
     if heavy.any():
         order = sorted(np.flatnonzero(heavy), key=lambda i: -np.nan_to_num(khat[i], nan=np.inf))
         flags.append(

@@ -1,0 +1,134 @@
+"""Fresh draws of q and the three log densities of each: what every score is made of.
+
+`evaluate`, `importance_bound` and `diagnose` take their draws from here, so that for the same q,
+number of draws and seed they answer from the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.base import LatentModel
+
+DRAWS_AT_ONCE = 64
+"""Draws of z held in memory together, (64, B, K, D)."""
+TOKENS_AT_ONCE = 8192
+"""Tokens that the decoder scores at a time: enough to keep a processor busy."""
+
+
+def fresh_draws(
+    q: TorchDistribution, draws: int, seed: int, device: torch.device, *, other: bool = False
+) -> Iterator[Tensor]:
+    """S draws, (up to `DRAWS_AT_ONCE`, B, K, D) at a time: a function of q, S and the seed alone.
+
+    Args:
+        q: Batch shape (B,).
+        draws: S.
+        seed: Of the scores.
+        device: Where q lives.
+        other: Draws independent of the usual ones, to judge those by.
+    """
+    stream = Stream.CALIBRATE if other else Stream.SCORE
+    for number, start in enumerate(range(0, draws, DRAWS_AT_ONCE)):
+        with torch.no_grad(), seeded(derive_seed(seed, stream, number), device):
+            z = q.sample(torch.Size([min(DRAWS_AT_ONCE, draws - start)]))
+        yield z
+
+
+class Likelihoods:
+    """Log p(x | z_s), z (S, B, K, D) to (S, B) float64, some draws or some rows at a time.
+
+    So memory grows neither with S nor with B. Processes share the sequences; draws are cheap, and
+    are all made by each.
+
+    Args:
+        model: Whose likelihood.
+        batch: B sequences.
+        parallel: The processes.
+        at_once: Draws times sequences scored together; as many as `TOKENS_AT_ONCE` by default.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        batch: Batch,
+        parallel: Parallel | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        shared = parallel is not None and len(batch) >= parallel.size
+        self.parallel = parallel if parallel is not None and shared else Parallel()
+        mine = self.parallel.share(len(batch))
+        size = max(1, TOKENS_AT_ONCE // batch.mask.shape[1]) if at_once is None else at_once
+        starts = range(mine.start, mine.stop, size)
+        self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
+        self.draws = max(1, size // max(1, mine.stop - mine.start))
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> Tensor:
+        """For all sequences, in every process."""
+        mine = torch.cat([self._of_rows(rows, z) for rows in self.parts], dim=1)
+        return self.parallel.gather_rows(mine, dim=1)
+
+    def _of_rows(self, rows: slice, z: Tensor) -> Tensor:
+        prepared = self.model.prepare(self.batch.select(rows))
+        some = z[:, rows].split(self.draws)
+        return torch.cat([self.model.log_likelihood(d, prepared).double() for d in some])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Log densities of S draws of q for each of B sequences, (S, B) float64, nats.
+
+    Attributes:
+        log_likelihood: log p(x | z).
+        log_prior: log p(z).
+        log_q: log q(z).
+    """
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_q: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) - log q(z)."""
+        return self.log_likelihood + self.log_prior - self.log_q
+
+
+@torch.no_grad()
+def score_terms(
+    likelihoods: Likelihoods,
+    q: TorchDistribution,
+    prior: TorchDistribution,
+    draws: int,
+    seed: int,
+    *,
+    rows: Tensor | slice = slice(None),
+    other: bool = False,
+) -> Terms:
+    """The terms of S fresh draws of q.
+
+    Args:
+        likelihoods: Of the sequences at `rows`.
+        q: Batch shape (B,).
+        prior: p(z).
+        draws: S.
+        seed: Of the draws.
+        rows: Of q, the sequences that are scored; all by default.
+        other: As in `fresh_draws`.
+    """
+    parts = []
+    for z in fresh_draws(q, draws, seed, likelihoods.batch.device, other=other):
+        log_q, z = q.log_prob(z).double()[:, rows], z[:, rows]
+        parts.append((likelihoods(z).double(), prior.log_prob(z).double(), log_q))
+    return Terms(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
