@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, normalizers, pre_tokenizers
 
-from ltm_pyro.data import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
-from ltm_pyro.data.bpe import BPETokenizer
+from ltm_pyro.data import (
+    ByteTokenizer,
+    SymbolTokenizer,
+    Tokenizer,
+    load_corpus,
+    load_tokenizer,
+    register_tokenizer,
+)
+from ltm_pyro.data.bpe import BPETokenizer, HuggingFaceTokenizer
+from ltm_pyro.data.tokenizer import TOKENIZERS, check_restorable
+from ltm_pyro.data.vocabularies import open_tokenizer
 from ltm_pyro.errors import InputError
 
 TRAINING = [
@@ -180,3 +193,165 @@ def test_gpt2_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "encoder.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         BPETokenizer.from_folder(tmp_path)
+
+
+def test_gpt2_files_under_the_names_of_hugging_face(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    write_gpt2_folder(ours, alphabet, ["t h", "Ġ th", "Ġth e"])
+    theirs.mkdir()
+    (theirs / "vocab.json").write_bytes((ours / "encoder.json").read_bytes())
+    (theirs / "merges.txt").write_bytes((ours / "vocab.bpe").read_bytes())
+    assert open_tokenizer(theirs) == open_tokenizer(ours) == BPETokenizer.from_folder(theirs)
+    (theirs / "merges.txt").unlink()
+    with pytest.raises(InputError, match=r"has no merges\.txt"):
+        open_tokenizer(theirs)
+
+
+def word_pieces() -> Engine:
+    """A pipeline of another kind: lower case, words, an unknown one."""
+    engine = Engine(models.WordLevel({"the": 0, "cat": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    engine.normalizer = normalizers.Lowercase()
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    return engine
+
+
+def test_any_pipeline_of_the_library(tmp_path: Path, bpe: BPETokenizer) -> None:
+    engine = word_pieces()
+    engine.enable_padding(length=10**9)
+    engine.enable_truncation(1)
+    engine.add_special_tokens(["<end>"])
+    file = tmp_path / "tokenizer.json"
+    file.write_text(engine.to_str())
+    for given in (engine, file, str(tmp_path), SimpleNamespace(backend_tokenizer=engine)):
+        tokenizer = open_tokenizer(given)  # type: ignore[arg-type]
+        assert tokenizer is not None
+        assert tokenizer.encode("The cat sat the <end>").tolist()[:4] == [0, 1, 2, 0]
+        assert (tokenizer.name, tokenizer.vocab_size) == ("wordlevel-4", 4)
+        assert 3 not in tokenizer.encode("<end>")  # the names of special tokens are text
+        restored = load_tokenizer(json.loads(json.dumps(tokenizer.to_json())))
+        assert restored == tokenizer
+        check_restorable(tokenizer)
+    plain = open_tokenizer(Engine.from_str(json.dumps(bpe.to_json()["tokenizer"])))  # type: ignore[arg-type]
+    assert plain is not None
+    for text in NASTY:
+        assert plain.decode(plain.encode(text)) == text
+        assert plain.encode(text).tolist() == bpe.encode(text).tolist()
+
+
+def test_a_text_of_which_no_token_is_made_is_refused(tmp_path: Path) -> None:
+    engine = Engine(models.BPE({"a": 0, "b": 1}, []))
+    texts = ["ab" * i for i in range(10, 30)]
+    corpus = load_corpus(texts, tokenizer=engine, seq_len=8, cache_dir=tmp_path)  # type: ignore[arg-type]
+    assert corpus.n_tokens == corpus.n_bytes
+    with pytest.raises(InputError, match="makes no token of document 20"):
+        load_corpus([*texts, "xyz"], tokenizer=engine, seq_len=8, cache_dir=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_asks_for_gigabytes_is_refused(tmp_path: Path) -> None:
+    state = json.loads(word_pieces().to_str())
+    gaps = {**state, "model": {**state["model"], "vocab": {"a": 0, "[UNK]": 4_000_000_000}}}
+    with pytest.raises(InputError, match="ids up to 4000000000"):
+        HuggingFaceTokenizer(gaps)
+    long = {"type": "Replace", "pattern": {"String": " "}, "content": "x" * 10**6}
+    with pytest.raises(InputError, match="rule of 1000000 characters"):
+        HuggingFaceTokenizer({**state, "normalizer": long})
+    sparse = tmp_path / "tokenizer.json"
+    with open(sparse, "wb") as stream:
+        stream.truncate(2**40)  # a terabyte that takes no room
+    with pytest.raises(InputError, match="bytes: must be a regular file"):
+        open_tokenizer(sparse)
+    with pytest.raises(InputError, match="must be a regular file"):
+        open_tokenizer("/dev/zero")
+    # Chance has no part in a text's tokens.
+    state = BPETokenizer.train(TRAINING, 300).to_json()["tokenizer"]
+    chance = BPETokenizer({**state, "model": {**state["model"], "dropout": 0.9}})
+    assert chance.encode(TRAINING[0]).tolist() == BPETokenizer(state).encode(TRAINING[0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "tokenizer is 3: must be a name"),
+        (None, "tokenizer is None"),
+        ("gpt2", r"unknown tokenizer 'gpt2'.*encoder\.json and vocab\.bpe"),
+        ("word\n" * 500, "unknown tokenizer"),
+        ("a\0b", "cannot be the path"),
+        (BPETokenizer, "tokenizer is"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(given: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_tokenizer(given)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_damaged_tokenizer_files(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"version": "1.0"}', "[" * 100_000, "\xff"):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
+        with pytest.raises(InputError) as caught:
+            open_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+class Words:
+    """Somebody's own tokenizer: one id for each word it was given, one for all others."""
+
+    unit = "token"
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+        self.name = f"words-{len(words)}"
+        self.vocab_size = len(words) + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        known = {word: i for i, word in enumerate(self.words)}
+        return np.array([known.get(word, len(self.words)) for word in text.split()])
+
+    def decode(self, ids: Any) -> str:
+        return " ".join([*self.words, "?"][int(i)] for i in ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "words", "words": self.words}
+
+    @classmethod
+    def from_json(cls, saved: Any) -> Words:
+        return cls(saved.get("words", ["the", "cat"]))
+
+
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    register_tokenizer("words")(Words)
+    yield
+    TOKENIZERS.remove("words")
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_registered_tokenizer_is_known_by_name_and_restored(tmp_path: Path) -> None:
+    texts = [f"the cat sat {i} times {'on the mat ' * i}" for i in range(20)]
+    corpus = load_corpus(texts, tokenizer="words", seq_len=8, cache_dir=tmp_path)
+    assert corpus.vocab_size == 3
+    own = Words(["the", "on"])
+    corpus = load_corpus(texts, tokenizer=own, seq_len=8, cache_dir=tmp_path)  # type: ignore[arg-type]
+    assert corpus.tokenizer is own
+    check_restorable(corpus.tokenizer)
+    restored = load_tokenizer(own.to_json())
+    assert isinstance(restored, Words)
+    assert restored.words == own.words
+    with pytest.raises(InputError, match="'words' is taken"):
+        register_tokenizer("words")(type("Other", (Words,), {}))
+
+
+def test_a_tokenizer_that_is_not_registered_cannot_be_restored() -> None:
+    with pytest.raises(InputError, match="register_tokenizer"):
+        check_restorable(Words(["a"]))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'bytes' is taken"):
+        register_tokenizer("bytes")(Words)
+    with pytest.raises(InputError, match="'bpe' is built in"):
+        register_tokenizer("bpe")
+    with pytest.raises(InputError, match="lacks to_json"):
+        register_tokenizer("nothing")(int)
+    with pytest.raises(InputError, match="needs a name"):
+        register_tokenizer(Words)  # type: ignore[arg-type]

@@ -103,9 +103,9 @@ def load_corpus(
             likelihoods); the path of a file (.txt, .md, .jsonl, .json, .csv, .tsv, each also as .gz
             or .zst, or .parquet) or of a folder of them, several paths in a list, or a pattern such
             as `books/*.md`; a Hugging Face dataset, `hf:NAME`, `hf:NAME@REVISION` or `OWNER/NAME`.
-            Or what a program holds: strings or dicts, in a list or any iterable; a pandas frame; a
-            `datasets.Dataset`; a dict of such by split; an array of token ids, (n,) or
-            (documents, n).
+            Or what a program holds: strings or dicts, in a list or any iterable (one or two strings
+            are cut into documents as a text file is); a pandas frame; a `datasets.Dataset`; a dict
+            of such by split; an array of token ids, (n,) or (documents, n).
         seq_len: T, 2 or more.
         tokenizer: `bytes`; `bpe`, learned from the training split; a folder with GPT-2's
             `encoder.json` and `vocab.bpe` (or `vocab.json` and `merges.txt`); a `tokenizer.json`,

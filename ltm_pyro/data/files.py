@@ -27,6 +27,7 @@ Newlines = Literal["keep", "lf"]
 NEWLINES: tuple[str, ...] = ("keep", "lf")
 PACKED_SUFFIXES = (".gz", ".zst")
 CHUNK_BYTES = 2**20
+_LONGEST_NAME = 200
 _GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # Text shrinks to a fifth, a very repetitive one to a fiftieth; 64 MB for short files of one word.
 _LARGEST_RATIO, _ALWAYS_BYTES = 200, 2**26
@@ -74,10 +75,10 @@ def status(path: Path) -> os.stat_result:
 
 
 def name_of(path: Path | str) -> str:
-    """The path for one line of a message; what a terminal would obey is escaped."""
-    return (
-        ascii(str(path)) if len(str(path)) > 200 or not str(path).isprintable() else repr(str(path))
-    )
+    """The path for one line of a message: not endless, and nothing in it that a terminal obeys."""
+    name = str(path)
+    name = name if len(name) <= _LONGEST_NAME else f"...{name[-_LONGEST_NAME:]}"
+    return repr(name) if name.isprintable() else ascii(name)
 
 
 def unreadable(path: Path | str, error: Exception) -> InputError:
@@ -176,7 +177,7 @@ def text_size(path: Path, encoding: str, newlines: Newlines = "keep") -> int:
         InputError: as `text_chunks` does.
     """
     with opened(path) as stream:
-        first = stream.read(64)
+        first = stream.read(16)
         plain = isinstance(stream, _Limited) and stream.plain
     found, skipped = _recognised(first, encoding)
     if plain and newlines == "keep" and found in ("utf-8", "ascii"):
@@ -249,7 +250,7 @@ def _recognised(first: bytes, encoding: str) -> tuple[str, int]:
     for mark, name in _MARKS:
         if first.startswith(mark):
             return name, len(mark)
-    start = first[:64]
+    start = first[:16]
     if b"\0" in start and not encoding.startswith(("utf-16", "utf-32")):
         for width, zeros, name in _ZEROS:
             whole = start[: len(start) // width * width]

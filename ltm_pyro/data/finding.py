@@ -6,11 +6,12 @@ import json
 import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltm_pyro.data.blocks import block_size, blocks
 from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.hub import PREFIX, HubSource
 from ltm_pyro.data.memory import MemorySource
@@ -18,6 +19,7 @@ from ltm_pyro.data.readers import SUFFIXES
 from ltm_pyro.data.records import Source, TextField
 from ltm_pyro.data.reference import PydocSource
 from ltm_pyro.data.sources import PATTERN, FileSource, as_path, expand_paths, kind_of
+from ltm_pyro.data.split import SPLITS
 from ltm_pyro.errors import InputError, shown, unknown_name
 
 BUILT_IN = ("pydoc", "mixture")
@@ -65,6 +67,8 @@ def find_source(
         return _file_source(paths, reading), again
     if isinstance(data, list | tuple):
         _refuse_list(data)
+        if len(data) < len(SPLITS) and all(isinstance(item, str) for item in data):
+            data = _blocks_of(data)
     return MemorySource(data, reading.field, reading.newlines, name or IN_MEMORY), None
 
 
@@ -153,10 +157,10 @@ def _path_list(text: str) -> list[str]:
     return [os.fspath(as_path(path)) for path in paths]
 
 
-def _refuse_list(items: Iterable[object]) -> None:
-    first = next(iter(items), None)
-    if first is None:
+def _refuse_list(items: Sequence[object]) -> None:
+    if not items:
         raise InputError("the corpus is empty: give texts, or records with a text")
+    first = items[0]
     if isinstance(first, numbers.Number):
         raise InputError(
             f"a list of numbers such as {shown(first)} is no corpus: give token ids as a NumPy "
@@ -175,6 +179,12 @@ def absolute_path(name: str) -> str:
     if name.startswith("["):
         return json.dumps([_absolute(path) for path in _path_list(name)])
     return _absolute(name) if PATTERN.search(name) or _lies(name) else name
+
+
+def _blocks_of(texts: Sequence[str]) -> list[str]:
+    """One or two texts cut into documents as a text file is, so that there are some to part."""
+    size = block_size(sum(len(text.encode("utf-8", "replace")) for text in texts))
+    return [block for text in texts for block in blocks(iter([text]), size)]
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

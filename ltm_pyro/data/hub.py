@@ -40,6 +40,8 @@ class HubSource:
         given: bool = False,
     ) -> None:
         self.dataset, _, revision = dataset.partition("@")
+        if not self.dataset:
+            raise InputError(f"{shown(PREFIX + dataset)} names no dataset: write {PREFIX}NAME")
         self.revision = revision or None
         self.config = config
         self.hub_split = hub_split
@@ -62,8 +64,8 @@ class HubSource:
             yield from MemorySource(rows, self.field, self.newlines).documents()
         except InputError as error:
             raise InputError(f"{self._shown}: {error}") from None
-        except (OSError, ValueError, RuntimeError) as error:  # of names, networks and files
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # names, networks, files: the library raises errors of any kind
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"cannot load {self._shown}: {reason}") from None
 
     @property

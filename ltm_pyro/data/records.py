@@ -173,7 +173,7 @@ def row_of(fields: Mapping[str, Any], numbers: dict[str, int], where: str) -> by
         raise InputError(
             f"{where} holds fields that cannot be written as JSON: leave them out"
         ) from None
-    return text.encode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "replace")  # a lone surrogate, which no frame can hold
 
 
 def joined_names(names: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ SPLIT_NAMES = {
 }
 """What files, folders and published data sets call the splits."""
 FRACTIONS = (0.9, 0.05, 0.05)
-LEAST_OF_ASKED = 0.01
+LEAST_OF_ASKED = 0.1  # of the share asked for; less is no split to score on
 
 
 def split_documents(
@@ -98,9 +98,7 @@ def given_splits(codes: NDArray[np.int8], corpus: str) -> dict[str, NDArray[np.i
         )
     parts = {name: np.flatnonzero(codes == i) for i, name in enumerate(SPLITS)}
     if not len(parts["train"]):
-        raise InputError(
-            f"corpus {shown(corpus, 200)} has no split train: give a file called train"
-        )
+        raise InputError(f"corpus {shown(corpus, 200)} has no split train: give one of that name")
     return parts
 
 
@@ -110,7 +108,7 @@ def warn_of_shares(
     asked: Mapping[str, float] | None,
     corpus: str,
 ) -> list[str]:
-    """Warns of a split that is empty, or has less than a hundredth of what was asked for.
+    """Warns of a split that is empty, or has less than a tenth of what was asked for.
 
     Args:
         parts: Documents of each split.
