@@ -10,12 +10,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from cli_helpers import write_text
 
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.mixture import MixtureCorpus
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.models.latent_thought import LatentThoughtModel
@@ -585,6 +587,14 @@ def test_spread_covers_the_split(tmp_path, config):
     ids = spread(val, 3).ids.tolist()
     assert (ids[0], ids[-1], len(ids)) == (val.ids[0], val.ids[-1], 3)
     assert spread(val, 10**6).ids.tolist() == val.ids.tolist()
+
+
+def test_spread_gives_every_document_its_share():
+    val = load_corpus("pydoc", seq_len=256).val
+    whole = np.bincount(val.batch(range(len(val))).documents, minlength=521)
+    for count in (16, 64, 256):
+        drawn = np.bincount(spread(val, count).documents, minlength=521)
+        assert np.abs(drawn - whole * count / len(val)).max() <= 1.01  # rounding at the ends
 
 
 def test_json_has_no_nan():

@@ -12,7 +12,7 @@ added up within each document g, with share h_g of the denominator:
 Cameron & Miller 2015, section VI). Documents of unlike length make fewer effective ones, and a
 standard error from few is itself uncertain: `error` is `se` times what Student's t asks for, so
 that two errors on either side hold 95 % however few documents there are. docs/errors.md has the
-coverage that `benchmarks/coverage.py` finds.
+coverage that `benchmarks/error_coverage.py` finds.
 """
 
 from __future__ import annotations
