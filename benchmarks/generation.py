@@ -134,7 +134,7 @@ def by_position(
         def write() -> None:
             nonlocal previous
             for _ in range(BLOCK):
-                previous = RULE.choose(decoder.step(previous, state))
+                previous = RULE.choose(decoder.step(previous, state), torch.rand(rows))
 
         return write
 
@@ -150,11 +150,11 @@ def against_recomputing(decoder: Decoder, rows: int, length: int, repeats: int) 
     grid = range(max(1, stride // 2), length, stride)
 
     def all_logits(t: int) -> None:
-        RULE.choose(decoder.logits(tokens[:, :t], z)[:, -1])
+        RULE.choose(decoder.logits(tokens[:, :t], z)[:, -1], torch.rand(len(tokens)))
 
     def last_logits(t: int) -> None:
         last = decoder.above(decoder.trunk(tokens[:, :t]), z)[:, -1]
-        RULE.choose(last @ decoder.embedding.weight.T)
+        RULE.choose(last @ decoder.embedding.weight.T, torch.rand(len(last)))
 
     state = decoder.start(z)
     decoder.read(tokens, state)
@@ -162,7 +162,7 @@ def against_recomputing(decoder: Decoder, rows: int, length: int, repeats: int) 
     def cached_token() -> None:
         for _ in range(BLOCK):
             state.t = length - 1
-            RULE.choose(decoder.step(tokens[:, -1], state))
+            RULE.choose(decoder.step(tokens[:, -1], state), torch.rand(len(tokens)))
 
     tasks: dict[str, Callable[[], Any]] = {
         "text": lambda: write_tokens(decoder, z, length),

@@ -18,9 +18,15 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.inference.fast_loop import frozen
-from ltm_pyro.inference.random import Stream, derive_seed, reseed, seeded
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.inference.slow_clock import embedding_weights
+from ltm_pyro.random import Noise, Stream, derive_seed
+
+
+def noise_of(batch: ltm.Batch, like: Tensor, seed: int, draws: int) -> Tensor:
+    """The sequences' own noise, (S, B, K, D), for parameters (B, K, D)."""
+    numbers = Noise(seed, batch.ids).normal(like[0].numel(), draws)
+    return numbers.to(like.dtype).view(draws, *like.shape)
 
 
 def gradient(
@@ -108,8 +114,8 @@ class LeanLoop:
         noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
         with self.model.computing(self.precision):
             mu, log_variance = self._fast_loop(batch, noise)
-            with seeded(derive_seed(self.seed, Stream.SLOW, self.slow_step), mu.device):
-                z = mu + (0.5 * log_variance).exp() * torch.randn_like(mu)
+            draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
+            z = mu + (0.5 * log_variance).exp() * noise_of(batch, mu, draws, 1)[0]
             log_likelihood = self.model.log_likelihood(z, batch).sum()
         kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
         loss = (kl - log_likelihood) / batch.n_tokens.sum()
@@ -126,14 +132,12 @@ class LeanLoop:
         shape = (len(batch), *self.model.thought_shape)
         mu, log_variance = (self.model.decoder.bos.new_zeros(shape).detach() for _ in range(2))
         adam_mu, adam_variance = _Adam(mu, fast), _Adam(log_variance, fast)
-        with frozen(self.weights), seeded(seed, mu.device):
+        with frozen(self.weights):
+            fresh = noise_of(batch, mu, seed, 1 if fast.noise == "fixed" else fast.steps)
             prepared = self.model.prepare(batch)
             for step in range(fast.steps):
-                if fast.noise == "fixed":
-                    reseed(seed, mu.device)
-                _, by_mu, by_variance = gradient(
-                    self.model, prepared, mu, log_variance, torch.randn_like(mu)
-                )
+                noise = fresh[step % len(fresh)]
+                _, by_mu, by_variance = gradient(self.model, prepared, mu, log_variance, noise)
                 lr = learning_rate(fast, step, fast.steps)
                 adam_mu.step(by_mu, step + 1, lr)
                 adam_variance.step(by_variance, step + 1, lr)

@@ -27,10 +27,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from lean_loop import noise_of
 from torch import Tensor, nn
 
 import ltm_pyro as ltm
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.layers import (
@@ -41,6 +41,7 @@ from ltm_pyro.models.layers import (
     rotary_angles,
     rotate,
 )
+from ltm_pyro.random import Stream, derive_seed
 
 Likelihood = Callable[[Tensor], Tensor]
 """Thoughts (B, K, D) to log p(x | z) in nats, (B,)."""
@@ -158,8 +159,7 @@ class PublishedLoop:
             batch, derive_seed(self.seed, Stream.FAST, self.slow_step)
         )
         likelihood = published_likelihood(self.model.decoder, batch.observed, batch.mask)
-        with seeded(derive_seed(self.seed, Stream.SLOW, self.slow_step), mu.device):
-            noise = torch.randn_like(mu)
+        noise = noise_of(batch, mu, derive_seed(self.seed, Stream.SLOW, self.slow_step), 1)[0]
         loss = self._loss(likelihood, mu, log_variance, noise) / batch.n_tokens.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.slow.clip_norm)
@@ -177,17 +177,16 @@ class PublishedLoop:
         optimizer = torch.optim.AdamW(
             [mu, log_variance], lr=self.fast.lr, betas=self.fast.betas, weight_decay=0.0
         )
-        with seeded(seed, like.device):
-            for step in range(self.fast.steps):
-                if self.fast.noise == "fixed":
-                    torch.manual_seed(seed)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(self.fast, step, self.fast.steps)
-                loss = self._loss(likelihood, mu, log_variance, torch.randn_like(mu))
-                loss.backward()  # Slow thing 1: gradients of all weights,
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                self.model.zero_grad(set_to_none=True)  # thrown away.
+        fixed = self.fast.noise == "fixed"
+        noise = noise_of(batch, mu.detach(), seed, 1 if fixed else self.fast.steps)
+        for step in range(self.fast.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.fast, step, self.fast.steps)
+            loss = self._loss(likelihood, mu, log_variance, noise[step % len(noise)])
+            loss.backward()  # Slow thing 1: gradients of all weights,
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)  # thrown away.
         return mu.detach(), log_variance.detach()
 
     def _loss(

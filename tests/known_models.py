@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.inference.guides import LocalGuide
+from ltm_pyro.inference.objectives import Objective
+from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
+from ltm_pyro.random import Noise
 
 TINY = ModelConfig(
     vocab_size=7, seq_len=12, n_layers=2, width=16, n_heads=2, mlp_hidden=24, window=4,
@@ -63,6 +68,14 @@ def make_tokens(rows: int, config: ModelConfig = TINY, seed: int = 0) -> Batch:
     mask[-1, config.seq_len // 2 :] = False
     ids = 100 + torch.randperm(rows, generator=generator)
     return Batch(x, mask, ids)
+
+
+def loss_on_noise(
+    objective: Objective, model: Any, guide: LocalGuide, batch: Batch, weight: float = 1.0
+) -> Tensor:
+    """An objective's loss on noise that is the same at every call."""
+    draw = Drawing(Noise(0, batch.ids))
+    return objective.descend(model, guide, batch, draw, weight)[0]
 
 
 def exact_elbo(oracle: LinearGaussian, q: TorchDistribution, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import fast_loop
 import pytest
 import torch
-from lean_loop import LeanLoop, gradient
+from lean_loop import LeanLoop, gradient, noise_of
 from loop_memory import peak_bytes
 from loop_scaling import axis_points, linearity
 from matrix_rate import fast_step_products
@@ -19,6 +19,8 @@ from tolerances import EXACT
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics.cost import cost_report
 from ltm_pyro.inference.fast_loop import frozen
+from ltm_pyro.models.drawing import Drawing
+from ltm_pyro.random import Noise
 
 
 def small_model(**overrides: int) -> ltm.LatentThoughtModel:
@@ -72,17 +74,16 @@ def test_lean_loop_and_dual_rate_agree(noise: str) -> None:
 def test_lean_gradient_is_that_of_the_objective() -> None:
     model, batch = small_model(), ragged_batch()
     guide = ltm.build_guide("mean_field", model)
-    svi = ltm.DualRateSVI(model, guide)
     guide.reset(batch)
     mu, log_variance = (torch.randn(3, *model.thought_shape) * 0.3 for _ in range(2))
     guide.load_rows({"loc": mu, "log_variance": log_variance})
     with frozen(model.parameters()):
         prepared = model.prepare(batch)
-        torch.manual_seed(1)
-        loss = svi.loss(prepared)
+        draw = Drawing(Noise(1, batch.ids))
+        loss, _ = ltm.build_objective("elbo").descend(model, guide, prepared, draw)
         expected = torch.autograd.grad(loss, list(guide.local.values()))
-        torch.manual_seed(1)
-        nll, by_mu, by_variance = gradient(model, prepared, mu, log_variance, torch.randn_like(mu))
+        noise = noise_of(batch, mu, 1, 1)[0]
+        nll, by_mu, by_variance = gradient(model, prepared, mu, log_variance, noise)
     kl = guide.kl(model.prior())
     assert kl is not None
     EXACT.assert_close(nll + kl.sum().detach(), loss.detach())

@@ -12,6 +12,7 @@ import torch
 from known_models import (
     LearnedOracle,
     exact_elbo,
+    loss_on_noise,
     make_language_model,
     make_oracle,
     make_tokens,
@@ -26,8 +27,10 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
-from ltm_pyro.inference.objectives import KLWeight, TermRecorder, differentiable
+from ltm_pyro.inference.objectives import PyroElbo
+from ltm_pyro.models.drawing import Drawing, draw
 from ltm_pyro.models.linear_gaussian import LinearGaussian
+from ltm_pyro.random import Noise
 
 PARTICLES = 3
 
@@ -97,7 +100,7 @@ def _value_and_gradient(loss: Tensor, guide: LocalGuide) -> list[Tensor]:
 def _log_weights(oracle: LinearGaussian, guide: LocalGuide, batch: Batch, weight: float) -> Tensor:
     """log p(x | z) + weight * (log p(z) - log q(z)) at reparametrised draws, (P, B)."""
     q = guide.posterior()
-    z = q.rsample(torch.Size([PARTICLES]))
+    z = draw(q, Noise(0, batch.ids), PARTICLES)
     kl = q.log_prob(z) - oracle.prior().log_prob(z)
     return oracle.log_likelihood(z, batch) - weight * kl
 
@@ -109,13 +112,10 @@ def test_renyi_is_the_importance_weighted_bound_by_hand(
     vectorized: bool, alpha: float, weight: float
 ) -> None:
     oracle, guide, batch = _set_up()
-    elbo = differentiable(
+    elbo = PyroElbo(
         RenyiELBO(alpha, PARTICLES, max_plate_nesting=1, vectorize_particles=vectorized)
     )
-    torch.manual_seed(0)
-    with KLWeight(weight):
-        ours = _value_and_gradient(elbo(oracle, guide)(batch), guide)
-    torch.manual_seed(0)
+    ours = _value_and_gradient(loss_on_noise(elbo, oracle, guide, batch, weight), guide)
     log_w = _log_weights(oracle, guide, batch, weight)
     # alpha = 0 is the importance-weighted bound of Burda et al. (2016).
     bound = ((1 - alpha) * log_w).logsumexp(0) - math.log(PARTICLES)
@@ -130,19 +130,16 @@ def test_renyi_agrees_with_pyros_own_loss() -> None:
     torch.manual_seed(0)
     expected = theirs.loss(oracle, guide, batch)
     torch.manual_seed(0)
-    assert differentiable(theirs)(oracle, guide)(batch).item() == pytest.approx(expected)
+    assert PyroElbo(theirs)(oracle, guide)(batch).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO()], ids=["trace", "closed kl"])
 def test_kl_weight_scales_the_kl_and_nothing_else(elbo: ELBO, weight: float) -> None:
     oracle, guide, batch = _set_up()
-    torch.manual_seed(0)
-    with KLWeight(weight):
-        ours = _value_and_gradient(elbo(oracle, guide)(batch), guide)
-    torch.manual_seed(0)
+    ours = _value_and_gradient(loss_on_noise(PyroElbo(elbo), oracle, guide, batch, weight), guide)
     q = guide.posterior()
-    z = q.rsample()
+    z = draw(q, Noise(0, batch.ids), 1)[0]
     kl = guide.kl(oracle.prior())
     if isinstance(elbo, Trace_ELBO) and not isinstance(elbo, TraceMeanField_ELBO):
         kl = q.log_prob(z) - oracle.prior().log_prob(z)
@@ -156,11 +153,10 @@ def test_kl_weight_scales_the_kl_and_nothing_else(elbo: ELBO, weight: float) -> 
 def test_recorded_terms_are_those_of_the_elbo(vectorized: bool) -> None:
     oracle, guide, batch = _set_up()
     elbo = Trace_ELBO(PARTICLES, max_plate_nesting=1, vectorize_particles=vectorized)
-    with TermRecorder() as recorder:
-        loss = elbo(oracle, guide)(batch)
-    nll, kl = recorder.nll(), recorder.kl()
-    assert nll.shape == kl.shape == (len(batch),)
-    EXACT.assert_close((nll + kl).sum(), loss.detach())
+    loss, terms = PyroElbo(elbo).descend(oracle, guide, batch, Drawing(Noise(0, batch.ids)))
+    assert terms.log_lik.shape == (PARTICLES, len(batch))
+    EXACT.assert_close(-terms.log_weight().detach().mean(0).sum(), loss.detach())
+    EXACT.assert_close(terms.log_lik, oracle.log_likelihood(terms.z, batch))
 
 
 def test_gradient_with_particles_estimates_the_exact_one() -> None:

@@ -19,6 +19,7 @@ from ltm_pyro.models import decoder as decoder_module
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
 from ltm_pyro.models.writing import STRETCH, Norm
+from ltm_pyro.random import Noise, fresh_seed
 
 
 @pytest.fixture
@@ -117,7 +118,8 @@ def _stepwise(decoder: Decoder, tokens: Tensor, z: Tensor) -> Tensor:
 def _recomputed(
     decoder: Decoder, z: Tensor, prompts: list[list[int]], length: int, greedy: bool
 ) -> Tensor:
-    """The text by nothing but `Decoder.logits` of the whole prefix, and torch's own draws."""
+    """The text by nothing but `Decoder.logits` of the whole prefix."""
+    places = Noise(fresh_seed(), torch.arange(len(z))).uniform(length)[0]
     tokens = torch.zeros(len(z), length, dtype=torch.long)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = torch.tensor(ids)
@@ -125,7 +127,8 @@ def _recomputed(
         logits = decoder.logits(tokens[:, : t + 1].clone(), z)[:, t]
         chosen = logits.argmax(-1)
         if not greedy:
-            chosen = torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
+            until = logits.softmax(-1).cumsum(-1)
+            chosen = (until <= places[:, t, None]).sum(-1)
         free = torch.tensor([len(ids) <= t for ids in prompts])
         tokens[free, t] = chosen[free]
     return tokens

@@ -28,9 +28,11 @@ from ltm_pyro.diagnostics.gradients import BLOCKS, efficiency, gradient_noise
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
-from ltm_pyro.inference.objectives import KLWeight, Objective, build_objective
+from ltm_pyro.inference.objectives import Objective, build_objective
+from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.linear_gaussian import LinearGaussian
+from ltm_pyro.random import Noise
 
 W, NOISE, X = 1.3, 0.7, 2.0
 AT = np.array([0.3, -0.4, 0.5])
@@ -121,12 +123,12 @@ def estimated_gradients(objective: Objective, weight: float, calls: int, rows: i
     with torch.no_grad():
         guide.local["loc"].fill_(AT[0])
         guide.local["log_variance"].fill_(AT[1])
-    loss = objective(model, guide)
+    draw = Drawing(Noise(0, batch.ids))
     parameters = [guide.local["loc"], guide.local["log_variance"], model.bias]
     out = []
     for _ in range(calls):
-        with KLWeight(weight):
-            found = torch.autograd.grad(loss(batch), parameters)
+        loss, _ = objective.descend(model, guide, batch, draw, weight)
+        found = torch.autograd.grad(loss, parameters)
         out.append([float(g.sum()) / rows for g in found])
     return np.array(out)
 

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from cli_helpers import MICRO, environment, program, run_program, write_text
@@ -20,18 +18,13 @@ from known_models import make_language_model, make_tokens
 from parallel_worker import SCENARIOS
 from tolerances import EXACT
 
-import ltm_pyro as ltm
 from ltm_pyro.cli import main
 from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
-from ltm_pyro.inference.guides import guide_families
-from ltm_pyro.inference.objectives import TermRecorder
 from ltm_pyro.inference.parallel import (
     Parallel,
-    RowNoise,
     group,
     join,
     refuse_unequal,
-    rows_of_draws,
 )
 from ltm_pyro.run import load_run
 
@@ -181,119 +174,6 @@ def test_messages_arrive(found):
         assert answer["sum"] == 3.0
         assert answer["scattered"] == [2.0 * (rank == 0), 2.0 * (rank == 1)]
         assert answer["speaks"] == [rank == 0, rank == 1]
-
-
-# --- noise -----------------------------------------------------------------------------------
-
-
-def drawn(guide, batch, particles: int, place: tuple[int, int, int] | None) -> torch.Tensor:
-    """z of the guide as an objective draws it, from one seed."""
-    torch.manual_seed(5)
-    guide.reset(batch)
-    if guide.local_parameters():
-        generator = torch.Generator().manual_seed(1)
-        rows = guide.rows()
-        # Rows that differ, and are the same ones whoever holds them.
-        noise = {
-            name: torch.randn((8, *v.shape[1:]), generator=generator, dtype=v.dtype)
-            for name, v in rows.items()
-        }
-        part = slice(0, 8) if place is None else slice(place[0], place[0] + place[1])
-        guide.load_rows({n: v + 0.1 * noise[n][part] for n, v in rows.items()})
-    model = make_language_model()
-    elbo = ltm.DualRateSVI(
-        model, guide, elbo=pyro.infer.Trace_ELBO(num_particles=particles, vectorize_particles=True)
-    )
-    with TermRecorder() as recorder:
-        if place is None:
-            elbo.loss(batch)
-        else:
-            with RowNoise(*place):
-                elbo.loss(batch)
-    [z] = recorder.thoughts()
-    return z
-
-
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("name", guide_families())
-def test_rows_drawn_apart_are_those_drawn_together(name, particles):
-    model, batch = make_language_model(), make_tokens(8)
-    guide = ltm.build_guide(name, model)
-    whole = drawn(guide, batch, particles, None)
-    parts = [drawn(guide, batch.select(slice(a, b)), particles, (a, b - a, 8)) for a, b in
-             ((0, 3), (3, 4), (4, 8))]  # fmt: skip
-    EXACT.assert_close(torch.cat(parts, dim=-3), whole)
-
-
-def test_every_process_uses_the_generator_as_one_does():
-    guide = ltm.build_guide("mixture", make_language_model())
-    states = []
-    for place in (None, (4, 4, 8)):
-        batch = make_tokens(8) if place is None else make_tokens(8).select(slice(4, 8))
-        drawn(guide, batch, 1, place)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
-
-
-def test_the_inner_block_counts():
-    q = dist.Normal(torch.zeros(2), 1.0)
-    draws = []
-    for blocks in ([RowNoise(2, 2, 4)], [RowNoise(0, 2, 8), RowNoise(2, 2, 4)]):
-        torch.manual_seed(0)
-        for block in blocks:
-            block.__enter__()
-        draws.append(pyro.sample("z", q))
-        for block in reversed(blocks):
-            block.__exit__(None, None, None)
-    assert torch.equal(*draws)
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda rows: torch.randn(rows, 3),
-        lambda rows: torch.rand((rows, 3)),
-        lambda rows: torch.randn(size=(rows, 3)),
-        lambda rows: torch.randn_like(torch.zeros(rows, 3)),
-        lambda rows: torch.rand_like(torch.zeros(rows, 3)),
-        lambda rows: torch.empty(rows, 3).uniform_(-1, 1),
-        lambda rows: torch.empty(rows, 3).exponential_(2.0),
-        lambda rows: torch.normal(torch.arange(3.0).expand(rows, 3), torch.ones(rows, 3)),
-        lambda rows: torch.multinomial(torch.ones(rows, 5), 2, True),
-    ],
-)
-def test_draws_of_some_rows(draw):
-    torch.manual_seed(1)
-    whole = draw(6)
-    torch.manual_seed(1)
-    with rows_of_draws(0, 2, 3, 6):
-        part = draw(3)
-    assert torch.equal(part, whole[2:5])
-
-
-def test_a_generator_of_its_own_is_left_alone():
-    with rows_of_draws(0, 2, 3, 6):
-        part = torch.rand(4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(part, torch.rand(4, generator=torch.Generator().manual_seed(0)))
-
-
-@pytest.mark.parametrize(
-    ("draw", "named"),
-    [
-        (lambda: torch.bernoulli(torch.full((3,), 0.5)), "bernoulli"),
-        (lambda: torch.randn(4, 2), r"shape \(4, 2\)"),
-        (lambda: torch.normal(0.0, 1.0, (3,)), "numbers"),
-        (lambda: torch.multinomial(torch.ones(5), 1), "categorical"),
-    ],
-)
-def test_draws_that_cannot_be_split_are_refused(draw, named):
-    with rows_of_draws(0, 2, 3, 6), pytest.raises(InputError, match=f"{named}.*one process"):
-        draw()
-
-
-def test_a_guide_without_rows_is_refused():
-    with RowNoise(0, 2, 4), pytest.raises(InputError, match="2 sequences"):
-        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
 
 
 # --- one process -----------------------------------------------------------------------------

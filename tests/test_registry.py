@@ -14,8 +14,8 @@ from ltm_pyro.inference.guides import MeanField, build_guide, register_guide
 from ltm_pyro.inference.guides.base import GUIDES, LocalGuide
 from ltm_pyro.inference.objectives import (
     OBJECTIVES,
-    Draws,
     Objective,
+    Terms,
     build_objective,
     register_objective,
 )
@@ -111,8 +111,8 @@ def test_options_are_handed_up_to_the_bases_that_know_them() -> None:
             super().__init__(**options)
             self.share = share
 
-        def per_sequence(self, draws: Draws) -> Tensor:
-            return self.share * draws.log_weight().mean(0)
+        def per_sequence(self, terms: Terms) -> Tensor:
+            return self.share * terms.log_weight().mean(0)
 
     assert build_objective("half", particles=3, share=0.1).options == {"particles": 3}
     with pytest.raises(InputError, match=r"unknown option of objective 'half' 'shar'.*'share'"):

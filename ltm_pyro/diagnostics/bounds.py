@@ -114,10 +114,10 @@ def evaluate(
     q = prior.expand(torch.Size([len(batch)])) if post is None else post.distribution
     likelihoods = Likelihoods(model, scored, parallel)
     with torch.no_grad():
-        terms = score_terms(likelihoods, q, prior, draws, seed, rows=rows)
+        terms = score_terms(likelihoods, q, prior, draws, seed, ids=batch.ids, rows=rows)
         columns = _prediction(terms) if mode == "prefix" else _bounds(terms, post)
         if controls:
-            z = next(fresh_draws(q, min(draws, DRAWS_AT_ONCE), seed, batch.device))
+            z = next(fresh_draws(q, batch.ids, min(draws, DRAWS_AT_ONCE), seed))
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
     columns["n_tokens"] = scored.n_tokens
     data = xr.Dataset(

@@ -30,11 +30,10 @@ from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
+    as_objective,
     build_objective,
     describe,
-    differentiable,
     kl_estimator,
-    quiet_about_nan,
 )
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
@@ -93,7 +92,7 @@ def gradient_noise(
             "gradient of what it shares"
         )
     elbos = [
-        differentiable(build_objective(chosen) if isinstance(chosen, str) else chosen)
+        as_objective(build_objective(chosen) if isinstance(chosen, str) else chosen)
         for chosen in objectives
     ]
     with _asking_for_gradients(model, guide, slow) as (local, others):
@@ -136,7 +135,7 @@ def _measure(
     """The statistics of one objective's gradient, (B,) each, and () for the slow parameters."""
     rows, whole = _Moments(draws), _Moments(draws)
     noise = derive_seed(seed, Stream.SCORE)
-    with torch.enable_grad(), quiet_about_nan(), seeded(noise, batch.device):
+    with torch.enable_grad(), seeded(noise, batch.device):
         for _ in range(draws):
             parameters = [*local, *others]
             found = torch.autograd.grad(loss(batch), parameters, allow_unused=True)
@@ -215,7 +214,7 @@ def _dataset(
     model: LatentModel,
     guide: LocalGuide,
     batch: Batch,
-    elbos: list[ELBO],
+    elbos: Sequence[ELBO],
     measured: list[dict[str, Tensor]],
     draws: int,
     seed: int,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.parallel import Parallel
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.drawing import Drawing
+from ltm_pyro.random import Noise, Stream, derive_seed
 
 DRAWS_AT_ONCE = 64
 """Draws of z held in memory together, (64, B, K, D)."""
@@ -25,21 +26,24 @@ TOKENS_AT_ONCE = 8192
 
 
 def fresh_draws(
-    q: TorchDistribution, draws: int, seed: int, device: torch.device, *, other: bool = False
+    q: TorchDistribution, ids: Tensor, draws: int, seed: int, *, other: bool = False
 ) -> Iterator[Tensor]:
-    """S draws, (up to `DRAWS_AT_ONCE`, B, K, D) at a time: a function of q, S and the seed alone.
+    """S draws, (up to `DRAWS_AT_ONCE`, B, K, D) at a time.
+
+    Noise belongs to a sequence: its draws are the same in any batch, the first ones whatever S is.
 
     Args:
         q: Batch shape (B,).
+        ids: (B,) of the sequences.
         draws: S.
         seed: Of the scores.
-        device: Where q lives.
         other: Draws independent of the usual ones, to judge those by.
     """
     stream = Stream.CALIBRATE if other else Stream.SCORE
-    for number, start in enumerate(range(0, draws, DRAWS_AT_ONCE)):
-        with torch.no_grad(), seeded(derive_seed(seed, stream, number), device):
-            z = q.sample(torch.Size([min(DRAWS_AT_ONCE, draws - start)]))
+    draw = Drawing(Noise(derive_seed(seed, stream), ids))
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        with torch.no_grad():
+            z = draw(q, min(DRAWS_AT_ONCE, draws - start))
         yield z
 
 
@@ -113,6 +117,7 @@ def score_terms(
     draws: int,
     seed: int,
     *,
+    ids: Tensor | None = None,
     rows: Tensor | slice = slice(None),
     other: bool = False,
 ) -> Terms:
@@ -124,11 +129,13 @@ def score_terms(
         prior: p(z).
         draws: S.
         seed: Of the draws.
+        ids: (B,) of q's sequences; those of `likelihoods` by default.
         rows: Of q, the sequences that are scored; all by default.
         other: As in `fresh_draws`.
     """
     parts = []
-    for z in fresh_draws(q, draws, seed, likelihoods.batch.device, other=other):
+    ids = likelihoods.batch.ids if ids is None else ids
+    for z in fresh_draws(q, ids, draws, seed, other=other):
         log_q, z = q.log_prob(z).double()[:, rows], z[:, rows]
         parts.append((likelihoods(z).double(), prior.log_prob(z).double(), log_q))
     return Terms(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from operator import index
-from typing import cast
 
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.config import Fast, Precision, Slow
@@ -27,30 +26,29 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import exclusive
+from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.slow import SlowLoss, SlowObjective
 from ltm_pyro.inference.engine import Engine
-from ltm_pyro.inference.fast_loop import FastResult, frozen
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.local_fit import LocalFit
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import (
+    as_objective,
     build_objective,
     describe,
-    differentiable,
     kl_estimator,
 )
 from ltm_pyro.inference.parallel import Parallel, slow_clock
-from ltm_pyro.inference.parallel.held_draws import HeldDraws
 from ltm_pyro.inference.parallel.inferring import fit_shared
 from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
-from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
-from ltm_pyro.inference.slow_objective import SlowLoss, SlowObjective
 from ltm_pyro.inference.training_data import RowsOf, TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.priors import ThoughtPrior
+from ltm_pyro.random import Stream, derive_seed
 
 Metrics = dict[str, float]
 
@@ -110,9 +108,8 @@ class DualRateSVI:
         self.fast = fast or Fast()
         self.slow = slow or Slow()
         elbo = "elbo" if elbo is None else elbo
-        self.elbo = differentiable(build_objective(elbo) if isinstance(elbo, str) else elbo)
-        self.loss: Callable[[Batch], Tensor] = self.elbo(cast("nn.Module", model), guide)
-        self.slow_objective = SlowObjective(model, guide, self.loss)
+        self.elbo = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
+        self.slow_objective = SlowObjective(model, guide, self.elbo)
         self.seed = seed
         self.parallel = parallel or Parallel()
         self.store: RowStore | None = MemoryRows() if persistent else None
@@ -125,8 +122,8 @@ class DualRateSVI:
         parameters = [p for p in slow_parameters if p.requires_grad]
         spare = embedding_weights(model, guide)
         self.clock = slow_clock(parameters, self.slow, spare, self.parallel)
-        self.local_fit = LocalFit(model, guide, self.clock.parameters)
-        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed, self.parallel)
+        self.fast_loop = FastLoop(model, guide, self.elbo, self.clock.parameters)
+        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
 
     @exclusive
     def infer(
@@ -139,8 +136,7 @@ class DualRateSVI:
     ) -> Posterior:
         """The fast loop alone: q(z_i) for each sequence, model and clocks untouched.
 
-        Sequences are visited in the order of their ids, so that noise belongs to a sequence and
-        not to its place: a permuted batch gets the permuted posterior.
+        Noise belongs to a sequence's id: its posterior is the same in any batch.
 
         Args:
             batch: The sequences.
@@ -161,26 +157,23 @@ class DualRateSVI:
             )
         batch = batch.to(self.model.device)
         self.model.check(batch)
-        order = torch.argsort(batch.ids, stable=True)
-        ordered = batch.select(order)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
         fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
         store = self.store if warm_start else None
 
         @exclusive
         def fit(rows: Batch) -> FastResult:
-            return self.local_fit(self.loss, rows, fast, noise, store=store, record=True)[0]
+            return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
 
         with self.engine.computing(self.model, self.parallel.size):
-            result = fit_shared(self.parallel, self.guide, ordered, fit, self.engine)
+            result = fit_shared(self.parallel, self.guide, batch, fit, self.engine)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
-        with numbers_out_of_range(self.guide, ordered, step=-1):
+        with numbers_out_of_range(self.guide, batch, step=-1):
             return fitted_posterior(
                 self.guide,
                 prior,
                 batch,
-                torch.argsort(order),
                 trace=result.trace,
                 own_draw_elbo=result.own_draw_elbo,
                 objective=describe(self.elbo),
@@ -223,23 +216,22 @@ class DualRateSVI:
         self.model.check(batch)
         now, total = self.slow_step, self.horizon
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
-        shown = self.word_dropout(batch, now)
+        read = self.word_dropout(batch, now)
         thinks = total is None or thoughts_joined(self.slow, now, total)
         parts = self.engine.parts(len(batch))
-        held = HeldDraws(self.model, self.parallel, parts=len(parts))
         self.clock.discard()  # what a step that failed has left
         try:
-            with held, self.engine.computing(self.model, self.parallel.size):
-                done = [self._part(batch, shown, rows, weight, thinks) for rows in parts]
+            with self.engine.computing(self.model, self.parallel.size):
+                done = [self._part(batch, read, rows, weight, thinks) for rows in parts]
         except NonFiniteError as error:
             raise self.clock.report(error, now) from None
-        sums, norm = self.clock.exchange(StepSums.of([part for part, _ in done]), now)
-        held.show()
+        sums, norm = self.clock.exchange(StepSums.of([part for part, _, _ in done]), now)
+        self._observe([z for _, _, z in done if z is not None])
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         self.whole = False
         lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
         if self.store is not None and thinks and self.guide.local_parameters():
-            fitted = [rows for _, rows in done]
+            fitted = [rows for _, rows, _ in done]
             self.store.scatter(batch.ids, {k: torch.cat([r[k] for r in fitted]) for k in fitted[0]})
         self.slow_step += 1
         self.whole = True
@@ -360,30 +352,29 @@ class DualRateSVI:
             return alone.fit(source, steps, batch_size, progress=progress)
 
     def _part(
-        self, batch: Batch, shown: Batch, rows: slice, weight: float, thinks: bool
-    ) -> tuple[StepSums, dict[str, Tensor]]:
+        self, batch: Batch, read: Batch, rows: slice, weight: float, thinks: bool
+    ) -> tuple[StepSums, dict[str, Tensor], Tensor | None]:
         """Both clocks on some rows of the batch: adds to the slow gradient.
 
         Returns:
-            What they add to the batch's sums, and their local parameters and moments, for a store.
+            What they add to the batch's sums; their local parameters and moments, for a store; the
+            slow step's draws, (S, B, K, D).
         """
         n = len(batch)
-        noise = self.parallel.noise(rows, n)
         if rows != slice(0, n):
             part = batch.select(rows)
             # One object where no word is dropped, so that the slow step scores once.
-            batch, shown = part, part if shown is batch else shown.select(rows)
+            batch, read = part, part if read is batch else read.select(rows)
         result, fitted = FastResult(*torch.zeros(3, device=batch.device)), {}
-        with noise:
-            if thinks:
-                result, moments = self._fast_loop(shown, weight)
-                draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
-                with numbers_out_of_range(self.guide, batch, self.slow_step):
-                    loss = self.slow_objective.at_fitted(batch, shown, weight, draws)
-                if self.store is not None:
-                    fitted = {**self.guide.rows(), **moments.state()}
-            else:
-                loss = self.slow_objective.without_thoughts(batch, shown)
+        if thinks:
+            result, moments = self._fit(read, weight)
+            draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
+            with numbers_out_of_range(self.guide, batch, self.slow_step):
+                loss = self.slow_objective.at_fitted(batch, read, weight, draws)
+            if self.store is not None:
+                fitted = {**self.guide.rows(), **moments.state()}
+        else:
+            loss = self.slow_objective.without_thoughts(batch, read)
         self._slow_gradient(batch, loss)
         sums = StepSums(
             nll=loss.nll.sum() / n,
@@ -393,15 +384,21 @@ class DualRateSVI:
             gain=result.first - result.last,
             n_tokens=batch.n_tokens.sum(),
         )
-        return sums, fitted
+        return sums, fitted, loss.z
 
-    def _fast_loop(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
+    def _observe(self, draws: list[Tensor]) -> None:
+        """Shows the slow step's draws, of all processes, to a prior that learns."""
+        prior = getattr(self.model, "thought_prior", None)
+        if not draws or not isinstance(prior, ThoughtPrior):
+            return
+        if any(p.requires_grad for p in prior.parameters()):
+            prior.observe(self.parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
+
+    def _fit(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
         """The fast loop of a slow step, from the store where there is one."""
         noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
         try:
-            return self.local_fit(
-                self.loss, batch, self.fast, noise, weight=weight, store=self.store
-            )
+            return self.fast_loop(batch, self.fast, noise, weight=weight, store=self.store)
         except NonFiniteError as error:
             raise NonFiniteError(error.ids, self.slow_step, error.reason) from None
 

@@ -13,9 +13,12 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.drawing import draw
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
+from ltm_pyro.random import Noise, Stream, derive_seed
+
+_TEXTS = 2**32  # no prompt has as many
 
 
 @exclusive
@@ -69,14 +72,18 @@ def generate(
     given = _prompt_batch(
         [tokenizer.encode(text).tolist() for text in prompts], length, model.device
     )
-    with seeded(derive_seed(seed, Stream.SAMPLE), model.device):
-        thoughts = _thoughts(model, z, given, n, svi)
-        if given is None:
-            tokens = write_tokens(model.decoder, thoughts, length, rule)
-        else:
-            repeat = torch.arange(len(given), device=model.device).repeat_interleave(n)
-            rows = given.select(repeat)
-            tokens = write_tokens(model.decoder, thoughts, length, rule, rows.observed, rows.mask)
+    thoughts = _thoughts(model, z, given, n, svi, derive_seed(seed, Stream.SAMPLE))
+    # One number a text: prompt p's text j is the same however many are asked for.
+    place = torch.arange(len(thoughts), device=model.device)
+    prompt_of, text = place // n, place % n
+    noise = Noise(derive_seed(seed, Stream.TOKENS), prompt_of * _TEXTS + text)
+    if given is None:
+        tokens = write_tokens(model.decoder, thoughts, length, rule, noise=noise)
+    else:
+        rows = given.select(prompt_of)
+        tokens = write_tokens(
+            model.decoder, thoughts, length, rule, rows.observed, rows.mask, noise
+        )
     return [tokenizer.decode(row) for row in tokens.tolist()]
 
 
@@ -104,6 +111,7 @@ def _thoughts(
     given: Batch | None,
     n: int,
     svi: DualRateSVI | None,
+    seed: int,
 ) -> Tensor:
     """(P * n, K, D), prompt by prompt."""
     rows = n * (1 if given is None else len(given))
@@ -114,7 +122,9 @@ def _thoughts(
             raise InputError(f"z is {tuple(z.shape)}: must be {shape[1:]} or {shape}")
         return z.expand(shape)
     if given is None:
-        return model.prior().sample(torch.Size([rows]))
+        texts = Noise(seed, torch.arange(rows, device=model.device))
+        with torch.no_grad():
+            return draw(model.prior().expand(torch.Size([rows])), texts, 1)[0]
     svi = svi or DualRateSVI(model, build_guide("mean_field", model))
-    draws = svi.infer(given).sample(n)
+    draws = svi.infer(given).sample(n, seed)
     return draws.transpose(0, 1).flatten(0, 1)

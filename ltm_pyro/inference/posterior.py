@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,6 +13,8 @@ from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.models.drawing import draw
+from ltm_pyro.random import Noise, fresh_seed
 
 KL_DRAWS = 256
 """Draws for a KL that has no closed form."""
@@ -37,11 +39,6 @@ class FastTrace:
     kl: Tensor
     lr: Tensor
     grad_norm: Tensor
-
-    def rows(self, index: Tensor) -> FastTrace:
-        """The sequences at `index`, in that order."""
-        moved = {name: getattr(self, name)[:, index] for name in ("elbo", "nll", "kl", "grad_norm")}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,18 @@ class Posterior:
 
     @exclusive
     @torch.no_grad()
-    def sample(self, draws: int) -> Tensor:
-        """Independent draws, (S, B, K, D), from torch's global random generator."""
-        return self.distribution.sample(torch.Size([draws]))
+    def sample(self, draws: int, seed: int | None = None) -> Tensor:
+        """Independent draws, (S, B, K, D).
+
+        Noise belongs to a sequence's id: its draws are the same in any batch, and the first ones
+        the same however many are asked for.
+
+        Args:
+            draws: S.
+            seed: Of the noise; from torch's global random generator by default.
+        """
+        noise = Noise(fresh_seed() if seed is None else seed, self.ids)
+        return draw(self.distribution, noise, draws)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log q(z) in nats, z (..., B, K, D) to (..., B)."""
@@ -145,26 +151,23 @@ def fitted_posterior(
     guide: LocalGuide,
     prior: TorchDistribution,
     batch: Batch,
-    place: Tensor,
     *,
     trace: FastTrace | None = None,
     own_draw_elbo: Tensor | None = None,
     objective: str = "",
     objective_kl: str = "unknown",
 ) -> Posterior:
-    """What the guide holds as an answer, nothing to differentiate; the guide's rows are moved.
+    """What the guide holds as an answer, nothing to differentiate.
 
     Args:
-        guide: Holds the B rows of `batch` in another order.
+        guide: Holds the B rows of `batch`.
         prior: p(z).
-        batch: The sequences in the order of the answer.
-        place: (B,) where each of them stands in the guide, the trace and `own_draw_elbo`.
+        batch: The sequences.
         trace: The fast loop's course.
         own_draw_elbo: See `Posterior`.
         objective: See `Posterior`.
         objective_kl: See `Posterior`.
     """
-    guide.reorder(place)
     for p in guide.local_parameters().values():
         p.requires_grad_(False)
     with torch.no_grad():
@@ -176,9 +179,9 @@ def fitted_posterior(
             family=guide.family,
             has_density=guide.has_density,
             parameters=guide.rows(),
-            trace=None if trace is None else trace.rows(place),
+            trace=trace,
             closed_form_kl=guide.kl(prior),
-            own_draw_elbo=None if own_draw_elbo is None else own_draw_elbo[place],
+            own_draw_elbo=own_draw_elbo,
             objective=objective,
             objective_kl=objective_kl,
             corpus=batch.corpus,

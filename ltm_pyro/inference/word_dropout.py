@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.parallel import Parallel
-from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.random import Noise, Stream, derive_seed
 
 
 @runtime_checkable
@@ -27,21 +25,18 @@ class WordDropout:
     """Hides each input token with one probability (Bowman et al. 2016, section 3).
 
     Every token is still scored, and encoders still read all of them. Which tokens are hidden is a
-    function of (seed, slow step): both clocks of a step see the same ones.
+    function of (seed, slow step, sequence): both clocks of a step see the same ones.
 
     Args:
         model: The model; need not be able to hide anything where `share` is 0.
         share: Probability that a token is hidden.
         seed: Of the choice.
-        parallel: The processes that share each batch; this one alone by default.
 
     Raises:
         InputError: if `share` is above 0 and the model has no token inputs.
     """
 
-    def __init__(
-        self, model: LatentModel, share: float, seed: int, parallel: Parallel | None = None
-    ) -> None:
+    def __init__(self, model: LatentModel, share: float, seed: int) -> None:
         if share > 0 and not isinstance(model, HidesInputs):
             raise InputError(
                 f"slow.word_dropout is {share} and {type(model).__name__} reads no tokens that "
@@ -50,17 +45,11 @@ class WordDropout:
         self.model = model
         self.share = share
         self.seed = seed
-        self.parallel = parallel or Parallel()
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """The batch of slow step `step` with its hidden tokens; itself where none can be."""
         if self.share == 0 or not isinstance(self.model, HidesInputs):
             return batch
-        # Drawn on the CPU, so that every device hides the same tokens.
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.DROPOUT, step))
-        rows, length = batch.mask.shape
-        total = rows * self.parallel.size
-        # For the whole batch, so that a row's hidden tokens do not depend on who holds it.
-        hidden = torch.rand((total, length), generator=generator) < self.share
-        hidden = hidden[self.parallel.rows(total)]
-        return self.model.hide_inputs(batch, hidden.to(batch.device))
+        noise = Noise(derive_seed(self.seed, Stream.DROPOUT, step), batch.ids)
+        hidden = noise.uniform(batch.mask.shape[1])[0] < self.share
+        return self.model.hide_inputs(batch, hidden)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -17,8 +16,6 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusively
 from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
-
-P = TypeVar("P", bound=Callable[..., Any])
 
 SITE_Z = "z"
 SITE_X = "x"
@@ -36,25 +33,6 @@ def sequences(batch: Batch) -> pyro.plate:
         PLATE, len(batch), subsample=batch.indices, dim=-1, device=device
     )
     return plate
-
-
-def standard_program(forward: P) -> P:
-    """Marks a `forward` that does nothing but sample the sites of its class.
-
-    In the plate of sequences, a model's has z ~ `prior()` and x ~ `likelihood(z, batch)`, a guide's
-    z ~ `posterior()`. Both clocks may then sample them themselves. A program that does more is not
-    marked, and always runs as it is: a subclass with a `forward` of its own, for one. It may do
-    more where a prior's weights learn: it always runs there.
-    """
-    forward.standard_program = True  # type: ignore[attr-defined]
-    return forward
-
-
-def is_standard_program(module: object) -> bool:
-    """Whether calling `module` runs a `standard_program`, with no hook around it."""
-    if not isinstance(module, nn.Module) or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return getattr(module.forward, "standard_program", False)
 
 
 @runtime_checkable
@@ -131,7 +109,6 @@ class LatentModel(Program, ABC):
         What the mask leaves out must not count: `.mask(batch.mask)` before `.to_event`.
         """
 
-    @standard_program
     def forward(self, batch: Batch | None = None, *, size: int = 1) -> Tensor:
         """The generative story.
 

@@ -240,8 +240,17 @@ class FlowDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D); their density is kept."""
-        shape = (*sample_shape, *self.batch_shape, self.network.features)
-        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        shape = (*sample_shape, *self.batch_shape, self.noise_size)
+        return self.from_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    @property
+    def noise_size(self) -> int:
+        """Normal numbers that a draw takes, K * D."""
+        return self.network.features
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal numbers, (..., K * D) to (..., K, D); the density is kept."""
+        eps = noise.to(self.loc.dtype)
         y, log_det = self.network.push(eps, self.context)
         z = self._place(y)
         self._drawn = (z, self._density(eps, log_det))

@@ -23,7 +23,7 @@ from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.exclusive import exclusively
-from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences, standard_program
+from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
 from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
@@ -127,7 +127,6 @@ class LatentThoughtModel(LatentModel):
         prior: TorchDistribution = self.thought_prior()
         return prior
 
-    @standard_program
     def forward(
         self, batch: Batch | None = None, *, size: int = 1, length: int | None = None
     ) -> Tensor:
@@ -148,14 +147,7 @@ class LatentThoughtModel(LatentModel):
         with sequences(batch):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
-        if batch.x is not None and self._prior_learns():
-            self.thought_prior.show(z.detach())
         return x
-
-    def _prior_learns(self) -> bool:
-        """Whether this is a slow step: in fast loops, scores and simulations weights are frozen."""
-        weights = self.thought_prior.parameters()
-        return torch.is_grad_enabled() and any(p.requires_grad for p in weights)
 
     def likelihood(self, z: Tensor, batch: Batch) -> TokenSequence:
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""

@@ -58,14 +58,20 @@ class NormalMixture(TorchDistribution):
 
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D)."""
-        shape = torch.Size(sample_shape)
+        shape = (*sample_shape, *self.batch_shape, self.noise_size)
+        return self.from_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    @property
+    def noise_size(self) -> int:
+        """Normal numbers that a draw takes: K * D, and one that chooses the component."""
+        return self.event_shape.numel() + 1
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Reparametrised draws from standard normal numbers, (..., K * D + 1) to (..., K, D)."""
         with torch.no_grad():
-            which = self.component.sample(shape)
-            noise = torch.randn(
-                shape + self.batch_shape + self.event_shape,
-                dtype=self.loc.dtype,
-                device=self.loc.device,
-            )
+            place = torch.special.ndtr(noise[..., -1:]).to(self.loc.dtype)
+            which = (place > self.log_weights.exp().cumsum(-1)[..., :-1]).sum(-1)
+            noise = noise[..., :-1].to(self.loc.dtype).unflatten(-1, tuple(self.event_shape))
         z: Tensor = _Draw.apply(  # type: ignore[no-untyped-call]
             self.log_weights, self.loc.flatten(-2), self.scale.flatten(-2), which, noise.flatten(-2)
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.random import Noise, fresh_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,14 @@ class SamplingRule:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}: must be above 0 and at most 1")
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token, (B, V) logits to (B,)."""
+    def choose(self, logits: Tensor, place: Tensor) -> Tensor:
+        """The next token, (B, V) logits to (B,).
+
+        Args:
+            logits: (B, V).
+            place: (B,) random numbers between 0 and 1: the token is the one in whose part of the
+                distribution the number falls.
+        """
         if self.greedy:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
@@ -45,10 +52,13 @@ class SamplingRule:
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p is not None:
             logits = _nucleus(logits, self.top_p)
-        probability = logits.softmax(-1)
-        # The draw of `torch.multinomial`, number by number, without its checks, each of which
-        # would wait for the device: the likeliest of p / e, e exponential, is a draw from p.
-        return (probability / torch.empty_like(probability).exponential_()).argmax(-1)
+        until = logits.softmax(-1).cumsum(-1)
+        # Relative to what the sum has come to, and below it: a token of no mass is never met.
+        total = until[:, -1:]
+        target = torch.minimum(place[:, None].to(until) * total, total.nextafter(total * 0))
+        # Of logits that are no numbers any token will do: they are refused at the end.
+        last = logits.shape[-1] - 1
+        return torch.searchsorted(until, target, right=True).squeeze(-1).clamp(max=last)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -69,11 +79,11 @@ def write_tokens(
     rule: SamplingRule | None = None,
     prompt: Tensor | None = None,
     prompt_mask: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
-    """Generates B sequences, with a key/value cache, from torch's global random generator.
+    """Generates B sequences, with a key/value cache.
 
-    The positions that every row has a prompt for are read in one pass and draw nothing from the
-    generator; after them each position draws for all rows, given or not.
+    The positions that every row has a prompt for are read in one pass.
 
     Args:
         decoder: The decoder.
@@ -82,6 +92,7 @@ def write_tokens(
         rule: How to choose tokens; the model's own distribution by default.
         prompt: (B, P) tokens that are given, P at most T.
         prompt_mask: (B, P) bool, false after the end of a shorter prompt.
+        noise: That of the B sequences; from torch's global random generator by default.
 
     Returns:
         (B, T) int64.
@@ -91,8 +102,11 @@ def write_tokens(
     """
     # Made outside inference mode: the caller may train on these tokens.
     tokens = torch.zeros(len(z), length, dtype=torch.long, device=z.device)
+    if noise is None:
+        noise = Noise(fresh_seed(), torch.arange(len(z), device=z.device))
+    places = noise.uniform(length)[0]
     with torch.inference_mode():
-        _write(tokens, decoder, z, rule or SamplingRule(), prompt, prompt_mask)
+        _write(tokens, decoder, z, rule or SamplingRule(), places, prompt, prompt_mask)
     return tokens
 
 
@@ -101,10 +115,11 @@ def _write(
     decoder: Decoder,
     z: Tensor,
     rule: SamplingRule,
+    places: Tensor,
     prompt: Tensor | None,
     prompt_mask: Tensor | None,
 ) -> None:
-    """Fills `tokens` (B, T)."""
+    """Fills `tokens` (B, T), from random numbers (B, T)."""
     state = decoder.start(z)
     previous: Tensor | None = None
     shared = 0
@@ -117,7 +132,7 @@ def _write(
     logits = z.new_zeros(())
     for t in range(shared, tokens.shape[1]):
         logits = decoder.step(previous, state)
-        previous = rule.choose(logits)
+        previous = rule.choose(logits, places[:, t])
         if prompt is not None and prompt_mask is not None and t < prompt.shape[1]:
             previous = torch.where(prompt_mask[:, t], prompt[:, t], previous)
         tokens[:, t] = previous

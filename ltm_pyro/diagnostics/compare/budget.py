@@ -1,4 +1,4 @@
-"""What fitting a guide costs, in decoder evaluations, planned and counted.
+"""What fitting a guide costs, in decoder evaluations; objectives count what they have made.
 
 One decoder evaluation is log p(x_i | z_i) of one sequence at one draw, with its gradient. It is the
 unit in which families with unlike parameters can be given the same.
@@ -7,29 +7,9 @@ unit in which families with unlike parameters can be given the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from pyro.poutine.messenger import Messenger
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides import LocalGuide
-from ltm_pyro.models.base import SITE_X
-
-
-class EvaluationCounter(Messenger):
-    """Counts the decoder evaluations of every ELBO that is computed inside.
-
-    Attributes:
-        total: Sequences times draws so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == SITE_X:
-            self.total += msg["fn"].batch_shape.numel()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import ltm_pyro
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.diagnostics.compare.budget import EvaluationCounter, Plan, plan_budget
+from ltm_pyro.diagnostics.compare.budget import Plan, plan_budget
 from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.diagnostics.compare.table import Comparison, add_summary
 from ltm_pyro.diagnostics.labels import corpus_attrs
@@ -27,7 +27,7 @@ from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
-from ltm_pyro.inference.objectives import build_objective, describe
+from ltm_pyro.inference.objectives import Objective, as_objective, build_objective, describe
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.training_data import TrainingData
@@ -47,7 +47,7 @@ class Settings:
 
     fast: Fast
     slow: Slow
-    elbo: ELBO
+    elbo: Objective
     budget: int
     draws: int
     training_share: float
@@ -58,7 +58,7 @@ class Settings:
     @property
     def particles(self) -> int:
         """Draws of the objective per step."""
-        return int(self.elbo.num_particles)
+        return self.elbo.particles
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def compare(
             not pay for one step.
         NonFiniteError: if a guide's local parameters became NaN or infinite.
     """
-    elbo = build_objective(elbo) if isinstance(elbo, str) else elbo
+    objective = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
     settings = Settings(
-        fast or Fast(), slow or Slow(), elbo, budget, draws, training_share, train, gaps, seed
+        fast or Fast(), slow or Slow(), objective, budget, draws, training_share, train, gaps, seed
     )
     _check(batch, guides, settings)
     if reference is not None and reference not in KERNELS:
@@ -220,15 +220,16 @@ def _fit(
     """Trains and fits one guide within the budget, and scores it on fresh draws."""
     guide, untrained = candidate
     began = time.perf_counter()
-    with EvaluationCounter() as training:
-        plan = _train(guide, model, batch, settings) if untrained else None
+    start = settings.elbo.evaluations
+    plan = _train(guide, model, batch, settings) if untrained else None
+    training = settings.elbo.evaluations - start
     if plan is None:
         guide.reset(batch)
         steps = settings.budget // settings.particles if guide.local_parameters() else 0
         plan = Plan(0, 0, steps)
     svi = _svi(model, guide, settings, steps=plan.local_steps)
-    with EvaluationCounter() as local:
-        post = svi.infer(batch)
+    post = svi.infer(batch)
+    evaluations = settings.elbo.evaluations - start
     seconds = time.perf_counter() - began
     scores = _scores(model, post, batch, settings)
     columns = scores[list(SCORES)]
@@ -237,9 +238,9 @@ def _fit(
     facts = {
         "family": guide.family,
         "kl_estimator": post.kl_estimator,
-        "decoder_evaluations": (training.total + local.total) / len(batch),
-        "training_evaluations": training.total / len(batch),
-        "local_evaluations": local.total / len(batch),
+        "decoder_evaluations": evaluations / len(batch),
+        "training_evaluations": training / len(batch),
+        "local_evaluations": (evaluations - training) / len(batch),
         "local_steps": plan.local_steps,
         "training_steps": plan.training_steps,
         "seconds": seconds,

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
-from ltm_pyro.inference.pathwise_normal import PathwiseNormal
-from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences, standard_program
+from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
 from ltm_pyro.registry import Registry
 
 Loss = Callable[[Batch], Tensor]
@@ -89,15 +88,6 @@ class LocalGuide(Program, ABC):
         """KL(q || prior) per sequence in nats, (B,); `None` where there is no closed form."""
         return None
 
-    def pathwise(self, prior: TorchDistribution, weight: float) -> PathwiseNormal | None:
-        """Draws whose gradient the family has by hand; `None` where autograd has to find it.
-
-        Args:
-            prior: p(z).
-            weight: Of the KL.
-        """
-        return None
-
     @property
     def start_log_variance(self) -> float | None:
         """Where log variances start, `None` for families without; used for the KL floor."""
@@ -121,11 +111,6 @@ class LocalGuide(Program, ABC):
             for name, p in self.local.items()
         }
 
-    def reorder(self, index: Tensor) -> None:
-        """Moves the rows at `index` to places 0, 1, ..., parameters and inputs alike."""
-        self.inputs.load({name: value[index] for name, value in self.inputs.values().items()})
-        self.load_rows(self.rows(index))
-
     @property
     def n_rows(self) -> int:
         """B: sequences that the guide holds; 0 before `reset`."""
@@ -135,18 +120,25 @@ class LocalGuide(Program, ABC):
             return len(rows)
         return 0
 
-    @standard_program
-    def forward(self, batch: Batch) -> Tensor:
-        """The Pyro guide: one site `z` in the plate of sequences.
+    def check(self, batch: Batch) -> None:
+        """Refuses a batch that the guide was not reset for.
 
         Raises:
-            InputError: if the guide was not reset for this batch.
+            InputError: saying so.
         """
         if self.n_rows != len(batch):
             raise InputError(
                 f"the guide holds {self.n_rows} sequences and the batch {len(batch)}: "
                 "call guide.reset(batch) first"
             )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The Pyro guide: one site `z` in the plate of sequences.
+
+        Raises:
+            InputError: if the guide was not reset for this batch.
+        """
+        self.check(batch)
         with sequences(batch):
             z: Tensor = pyro.sample(SITE_Z, self.posterior())
         return z

@@ -27,8 +27,8 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
-from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
+from ltm_pyro.random import seeded
 
 Clause = Callable[..., None]
 """(family, model, batch, **options of the family) -> None, or `AssertionError`."""

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.gaussian_kl import independent_normal_kl, is_factorised_normal
+from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
-from ltm_pyro.inference.pathwise_normal import PathwiseNormal
 from ltm_pyro.models.base import LatentModel
 
 
@@ -56,16 +55,3 @@ class MeanField(LocalGuide):
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """Closed form against a factorised normal or an autoregressive prior, (B,)."""
         return independent_normal_kl(self.posterior(), prior)
-
-    def pathwise(self, prior: TorchDistribution, weight: float) -> PathwiseNormal | None:
-        """By hand against a factorised normal, as long as q and its KL are those of this class."""
-        own = all(
-            getattr(method, "__func__", None) is function
-            for method, function in (
-                (self.posterior, MeanField.posterior),
-                (self.kl, MeanField.kl),
-            )
-        )
-        if not own or not is_factorised_normal(prior) or prior.event_shape != self.thought_shape:
-            return None
-        return PathwiseNormal(self.local["loc"], self.local["log_variance"], prior, weight)

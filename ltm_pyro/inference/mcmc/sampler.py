@@ -14,8 +14,8 @@ from ltm_pyro.inference.mcmc.draws import MCMCDraws
 from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 MAX_LEAPFROG = 32
 MIN_DRAWS = 20

@@ -16,23 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from ltm_pyro.inference.objectives.base import Draws, Objective, stopped_log_prob
-from ltm_pyro.inference.objectives.by_hand import ElboByHand
+from ltm_pyro.inference.objectives.base import Draw, Objective
 from ltm_pyro.inference.objectives.evidence import BetaElbo, Elbo, FreeBits, StickingTheLanding
-from ltm_pyro.inference.objectives.handlers import (
-    KLWeight,
-    Repeat,
-    TermRecorder,
-    over_particles,
-    quiet_about_nan,
-    repeating,
-)
 from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
     ImportanceWeighted,
     Renyi,
 )
-from ltm_pyro.inference.objectives.pyro_elbos import describe, differentiable, kl_estimator
+from ltm_pyro.inference.objectives.pyro_elbos import (
+    PyroElbo,
+    as_objective,
+    describe,
+    differentiable,
+    kl_estimator,
+)
+from ltm_pyro.inference.objectives.terms import Terms, stopped_log_prob
 from ltm_pyro.registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry(
@@ -78,24 +76,20 @@ __all__ = [
     "OBJECTIVES",
     "BetaElbo",
     "DoublyReparametrised",
-    "Draws",
+    "Draw",
     "Elbo",
-    "ElboByHand",
     "FreeBits",
     "ImportanceWeighted",
-    "KLWeight",
     "Objective",
+    "PyroElbo",
     "Renyi",
-    "Repeat",
     "StickingTheLanding",
-    "TermRecorder",
+    "Terms",
+    "as_objective",
     "build_objective",
     "describe",
     "differentiable",
     "kl_estimator",
-    "over_particles",
-    "quiet_about_nan",
     "register_objective",
-    "repeating",
     "stopped_log_prob",
 ]

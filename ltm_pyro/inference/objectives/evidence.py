@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.base import Draws, Objective, finite_number
+from ltm_pyro.inference.objectives.base import Objective, finite_number
 from ltm_pyro.inference.objectives.group_kl import kl_by_group
-from ltm_pyro.inference.objectives.handlers import recorders
+from ltm_pyro.inference.objectives.terms import Terms
 
 
 class Elbo(Objective):
@@ -23,29 +21,15 @@ class Elbo(Objective):
     """
 
     name: ClassVar[str] = "elbo"
+    charges_kl: ClassVar[bool] = True
 
-    def per_sequence(self, draws: Draws) -> Tensor:
+    def per_sequence(self, terms: Terms) -> Tensor:
         """(B,)."""
-        # First, while small operations are at it; then the decoder's pass.
-        charge = self.charge(draws)
-        return draws.log_lik.mean(0) - charge
+        return terms.log_lik.mean(0) - self.charge(terms)
 
-    def charge(self, draws: Draws) -> Tensor:
+    def charge(self, terms: Terms) -> Tensor:
         """What is paid for q's distance from the prior, (B,): here the KL."""
-        return self.kl(draws)
-
-    def kl(self, draws: Draws) -> Tensor:
-        """C KL(q || p), (B,)."""
-        closed = self.closed_kl(draws.guide, draws.prior)
-        if closed is not None:
-            for recorder in recorders():
-                recorder.closed_kl = closed.detach()
-            return draws.weight * closed
-        return (draws.log_q() - draws.log_prior).mean(0)
-
-    def closed_kl(self, guide: LocalGuide, prior: TorchDistribution) -> Tensor | None:
-        """The guide's closed form, (B,); Pyro's own guides have none."""
-        return guide.kl(prior) if isinstance(guide, LocalGuide) else None
+        return terms.kl()
 
 
 class StickingTheLanding(Objective):
@@ -58,9 +42,9 @@ class StickingTheLanding(Objective):
 
     name: ClassVar[str] = "stl"
 
-    def per_sequence(self, draws: Draws) -> Tensor:
+    def per_sequence(self, terms: Terms) -> Tensor:
         """(B,)."""
-        return draws.log_weight(stopped=True).mean(0)
+        return terms.log_weight(stopped=True).mean(0)
 
 
 class BetaElbo(Elbo):
@@ -80,9 +64,9 @@ class BetaElbo(Elbo):
         super().__init__(particles, weight=weight)
         self.beta = weight
 
-    def charge(self, draws: Draws) -> Tensor:
+    def charge(self, terms: Terms) -> Tensor:
         """C weight KL, (B,)."""
-        return self.beta * self.kl(draws)
+        return self.beta * terms.kl()
 
 
 Level = Literal["total", "layer", "thought"]
@@ -119,29 +103,29 @@ class FreeBits(Elbo):
         self.nats = nats
         self.level = level
 
-    def charge(self, draws: Draws) -> Tensor:
+    def charge(self, terms: Terms) -> Tensor:
         """C sum_g max(nats, KL_g), (B,)."""
         if self.level == "total":
             free = torch.as_tensor(
-                self.nats * draws.weight, dtype=draws.z.dtype, device=draws.z.device
+                self.nats * terms.weight, dtype=terms.z.dtype, device=terms.z.device
             )
-            return torch.maximum(self.kl(draws), free)
-        by_group = kl_by_group(draws.guide.posterior(), draws.prior, draws.z, self._groups(draws))
+            return torch.maximum(terms.kl(), free)
+        by_group = kl_by_group(terms.q, terms.prior, terms.z, self._groups(terms))
         if by_group is None:
             raise InputError(
                 f"free_bits at level {self.level!r} needs a q and a prior that are independent "
-                f"between {self.level}s, which guide {draws.guide.family!r} or the prior is not: "
+                f"between {self.level}s, which guide {terms.guide.family!r} or the prior is not: "
                 "use level 'total'"
             )
-        return draws.weight * by_group.clamp(min=self.nats).sum(-1)
+        return terms.weight * by_group.clamp(min=self.nats).sum(-1)
 
-    def _groups(self, draws: Draws) -> int:
+    def _groups(self, terms: Terms) -> int:
         """Layers or thoughts."""
         if self.level == "thought":
-            return int(draws.z.shape[-2])
-        if draws.n_layers is None:
+            return int(terms.z.shape[-2])
+        if terms.n_layers is None:
             raise InputError(
                 "free_bits at level 'layer': this model has no layers; use level 'total' or "
                 "'thought'"
             )
-        return draws.n_layers
+        return terms.n_layers

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.objectives.base import Draws, Objective, finite_number
+from ltm_pyro.inference.objectives.base import Objective, finite_number
+from ltm_pyro.inference.objectives.terms import Terms
 
 
 class Renyi(Objective):
@@ -35,9 +36,9 @@ class Renyi(Objective):
         super().__init__(particles, alpha=alpha)
         self.alpha = alpha
 
-    def per_sequence(self, draws: Draws) -> Tensor:
+    def per_sequence(self, terms: Terms) -> Tensor:
         """(B,)."""
-        return power_mean(draws.log_weight(), 1.0 - self.alpha)
+        return power_mean(terms.log_weight(), 1.0 - self.alpha)
 
 
 class ImportanceWeighted(Objective):
@@ -55,9 +56,9 @@ class ImportanceWeighted(Objective):
     def __init__(self, particles: int = 8) -> None:
         super().__init__(particles)
 
-    def per_sequence(self, draws: Draws) -> Tensor:
+    def per_sequence(self, terms: Terms) -> Tensor:
         """(B,)."""
-        return power_mean(draws.log_weight())
+        return power_mean(terms.log_weight())
 
 
 class DoublyReparametrised(Objective):
@@ -77,15 +78,14 @@ class DoublyReparametrised(Objective):
     def __init__(self, particles: int = 8) -> None:
         super().__init__(particles)
 
-    def per_sequence(self, draws: Draws) -> Tensor:
+    def per_sequence(self, terms: Terms) -> Tensor:
         """The bound (B,), with the gradient above."""
-        log_w = draws.log_weight(stopped=True)
+        log_w = terms.log_weight(stopped=True)
         share = log_w.detach().softmax(0)
-        site_z = draws.site["value"]
-        if site_z.requires_grad and draws.guide.has_density:
-            factor = 1.0 - draws.weight * (1.0 - share)
-            factor = factor.reshape(*site_z.shape[:-2], 1, 1)
-            site_z.register_hook(lambda gradient: factor * gradient)
+        z = terms.z
+        if z.requires_grad and terms.guide.has_density:
+            factor = (1.0 - terms.weight * (1.0 - share))[..., None, None]
+            z.register_hook(lambda gradient: factor * gradient)
         return power_mean(log_w)
 
 

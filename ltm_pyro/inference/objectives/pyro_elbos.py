@@ -1,20 +1,118 @@
-"""Pyro's own ELBO objects as objectives: all of them can be descended, and all are recorded."""
+"""Pyro's own ELBO objects, and anyone's, as objectives: the one place where Pyro's handlers run."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.base import Objective
+from ltm_pyro.inference.objectives.base import Draw, Objective
+from ltm_pyro.inference.objectives.terms import Terms
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
+
+
+class PyroElbo(Objective):
+    """A Pyro ELBO object as an objective, on the draws and with the KL weight of the clocks.
+
+    Args:
+        elbo: With a `differentiable_loss(model, guide, batch)`, or a `RenyiELBO`.
+
+    Raises:
+        InputError: if the object has no `differentiable_loss` and is not a `RenyiELBO`.
+    """
+
+    def __init__(self, elbo: ELBO) -> None:
+        super().__init__(int(elbo.num_particles))
+        self.elbo: Any = differentiable(elbo)
+
+    def __repr__(self) -> str:
+        return describe(self.elbo)
+
+    def per_sequence(self, terms: Terms) -> Tensor:
+        """Not known: such an object answers with one number for the batch."""
+        raise NotImplementedError
+
+    def descend(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        batch: Batch,
+        draw: Draw,
+        weight: float = 1.0,
+        prior: TorchDistribution | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """The object's loss, and the terms of the draws that it made; see `Objective.descend`."""
+        prior = model.prior() if prior is None else prior
+        with _Sites(draw, weight) as sites, _quiet_about_nan():
+            loss: Tensor = self.elbo.differentiable_loss(model, guide, batch)
+        z = torch.cat([z.reshape(-1, *z.shape[-3:]) for z in sites.thoughts])
+        self.evaluations += z.shape[:2].numel()
+        terms = Terms(model, guide, prior, batch, guide.posterior(), z, weight)
+        # What the object has computed need not be computed again.
+        terms.__dict__["log_lik"] = torch.cat([s.reshape(-1, len(batch)) for s in sites.scores()])
+        return loss, terms
+
+    def differentiable_loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Tensor:
+        """The object's own."""
+        with _quiet_about_nan():
+            loss: Tensor = self.elbo.differentiable_loss(model, guide, batch)
+        return loss
+
+
+class _Sites(Messenger):
+    """Gives the guide's site `z` its draws, weighs the KL, and remembers what was sampled.
+
+    Args:
+        draw: Makes the draws.
+        weight: Multiplies both log densities of `z`, and so the KL term.
+    """
+
+    def __init__(self, draw: Draw, weight: float) -> None:
+        super().__init__()
+        self.draw, self.weight = draw, weight
+        self.thoughts: list[Tensor] = []
+        self._likelihoods: list[tuple[Any, Tensor]] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] != SITE_Z:
+            return
+        msg["scale"] = msg["scale"] * self.weight
+        if msg["value"] is None:  # of the guide; the model is replayed
+            lead = msg["fn"].batch_shape[:-1]
+            z = self.draw(msg["fn"], lead.numel())
+            z = z if lead else z[0]
+            msg["value"] = z
+            self.thoughts.append(z.detach())
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == SITE_X:
+            self._likelihoods.append((msg["fn"], msg["value"]))
+
+    def scores(self) -> list[Tensor]:
+        """Log p(x | z) of each run of the model; a distribution over text keeps what it scored."""
+        with torch.no_grad():
+            return [fn.log_prob(x).detach() for fn, x in self._likelihoods]
+
+
+@contextmanager
+def _quiet_about_nan() -> Iterator[None]:
+    """Silences Pyro's warnings about NaN: the clocks raise an error that names the sequences."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered (NaN|.inf)", UserWarning)
+        yield
 
 
 class _DifferentiableRenyi(RenyiELBO):
@@ -65,8 +163,15 @@ def differentiable(elbo: ELBO) -> ELBO:
     return out
 
 
+def as_objective(elbo: ELBO) -> Objective:
+    """`elbo` itself, or what makes one of ours of it."""
+    return elbo if isinstance(elbo, Objective) else PyroElbo(elbo)
+
+
 def describe(elbo: ELBO) -> str:
     """What an objective is called in records, with its options, e.g. `iwae(particles=8)`."""
+    if isinstance(elbo, PyroElbo):
+        elbo = elbo.elbo
     if isinstance(elbo, Objective):
         name, options = elbo.name, elbo.options
     else:
@@ -86,9 +191,12 @@ def kl_estimator(elbo: ELBO, model: LatentModel, guide: LocalGuide) -> str:
     """
     if not guide.has_density:
         return "none"
+    if isinstance(elbo, PyroElbo):
+        elbo = elbo.elbo
     with torch.no_grad():
         if isinstance(elbo, Objective):
-            return "analytic" if elbo.closed_kl(guide, model.prior()) is not None else "monte_carlo"
+            closed = elbo.charges_kl and guide.kl(model.prior()) is not None
+            return "analytic" if closed else "monte_carlo"
         if isinstance(elbo, TraceMeanField_ELBO):
             posterior = guide.posterior()
             try:

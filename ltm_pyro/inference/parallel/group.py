@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
-from ltm_pyro.inference.parallel.row_noise import RowNoise
 
 TIMEOUT = timedelta(hours=1)
 """How long a process waits for one that is alive and silent, e.g. tokenising a large corpus."""
@@ -81,18 +80,6 @@ class Parallel:
     def share(self, total: int) -> slice:
         """This process's rows of `total` that need not be shared equally; maybe none."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
-
-    def noise(self, part: slice, rows: int) -> AbstractContextManager[object]:
-        """Inside the block, sequences get the noise that they get when all are fitted at once.
-
-        Args:
-            part: Which of this process's rows are fitted.
-            rows: How many this process has.
-        """
-        total, count = self.size * rows, part.stop - part.start
-        if count == total:
-            return nullcontext()
-        return RowNoise(self.rank * rows + part.start, count, total)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in place: one message."""

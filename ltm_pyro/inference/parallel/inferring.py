@@ -13,10 +13,9 @@ from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.parallel.group import Parallel
-from ltm_pyro.inference.parallel.row_noise import RowNoise
 
 if TYPE_CHECKING:
-    from ltm_pyro.inference.fast_loop import FastResult
+    from ltm_pyro.inference.clocks.fast import FastResult
 
 
 def fit_shared(
@@ -28,7 +27,7 @@ def fit_shared(
 ) -> FastResult:
     """Fits the guide to a batch, each process its rows; in the end every process holds all rows.
 
-    Rows need not be shared equally. Noise is that of the whole batch, so the answer is that of one
+    Rows need not be shared equally. Noise belongs to a sequence, so the answer is that of one
     process that takes the batch at once.
 
     Args:
@@ -52,9 +51,8 @@ def fit_shared(
     results, rows = [], []
     try:
         for part in parts:
-            start, stop = mine.start + part.start, mine.start + part.stop
-            with RowNoise(start, stop - start, total):
-                results.append(fit(batch.select(slice(start, stop))))
+            rows_of_part = slice(mine.start + part.start, mine.start + part.stop)
+            results.append(fit(batch.select(rows_of_part)))
             rows.append(guide.rows())
     except NonFiniteError as error:
         failed = error

@@ -67,8 +67,17 @@ class StationaryAR1(TorchDistribution):
 
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D)."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.randn(shape, dtype=self.raw.dtype, device=self.raw.device)
+        shape = torch.Size(sample_shape) + self.batch_shape + (self.noise_size,)
+        return self.from_noise(torch.randn(shape, dtype=self.raw.dtype, device=self.raw.device))
+
+    @property
+    def noise_size(self) -> int:
+        """Normal numbers that a draw takes, K * D."""
+        return self.event_shape.numel()
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal numbers, (..., K * D) to (..., K, D)."""
+        noise = noise.to(self.raw.dtype).unflatten(-1, tuple(self.event_shape))
         scale = self._log_scale.exp()
         thoughts = [noise[..., 0, :]]
         for step in noise[..., 1:, :].unbind(-2):

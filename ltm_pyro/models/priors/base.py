@@ -27,8 +27,6 @@ class ThoughtPrior(nn.Module, ABC):
 
     Attributes:
         shape: (K, D).
-        held: Draws that wait until those of other processes are there too; `None` where nobody has
-            to be waited for.
     """
 
     family: ClassVar[str] = ""
@@ -39,7 +37,6 @@ class ThoughtPrior(nn.Module, ABC):
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__()
         self.shape = (n_thoughts, thought_dim)
-        self.held: list[Tensor] | None = None
 
     @abstractmethod
     def forward(self) -> TorchDistribution:
@@ -64,13 +61,6 @@ class ThoughtPrior(nn.Module, ABC):
 
         Gradients need nothing of this; a family that takes its start from the data keeps them.
         """
-
-    def show(self, z: Tensor) -> None:
-        """`observe`, now or, where draws are held, later."""
-        if self.held is None:
-            self.observe(z)
-        else:
-            self.held.append(z)
 
 
 PRIORS: Registry[type[ThoughtPrior]] = Registry(

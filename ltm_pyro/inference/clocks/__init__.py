@@ -1,0 +1,1 @@
+"""The two clocks: local parameters move fast, weights move slowly."""

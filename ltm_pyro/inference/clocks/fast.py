@@ -1,0 +1,273 @@
+"""The fast clock: T_fast gradient steps on the local parameters of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ltm_pyro.config import Fast
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.store import RowStore
+from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.non_finite import numbers_out_of_range
+from ltm_pyro.inference.objectives import Objective, Terms
+from ltm_pyro.inference.posterior import FastTrace
+from ltm_pyro.inference.row_adam import RowAdam
+from ltm_pyro.inference.schedules import learning_rate
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.drawing import Drawing
+from ltm_pyro.random import Noise
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block these parameters ask for no gradient, so none is computed for them."""
+    kept = [(p, p.requires_grad) for p in parameters]
+    for p, _ in kept:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in kept:
+            p.requires_grad_(flag)
+
+
+def local_optimizer(guide: LocalGuide, fast: Fast) -> RowAdam:
+    """A fresh optimiser for the guide's rows.
+
+    On fresh noise it forgets the first gradients quickly; with `noise="fixed"`, the published loop
+    to be studied as it is, it is Adam itself.
+    """
+    params: dict[str, Tensor] = dict(guide.local_parameters())
+    if fast.noise == "fixed":
+        return RowAdam(params, fast.betas, memory=1.0)
+    return RowAdam(params, fast.betas)
+
+
+@dataclass(frozen=True)
+class FastResult:
+    """What a fast loop reports; the fitted values are in the guide.
+
+    Attributes:
+        first: Loss before the first step, in nats, summed over the batch.
+        last: Loss before the last step.
+        grad_norm: Mean over sequences of the last local gradient's Euclidean norm.
+        own_draw_elbo: With `noise="fixed"`: (B,) the ELBO at the fitted values on the very draws
+            that fitted them, KL weight 1. Not a bound.
+        trace: The course of every sequence, if it was asked for.
+    """
+
+    first: Tensor
+    last: Tensor
+    grad_norm: Tensor
+    own_draw_elbo: Tensor | None = None
+    trace: FastTrace | None = None
+
+
+class FastLoop:
+    """Fits the guide's local parameters to one batch after another, in place.
+
+    Everything else is frozen meanwhile. Gradients come from `torch.autograd.grad` on the local
+    parameters alone, so no `.grad` is written anywhere.
+
+    Args:
+        model: The model.
+        guide: Reset for each batch.
+        objective: What is ascended.
+        slow: The parameters of the slow clock.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        objective: Objective,
+        slow: Iterable[nn.Parameter],
+    ) -> None:
+        self.model, self.guide, self.objective, self.slow = model, guide, objective, list(slow)
+
+    def __call__(
+        self,
+        batch: Batch,
+        fast: Fast,
+        seed: int,
+        *,
+        weight: float = 1.0,
+        store: RowStore | None = None,
+        record: bool = False,
+    ) -> tuple[FastResult, RowAdam]:
+        """A fast loop on rows as `store` knows them, fresh ones where it does not.
+
+        Args:
+            batch: B sequences; the guide holds their rows afterwards.
+            fast: The fast clock. `noise="fixed"` draws the same noise at every step.
+            seed: Of the noise.
+            weight: Of the KL.
+            store: Rows and moments by sequence id; read alone.
+            record: Keep the course of every sequence.
+
+        Returns:
+            What the loop reports, and the optimiser with the rows' moments.
+
+        Raises:
+            NonFiniteError: if the objective or local parameters became NaN or infinite.
+        """
+        optimizer = self._start(batch, fast, store)
+        if not self.guide.local_parameters():
+            return FastResult(*torch.zeros(3, device=batch.device)), optimizer
+        # What may change between steps, that numbers are finite, the loop checks itself.
+        with (
+            frozen(self.slow),
+            torch.enable_grad(),
+            pyro.validation_enabled(False),
+            numbers_out_of_range(self.guide, batch, step=-1),
+        ):
+            calls = _Calls(self, batch, fast, seed, weight)
+            return self._run(calls, optimizer, record), optimizer
+
+    def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowAdam:
+        self.guide.reset(batch)
+        optimizer = local_optimizer(self.guide, fast)
+        if store is not None and self.guide.local_parameters():
+            fresh = {**self.guide.rows(), **optimizer.state()}
+            stored = store.gather(batch.ids, fresh)
+            self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
+            optimizer = local_optimizer(self.guide, fast)
+            optimizer.load(stored)
+        return optimizer
+
+    def _run(self, calls: _Calls, optimizer: RowAdam, record: bool) -> FastResult:
+        fast, batch = calls.fast, calls.batch
+        params: dict[str, Tensor] = dict(self.guide.local_parameters())
+        course = _Course()
+        tail = _TailMean(params, fast)
+        first = last = norm = torch.zeros((), device=batch.device)
+        for step in range(fast.steps):
+            lr = learning_rate(fast, step, fast.steps)
+            loss, terms = calls()
+            gradients = dict(
+                zip(params, torch.autograd.grad(loss, list(params.values())), strict=True)
+            )
+            last = loss.detach()
+            first = last if step == 0 else first
+            if record or step == fast.steps - 1:
+                norms = _row_norms(gradients)
+                norm = norms.mean()
+            if record:
+                course.add(*_mean_report(terms), norms, lr)
+            optimizer.step(gradients, lr)
+            tail.add(step)
+        if fast.steps:
+            # Once, because asking waits for the device; NaN does not go away by itself.
+            _refuse_non_finite(params, _mean_report(terms), batch)
+        tail.put()
+        own = None
+        if fast.noise == "fixed":
+            with torch.no_grad():
+                nll, kl = _mean_report(calls()[1])
+            own = -nll - kl
+        return FastResult(first, last, norm, own, course.trace() if record and fast.steps else None)
+
+
+class _Calls:
+    """The objective of one step after another, each on noise of its own or all on the same."""
+
+    def __init__(self, loop: FastLoop, batch: Batch, fast: Fast, seed: int, weight: float) -> None:
+        self.batch, self.fast, self.weight = batch, fast, weight
+        self.model, self.guide, self.objective = loop.model, loop.guide, loop.objective
+        self.prepared, self.prior = loop.model.prepare(batch), loop.model.prior()
+        self.fixed = fast.noise == "fixed"
+        self.count = fast.fixed_draws if self.fixed else 1
+        ahead = self.objective.particles * (self.count if self.fixed else fast.steps)
+        self.draw = Drawing(Noise(seed, batch.ids), loop.guide.anchor.dtype, ahead)
+
+    def __call__(self) -> tuple[Tensor, list[Terms]]:
+        """The loss in nats, summed over the batch, and the terms of its draws."""
+        if self.fixed:
+            self.draw.rewind()
+        runs = [
+            self.objective.descend(
+                self.model, self.guide, self.prepared, self.draw, self.weight, self.prior
+            )
+            for _ in range(self.count)
+        ]
+        loss = runs[0][0] if len(runs) == 1 else torch.stack([run[0] for run in runs]).mean(0)
+        return loss, [terms for _, terms in runs]
+
+
+class _TailMean:
+    """Mean of the local parameters over the last steps: gradient noise that Adam keeps cancels.
+
+    Args:
+        params: The parameters, read after each step and replaced by `put`.
+        fast: The clock. Its `average` is a share of the steps beyond the first `BURN_IN`; a shorter
+            loop is not averaged, since its mean would lag behind where it has arrived.
+    """
+
+    BURN_IN = 100
+
+    def __init__(self, params: dict[str, Tensor], fast: Fast) -> None:
+        self.params = {name: p.detach() for name, p in params.items()}
+        share = 0.0 if fast.noise == "fixed" else fast.average
+        self.count = round(share * max(fast.steps - self.BURN_IN, 0))
+        self.first = fast.steps - self.count
+        self.total = {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def add(self, step: int) -> None:
+        """Takes the parameters after `step` into the mean, if it is one of the last."""
+        if step >= self.first:
+            for name, p in self.params.items():
+                self.total[name] += p
+
+    def put(self) -> None:
+        """Replaces the parameters by their mean."""
+        if self.count > 1:
+            for name, p in self.params.items():
+                p.copy_(self.total[name] / self.count)
+
+
+class _Course:
+    """Collects a `FastTrace` step by step."""
+
+    def __init__(self) -> None:
+        self.terms: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rates: list[float] = []
+
+    def add(self, nll: Tensor, kl: Tensor, grad_norm: Tensor, lr: float) -> None:
+        self.terms.append((nll, kl, grad_norm))
+        self.rates.append(lr)
+
+    def trace(self) -> FastTrace:
+        nll, kl, norm = (torch.stack(part) for part in zip(*self.terms, strict=True))
+        return FastTrace(-nll - kl, nll, kl, torch.tensor(self.rates), norm)
+
+
+def _mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:
+    """(nll, kl) of each sequence, (B,) each, mean over several calls."""
+    reports = [each.report() for each in terms]
+    if len(reports) == 1:
+        return reports[0]
+    nll, kl = (torch.stack(part).mean(0) for part in zip(*reports, strict=True))
+    return nll, kl
+
+
+def _row_norms(gradients: dict[str, Tensor]) -> Tensor:
+    rows = [g.flatten(1) for g in gradients.values()]
+    return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
+
+
+def _refuse_non_finite(
+    params: dict[str, Tensor], report: tuple[Tensor, Tensor], batch: Batch
+) -> None:
+    """Names the sequences whose parameters, or whose terms of the objective, are not finite."""
+    bad = ~(report[0] + report[1]).isfinite()
+    for p in params.values():
+        bad |= ~p.detach().flatten(1).isfinite().all(1)
+    if bool(bad.any()):
+        raise NonFiniteError(batch.ids[bad].tolist(), step=-1)
