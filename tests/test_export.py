@@ -273,6 +273,16 @@ def test_arviz_functions_take_the_tree_as_it_is(tree: xr.DataTree) -> None:
         assert az.loo(tree, var_name="x").n_data_points == B
 
 
+def test_what_arviz_says_of_independent_draws(post: Posterior, batch: Batch) -> None:
+    """The module says: "NaN for an r-hat of one chain", "a noisy number" for the effective size."""
+    az = compat_arviz._import("arviz")
+    tree = to_datatree(post, batch, draws=32)
+    assert bool(np.isnan(_dataset(az.rhat(tree))["z"]).all())
+    # 32 independent draws each: the truth is 32 in every one of the dimensions.
+    size = _dataset(az.ess(tree))["z"]
+    assert float(size.min()) < 22 < 32 < float(size.max())
+
+
 # ArviZ 0.23 calls Matplotlib 3.11 in a way that will go in 3.13.
 old_call = pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 
