@@ -143,6 +143,9 @@ def test_copies_of_one_text_tell_nothing_apart() -> None:
     assert panel.mutual_information == pytest.approx(0.0, abs=1e-9)
     assert panel.mutual_information_cap == 0.0
     assert panel.mutual_information_is == "at least"
+    # KL(q_agg || prior) = kl - I(fit; z), whatever the fits are of.
+    of_fits = float(information_by_block(replace(post, x=None))["mutual_information"])
+    assert panel.kl_aggregate == pytest.approx(panel.kl - of_fits)
     # Nearly the same text: a second inference does not find the same differences again.
     noise = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
     near = Batch(batch.observed + 1e-3 * noise)

@@ -13,6 +13,7 @@ from known_models import TINY, LearnedOracle, make_language_model, make_oracle, 
 
 from ltm_pyro import plots
 from ltm_pyro.config import Fast, Slow
+from ltm_pyro.diagnostics.bounds import score_on_own_draws
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
 from ltm_pyro.inference.dual_rate import DualRateSVI
@@ -75,6 +76,13 @@ def test_the_command_refuses_the_pair_in_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     assert "standard_normal" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_own_draws_of_a_point_mass_have_no_excess() -> None:
+    oracle = make_oracle()
+    svi = DualRateSVI(oracle, build_guide("delta", oracle), Fast(steps=2, noise="fixed"))
+    with pytest.raises(InputError, match="'delta' is a point mass"):
+        score_on_own_draws(svi, oracle.simulate(3))
 
 
 def test_export_and_figures_say_log_joint() -> None:

@@ -284,11 +284,17 @@ def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Da
         draws), `excess` (the first minus the second).
 
     Raises:
-        InputError: if the fast clock draws fresh noise, so that there are no own draws.
+        InputError: if the fast clock draws fresh noise, so that there are no own draws, or q is a
+            point mass, which has no ELBO to compare with.
     """
     if svi.fast.noise != "fixed":
         raise InputError(
             'score_on_own_draws needs Fast(noise="fixed"): fresh noise has no own draws'
+        )
+    if not svi.guide.has_density:
+        raise InputError(
+            f"score_on_own_draws compares ELBOs, and guide {svi.guide.family!r} is a point mass "
+            "without one: use a guide with a density such as 'mean_field'"
         )
     post = svi.infer(batch)
     assert post.own_draw_elbo is not None

@@ -110,8 +110,8 @@ class Information:
         error: Its Monte Carlo standard error given these sequences and fits.
         upper: From above; `nan` where that is not known: for parts whose density is not, and where
             all sequences are of the same text.
-        as_fitted: From below, what the fast loop's noise tells apart included: equal to `value`
-            unless a second inference was given.
+        as_fitted: From below, of z and the fit that it comes from: what the fast loop's noise tells
+            apart included, copies of a text too.
     """
 
     value: Tensor
@@ -181,9 +181,12 @@ def mutual_information(
     gains = []
     for i in range(n):  # one sequence at a time, so that memory grows with S N and not S N N
         same = texts == texts[i]
-        own, other = _gains(score(z[:, i, None]).double(), same)
-        fresh = own if again is None else _gains(second(z[:, i, None]).double(), same)[0]
-        gains.append(torch.stack([fresh, other, own]))
+        log_q = score(z[:, i, None]).double()
+        of_text, other = _gains(log_q, same)
+        of_fit = log_q[:, i] - (log_q.logsumexp(1) - math.log(n))
+        if again is not None:
+            of_text = _gains(second(z[:, i, None]).double(), same)[0]
+        gains.append(torch.stack([of_text, other, of_fit]))
     gain = torch.stack(gains, dim=2)  # (3, S, N, 1 + K + L)
     value, upper, as_fitted = gain.mean((1, 2)).cpu()
     if kind == "at least":
