@@ -24,6 +24,7 @@ _HOME = {
     "exclusively": "ltm_pyro.exclusive",
     "LatentThoughtModel": "ltm_pyro.models.latent_thought",
     "LatentModel": "ltm_pyro.models.base",
+    "check_model": "ltm_pyro.models.contract",
     "LinearGaussian": "ltm_pyro.models.linear_gaussian",
     "LocalGuide": "ltm_pyro.inference.guides",
     "build_guide": "ltm_pyro.inference.guides",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.objectives import register_objective as register_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior
     from ltm_pyro.models.base import LatentModel as LatentModel
+    from ltm_pyro.models.contract import check_model as check_model
     from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel
     from ltm_pyro.models.linear_gaussian import LinearGaussian as LinearGaussian
     from ltm_pyro.models.priors import build_prior as build_prior

@@ -14,6 +14,13 @@ class InputError(ValueError):
     """
 
 
+class ContractError(InputError, AssertionError):
+    """A model or guide of someone's own breaks its contract: what was found and what was expected.
+
+    An `AssertionError` too, so that a test which holds a class to its contract fails by it.
+    """
+
+
 class NonFiniteError(RuntimeError):
     """A fit met NaN or infinity.
 

@@ -27,10 +27,10 @@ from ltm_pyro import compat_arviz
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.run.files import write_atomic
 
@@ -44,7 +44,7 @@ CHAIN_MEANING = "independent restart of the fit"
 DRAW_MEANING = "independent draw from the guide; effective sample size says nothing about the fit"
 
 
-@exclusive
+@door
 def to_datatree(
     post: Posterior | Sequence[Posterior],
     batch: Batch | None = None,

@@ -59,6 +59,10 @@ class Corpus:
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            getattr(self, name).tokenizer = self.tokenizer
+
     @property
     def vocab_size(self) -> int:
         """V."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.arrays import ArraySource
 from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.cache import Cache
@@ -23,7 +24,7 @@ from ltm_pyro.data.hub import HubSource
 from ltm_pyro.data.memory import is_ids
 from ltm_pyro.data.mixture import MixtureCorpus, make_mixture
 from ltm_pyro.data.records import Source, TextField
-from ltm_pyro.data.sequences import SequenceLayout, SequenceSet, whole_number
+from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.data.split import (
     FRACTIONS,
     SPLITS,

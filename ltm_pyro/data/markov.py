@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.sequences import whole_number
 from ltm_pyro.errors import InputError
 
 Array = NDArray[np.float64]

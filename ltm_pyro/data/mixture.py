@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.markov import Array, MarkovMixture
-from ltm_pyro.data.sequences import SequenceLayout, SequenceSet, whole_number
+from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.data.split import FRACTIONS, split_documents
 from ltm_pyro.data.tokenizer import SymbolTokenizer
 from ltm_pyro.errors import InputError

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.metadata import DocumentTable
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -111,7 +112,10 @@ class SequenceSet:
         ids: (n,) int64, rising: the stable id of the sequence at each position.
         n_documents: Documents that the sequences were cut from.
         n_tokens: Tokens in all sequences, pads not counted.
+        tokenizer: Of the corpus that this is a split of; `None` where it is part of none.
     """
+
+    tokenizer: Tokenizer | None = None
 
     def __init__(self, layout: SequenceLayout, documents: NDArray[np.int64], name: str) -> None:
         self._layout = layout
@@ -293,17 +297,6 @@ def chosen_rows(size: int, rows: slice | None) -> range:
             f"rows {rows} of a batch of {size}: must be one or more rows that follow one another"
         )
     return chosen
-
-
-def whole_number(name: str, value: object, at_least: int) -> int:
-    """`value`, known to be an integer of `at_least` or more.
-
-    Raises:
-        InputError: if it is not.
-    """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < at_least:
-        raise InputError(f"{name} is {value!r}: must be a whole number, {at_least} or more")
-    return int(value)
 
 
 def _whole_numbers(values: object, name: str) -> NDArray[np.int64]:

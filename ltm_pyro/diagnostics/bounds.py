@@ -33,11 +33,11 @@ from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
 from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 
 Mode = Literal["oracle", "prefix", "prior"]
 MODES = {
@@ -49,7 +49,7 @@ SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
 
 
-@exclusive
+@door
 def evaluate(
     model: LatentModel,
     post: Posterior | None,
@@ -266,7 +266,7 @@ def _notes(data: xr.Dataset, post: Posterior | None) -> list[str]:
     return notes if few is None else [*notes, few]
 
 
-@exclusive
+@door
 def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Dataset:
     """The trap of fixed noise, made visible: the objective on its own draws beside the honest ELBO.
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import simulate
 
 Infer = Callable[[Batch], Posterior]
@@ -53,7 +53,7 @@ _READING_RATE = 0.01
 _DENSITIES = ("log_likelihood", "log_joint")
 
 
-@exclusive
+@door
 def sbc(
     model: LatentModel,
     infer: Infer,
@@ -134,7 +134,7 @@ def sbc(
     return data
 
 
-@exclusive
+@door
 def vsbc(
     model: LatentModel, infer: Infer, replications: int = 1000, draws: int = 199, seed: int = 0
 ) -> xr.Dataset:

@@ -26,13 +26,13 @@ from torch import Tensor
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.fast_loop import local_optimizer
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 
 Floats = NDArray[np.float64]
 
@@ -142,7 +142,7 @@ def judge(gain: Floats, error: Floats, tolerance: float, draws: int) -> Judged:
     return Judged(np.where(clear, side, CANNOT_TELL), np.where(clear, float(draws), needed))
 
 
-@exclusive
+@door
 def fast_convergence(
     svi: DualRateSVI,
     batch: Batch,

@@ -27,12 +27,12 @@ from ltm_pyro.diagnostics.log_mean import log_mean, tail_error
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.terms import Likelihoods, score_terms
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import Simulated
 
 SCHEDULES = ("adaptive", "sigmoid", "linear")
@@ -43,7 +43,7 @@ FEW_WEIGHTS = 0.25
 """Share of chains, as effective sample size of their weights, below which a bound is flagged."""
 
 
-@exclusive
+@door
 def importance_bound(
     model: LatentModel,
     post: Posterior,
@@ -153,7 +153,7 @@ class _Options:
             check_count("rungs", self.rungs, 2, "temperatures between the start and the posterior")
 
 
-@exclusive
+@door
 def annealed_bound(
     model: LatentModel,
     batch: Batch,
@@ -197,7 +197,7 @@ def annealed_bound(
     )
 
 
-@exclusive
+@door
 def evidence_bracket(
     model: LatentModel,
     simulated: Simulated,

@@ -40,12 +40,12 @@ from ltm_pyro.diagnostics.convergence import (
 )
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel, exact_evidence
+from ltm_pyro.models.doors import door
 
 _PARTICLES = 8
 """Draws per step of the long loop."""
@@ -77,7 +77,7 @@ class _Evidence:
     upper: tuple[Floats, Floats] | None = None
 
 
-@exclusive
+@door
 def gap_decomposition(
     svi: DualRateSVI,
     batch: Batch,

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
@@ -37,12 +36,13 @@ from ltm_pyro.inference.objectives import (
 )
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 
 BLOCKS = 10
 """Draws are cut into so many blocks; standard errors come from leaving each out (jackknife)."""
 
 
-@exclusive
+@door
 def gradient_noise(
     model: LatentModel,
     guide: LocalGuide,

@@ -38,10 +38,10 @@ from torch.distributions import Independent
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.gaussian_kl import gaussian_kl, is_factorised_normal
 from ltm_pyro.inference.posterior import KL_DRAWS, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal
 
 Kind = Literal["exact", "monte carlo", "at least", "unknown"]
@@ -280,7 +280,7 @@ def _densities(
     return of_moments, "at least"
 
 
-@exclusive
+@door
 def information_by_block(
     post: Posterior,
     *,

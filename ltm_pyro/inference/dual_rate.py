@@ -21,15 +21,26 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.slow import SlowLoss, SlowObjective
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.inputs import (
+    Sequences,
+    batch_of,
+    guide_for,
+    objective_name,
+    settings,
+    tokenizer_of,
+    training_data,
+    with_own_ids,
+)
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import (
     as_objective,
@@ -44,9 +55,10 @@ from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
-from ltm_pyro.inference.training_data import RowsOf, TrainingData, rows_of_step
+from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door, meet
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed
 
@@ -58,7 +70,7 @@ class DualRateSVI:
 
     Args:
         model: Prior and likelihood, a Pyro program over a plate of sequences.
-        guide: The local posterior family.
+        guide: The local posterior family: a guide for this model, or a family's name.
         fast: The fast clock.
         slow: The slow clock.
         elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
@@ -79,12 +91,13 @@ class DualRateSVI:
         slow_step: Slow steps done.
         whole: Whether everything is as `slow_step` left it; not so while a step changes weights.
         horizon: Slow steps over which the slow schedules run; set by the first `fit`.
+        tokenizer: By which `infer` reads text: that of the corpus it was fitted on last.
     """
 
     def __init__(
         self,
         model: LatentModel,
-        guide: LocalGuide,
+        guide: LocalGuide | str,
         fast: Fast | None = None,
         slow: Slow | None = None,
         elbo: ELBO | str | None = None,
@@ -96,6 +109,7 @@ class DualRateSVI:
         micro_batch: int | None = None,
         checkpointing: bool = False,
     ) -> None:
+        guide, elbo = guide_for(guide, model), objective_name(elbo)
         self.engine = Engine(
             compile=compile,
             precision=precision,
@@ -105,12 +119,11 @@ class DualRateSVI:
         self.engine.prepare(model)
         self.model = model
         self.guide = guide
-        self.fast = fast or Fast()
-        self.slow = slow or Slow()
-        elbo = "elbo" if elbo is None else elbo
+        self._fast, self._slow = settings("fast", fast, Fast), settings("slow", slow, Slow)
         self.elbo = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.slow_objective = SlowObjective(model, guide, self.elbo)
-        self.seed = seed
+        self.seed = whole_number("seed", seed, at_least=0)
+        self.tokenizer: Tokenizer | None = None
         self.parallel = parallel or Parallel()
         self.store: RowStore | None = MemoryRows() if persistent else None
         self.slow_step = 0
@@ -125,10 +138,31 @@ class DualRateSVI:
         self.fast_loop = FastLoop(model, guide, self.elbo, self.clock.parameters)
         self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
 
-    @exclusive
+    @property
+    def fast(self) -> Fast:
+        """The fast clock's settings; may be replaced at any time."""
+        return self._fast
+
+    @fast.setter
+    def fast(self, fast: Fast) -> None:
+        self._fast = settings("fast", fast, Fast)
+
+    @property
+    def slow(self) -> Slow:
+        """The slow clock's settings; may be replaced between slow steps, all of them."""
+        return self._slow
+
+    @slow.setter
+    def slow(self, slow: Slow) -> None:
+        slow = settings("slow", slow, Slow)
+        self.word_dropout = WordDropout(self.model, slow.word_dropout, self.seed)
+        self.clock.retune(slow)
+        self._slow = slow
+
+    @door
     def infer(
         self,
-        batch: Batch,
+        batch: Sequences,
         steps: int | None = None,
         *,
         seed: int | None = None,
@@ -139,7 +173,8 @@ class DualRateSVI:
         Noise belongs to a sequence's id: its posterior is the same in any batch.
 
         Args:
-            batch: The sequences.
+            batch: The sequences: a batch, a split of a corpus, a text, or a list of texts (which
+                `tokenizer` reads, and which get the ids 0, 1, ...).
             steps: T_fast; the fast clock's own by default. The schedule runs over these steps.
             seed: Of the noise; the fit's own by default, so the answer is reproducible.
             warm_start: Start from the stored local parameters of known ids (persistent fits).
@@ -148,6 +183,7 @@ class DualRateSVI:
             InputError: if the model cannot score the batch, or `steps` is negative.
             NonFiniteError: if local parameters became NaN or infinite.
         """
+        batch = batch_of(batch, self.tokenizer)
         if steps is not None and steps < 0:
             raise InputError(f"steps is {steps}: must be 0 or more")
         if warm_start and self.parallel.size > 1:
@@ -156,12 +192,11 @@ class DualRateSVI:
                 "load the run in one process"
             )
         batch = batch.to(self.model.device)
-        self.model.check(batch)
+        meet(self.model, batch)
         noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
         fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
         store = self.store if warm_start else None
 
-        @exclusive
         def fit(rows: Batch) -> FastResult:
             return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
 
@@ -185,7 +220,7 @@ class DualRateSVI:
         """How the objective gets its KL; asked for while the guide holds rows."""
         return kl_estimator(self.elbo, self.model, self.guide)
 
-    @exclusive
+    @door
     def step(self, batch: Batch) -> Metrics:
         """A fast loop, then one slow step on fresh draws.
 
@@ -211,9 +246,10 @@ class DualRateSVI:
             ProcessLostError: if another process is gone, before any weight has changed.
         """
         began = time.perf_counter()
+        with_own_ids(batch)
         refuse_runaway(self.model, self.guide)
         batch = batch.to(self.model.device)
-        self.model.check(batch)
+        meet(self.model, batch)
         now, total = self.slow_step, self.horizon
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
         read = self.word_dropout(batch, now)
@@ -255,7 +291,7 @@ class DualRateSVI:
 
     def fit(
         self,
-        data: TrainingData,
+        data: TrainingData | Batch,
         steps: int,
         batch_size: int = 16,
         *,
@@ -268,7 +304,8 @@ class DualRateSVI:
         where the last ended, at the schedules' last values.
 
         Args:
-            data: The training sequences.
+            data: The training sequences, e.g. `corpus.train`; of a single `Batch`, random rows are
+                taken.
             steps: Slow steps to do now.
             batch_size: B, of all processes together.
             progress: Show a progress bar on stderr.
@@ -283,6 +320,8 @@ class DualRateSVI:
         """
         if steps <= 0 or batch_size <= 0:
             raise InputError(f"steps={steps}, batch_size={batch_size}: both must be above 0")
+        self.tokenizer = tokenizer_of(data, self.tokenizer)
+        data = training_data(data)
         if self.horizon is None:
             self.horizon = self.slow_step + steps
         first = len(self.metrics)
@@ -304,7 +343,7 @@ class DualRateSVI:
                     on_step(row)
         return self.metrics[first:]
 
-    @exclusive
+    @door
     def fit_guide(
         self,
         data: TrainingData | Batch,
@@ -334,7 +373,7 @@ class DualRateSVI:
         """
         if not self.guide.shared_parameters():
             return []
-        source = RowsOf(data) if isinstance(data, Batch) else data
+        source = training_data(data)
         slow = replace(self.slow, thoughts_start=0.0, kl_start=1.0, word_dropout=0.0)
         with frozen(self.model.parameters()):
             # With the model frozen, a clock of its own finds the guide's parameters alone.

@@ -10,9 +10,9 @@ from torch import Tensor
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.drawing import draw
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
@@ -21,7 +21,7 @@ from ltm_pyro.random import Noise, Stream, derive_seed
 _TEXTS = 2**32  # no prompt has as many
 
 
-@exclusive
+@door
 def generate(
     model: LatentThoughtModel,
     tokenizer: Tokenizer,

@@ -94,6 +94,15 @@ class SlowClock:
         pairs = list(zip(self.parameters, self.decays, strict=True))
         self.optimizer = adamw([p for p, d in pairs if d], [p for p, d in pairs if not d], slow)
 
+    def retune(self, slow: Slow) -> None:
+        """Goes on with other settings, and with the moments that it has."""
+        decayed = {id(p) for p, d in zip(self.parameters, self.decays, strict=True) if d}
+        for group in self.optimizer.param_groups:
+            group["betas"] = slow.betas
+            decays = any(id(p) in decayed for p in group["params"])
+            group["weight_decay"] = slow.weight_decay if decays else 0.0
+        self.slow = slow
+
     def add_gradient(self, loss: Tensor) -> None:
         """Adds the gradient of `loss`, summed over sequences, to what is written in `.grad`."""
         if not self.parameters:

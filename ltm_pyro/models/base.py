@@ -163,8 +163,10 @@ class LatentModel(Program, ABC):
     @property
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""
-        thoughts, dim = self.prior().event_shape
-        return thoughts, dim
+        event = tuple(self.prior().event_shape)
+        if len(event) != 2:
+            raise InputError(f"prior() of {type(self).__name__} draws {event}: must be (K, D)")
+        return event
 
     @property
     def n_layers(self) -> int | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
+from ltm_pyro.models.doors import door
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Simulated:
     z: Tensor
 
 
-@exclusive
+@door
 @torch.no_grad()
 def simulate(model: LatentModel, n: int, seed: int = 0) -> Simulated:
     """`n` sequences from the prior predictive, with their thoughts.

@@ -90,6 +90,7 @@ class Run:
         )
         self.svi.horizon = config.steps
         self._mark = ""
+        self.svi.tokenizer = tokenizer
 
     def __repr__(self) -> str:
         return (

@@ -18,9 +18,9 @@ from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
+from ltm_pyro.models.doors import door
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.files import (
@@ -48,7 +48,7 @@ FORMAT = 1
 """Raised when a run folder's layout changes."""
 
 
-@exclusive
+@door
 def create_run(
     folder: str | Path,
     config: FitConfig,
@@ -126,7 +126,7 @@ def _create(
     return run
 
 
-@exclusive
+@door
 def load_run(
     folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
 ) -> Run:

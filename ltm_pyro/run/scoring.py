@@ -21,8 +21,8 @@ from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
 from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.models.doors import door
 from ltm_pyro.run.folder import Run
 
 _CONTROL_DRAWS = 2
@@ -57,7 +57,7 @@ class HeldOut:
         return collapse_panel(self.post, self.scores, n_layers=n_layers, again=self.again)
 
 
-@exclusive
+@door
 def score_run(
     run: Run,
     corpus: Corpus,

@@ -23,7 +23,6 @@ from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.diagnostics.compare.table import Comparison, add_summary
 from ltm_pyro.diagnostics.labels import corpus_attrs
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
@@ -32,6 +31,7 @@ from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel, exact_evidence
+from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SCORES = ("elbo", "elbo_se", "iw_bound", "iw_bound_se", "khat", "kl", "nll_given_z", "log_joint")
@@ -71,7 +71,7 @@ class Fit:
     facts: dict[str, Any]
 
 
-@exclusive
+@door
 def compare(
     model: LatentModel,
     batch: Batch,

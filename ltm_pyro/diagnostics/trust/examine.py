@@ -19,10 +19,10 @@ from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row
 from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
 from ltm_pyro.diagnostics.trust.weights import weight_flags
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 
 FALSE_ALARM_RATE = 0.01
 """Chance that the exact posterior is flagged by anything, over all sequences and questions."""
@@ -33,7 +33,7 @@ QUESTIONS = 16
 LEAST_DRAWS = 100
 
 
-@exclusive
+@door
 def diagnose(
     model: LatentModel,
     post: Posterior,

@@ -9,12 +9,12 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.mcmc.draws import MCMCDraws
 from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 MAX_LEAPFROG = 32
@@ -22,7 +22,7 @@ MIN_DRAWS = 20
 MIN_WARMUP = 50
 
 
-@exclusive
+@door
 def sample_posterior(
     model: LatentModel,
     batch: Batch,

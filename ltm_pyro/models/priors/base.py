@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ltm_pyro.errors import InputError
 from ltm_pyro.registry import Registry
 
 
@@ -102,14 +101,3 @@ def build_prior(name: str, n_thoughts: int, thought_dim: int, /, **options: Any)
     """
     prior: ThoughtPrior = PRIORS.build(name, n_thoughts, thought_dim, options=options)
     return prior
-
-
-def whole_number(name: str, value: object, at_least: int) -> int:
-    """`value` as it is, if it is a whole number of `at_least` or more.
-
-    Raises:
-        InputError: if it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise InputError(f"{name} is {value!r}: must be a whole number, {at_least} or more")
-    return value

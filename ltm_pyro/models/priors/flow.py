@@ -15,8 +15,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import nn
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.priors.base import ThoughtPrior, register_prior, whole_number
+from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 from ltm_pyro.models.shaped import Shaped
 
 

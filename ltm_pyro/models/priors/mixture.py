@@ -23,8 +23,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.priors.base import ThoughtPrior, register_prior, whole_number
+from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 from ltm_pyro.models.priors.em import fit_mixture
 
 DRAWS_PER_COMPONENT = 64

@@ -1,0 +1,42 @@
+"""What people give, checked where it comes in: one line with the name, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import numpy as np
+
+from ltm_pyro.errors import InputError, shown
+
+
+def whole_number(
+    name: str, value: object, at_least: int | None = None, at_most: int | None = None
+) -> int:
+    """`value` as an `int`, known to be a whole number in its range.
+
+    Raises:
+        InputError: if it is not, naming `name`.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if (
+        not whole
+        or (at_least is not None and int(value) < at_least)  # type: ignore[call-overload]
+        or (at_most is not None and int(value) > at_most)  # type: ignore[call-overload]
+    ):
+        bounds = "" if at_least is None else f", {at_least} or more"
+        if at_most is not None:
+            bounds = f" from {at_least} to {at_most}" if at_least is not None else f" to {at_most}"
+        raise InputError(f"{name} is {shown(value)}: must be a whole number{bounds}")
+    return int(value)  # type: ignore[call-overload]
+
+
+def real_number(name: str, value: object) -> float:
+    """`value` as a `float`; infinity is one, NaN is none.
+
+    Raises:
+        InputError: if it is no number, naming `name`.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
+        raise InputError(f"{name} is {shown(value)}: must be a number")
+    return float(value)
