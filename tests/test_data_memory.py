@@ -144,6 +144,7 @@ def test_given_splits_of_a_dict_are_kept() -> None:
         corpus = load_corpus({"train": TEXTS[:30], "test": TEXTS[30:]}, seq_len=16)
     assert (len(corpus.val), len(corpus.val.metadata)) == (0, 0)
     assert corpus.train.n_documents == 30
+    assert corpus.held_out() == "test"
     for ask in (
         lambda: corpus.val.batch([0]),
         lambda: corpus.val.batch(ids=[0]),
@@ -152,6 +153,10 @@ def test_given_splits_of_a_dict_are_kept() -> None:
         with pytest.raises(InputError, match="the val split is empty"):
             ask()
     assert list(corpus.val.batches(4)) == []
+    with pytest.warns(UserWarning, match="is empty"):
+        alone = load_corpus({"train": TEXTS}, seq_len=16)
+    with pytest.raises(InputError, match="neither a val nor a test split"):
+        alone.held_out()
     dealt = load_corpus({"train": TEXTS[:30], "test": TEXTS[30:]}, seq_len=16, split="document")
     assert len(dealt.val) > 0
 

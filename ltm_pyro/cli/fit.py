@@ -143,6 +143,7 @@ def _open(
         tell(f"no run in {str(folder)!r} yet: starting it")
     refuse_existing(folder, overwrite)
     corpus = open_corpus(config)
+    corpus.held_out()  # a fit that cannot be scored does not start
     fitted = create_run(
         folder, config, corpus=corpus, overwrite=overwrite, parallel=parallel, keep_replaced=True
     )
@@ -282,7 +283,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     give_back_freed()
     parallel = fitted.parallel if fitted.parallel.size > 1 else None
     saved = load_run(fitted.folder, device=str(fitted.model.device), parallel=parallel)
-    held_out = score_run(saved, corpus)
+    held_out = score_run(saved, corpus, split=corpus.held_out())
     if not fitted.parallel.first:
         return
     scores = summary(saved, held_out)
@@ -303,7 +304,7 @@ def _samples(saved: Run, corpus: Corpus) -> None:
     kwargs: dict[str, Any] = {"svi": saved.svi, "seed": saved.config.seed}
     for i, text in enumerate(generate(saved.model, corpus.tokenizer, n=2, **kwargs), start=1):
         print(f"\nText {i}, its thoughts drawn from the prior\n{format_text(text)}")
-    batch = corpus.val.batch([0])
+    batch = getattr(corpus, corpus.held_out()).batch([0])
     given = batch.observed[0, : max(1, corpus.seq_len // _PROMPT_SHARE)].tolist()
     prompt = corpus.tokenizer.decode(given).replace("\N{REPLACEMENT CHARACTER}", "")
     if prompt:

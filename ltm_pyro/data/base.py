@@ -16,6 +16,7 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.data.store import TextStore
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.errors import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -72,6 +73,20 @@ class Corpus:
     def fingerprint(self) -> str:
         """Qualifies the ids of sequences: see `Batch.corpus`."""
         return self.train.corpus
+
+    def held_out(self) -> str:
+        """The split that a fit is scored on: `val`, or `test` where no val was given.
+
+        Raises:
+            InputError: if both are empty.
+        """
+        for name in ("val", "test"):
+            if len(getattr(self, name)):
+                return name
+        raise InputError(
+            f"corpus {shown(self.name)} has neither a val nor a test split, so that no fit to it "
+            'could be scored: give one of them, or split="document" (--corpus.split document)'
+        )
 
     def card(self) -> dict[str, Any]:
         """What the splits can be trusted for, as JSON types: see `data_card`; and warnings."""
