@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Real
 
 import numpy as np
 
 from ltm_pyro.errors import InputError, shown
+
+MOST_COUNT = 10**7
+"""Steps, draws or evaluations that anyone can mean; memory may set a lower limit."""
+
+MEMORY_SHARE = 0.5
+"""Of the machine's memory that the draws of one call may take."""
 
 
 def whole_number(
@@ -40,3 +47,22 @@ def real_number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         raise InputError(f"{name} is {shown(value)}: must be a number")
     return float(value)
+
+
+def fits_memory(name: str, count: int, bytes_each: int) -> None:
+    """Refuses a count whose tensors would not fit into this machine's memory.
+
+    Args:
+        name: The argument.
+        count: Its value.
+        bytes_each: What one more of it takes.
+
+    Raises:
+        InputError: naming the largest value that would fit.
+    """
+    room = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if count * bytes_each > room:
+        raise InputError(
+            f"{name} is {shown(count)}: would take {count * bytes_each / 2**30:,.0f} GiB; "
+            f"at most {room // bytes_each} fit into half of this machine's memory"
+        )

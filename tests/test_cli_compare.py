@@ -57,7 +57,7 @@ def test_it_prints_a_table_and_leaves_three_files(
     assert list(table.index) == ["mean_field", "low_rank", "amortized"]
     assert (table["decoder_evaluations"] <= 16).all()
     with xr.open_datatree(run / "comparison.nc", engine="h5netcdf") as tree:
-        assert dict(tree.dataset.sizes) == {"guide": 3, "sequence": 5, "other": 3}
+        assert dict(tree.dataset.sizes) == {"guide": 3, "sequence": 5, "other": 3, "fit": 1}
 
 
 def test_json_is_one_object(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +86,25 @@ def test_a_family_takes_its_options() -> None:
 
 
 @pytest.mark.parametrize(
+    "scrap",
+    ["[", "]", "{", "}", "{a", "[1", "!!python/object/apply:os.system", "&a 1", "*a", "'", '"', "@",
+     "%", "`", "|", ">", "- 1", "? x", "2020-99-99", "2020-01-01", "!!int x", "!!binary x", "\x00",
+     "\x1b[31m", "[" * 5000, "0x", "1__0_", "---", "..."],
+)  # fmt: skip
+def test_scraps_of_yaml_are_no_options(scrap: str) -> None:
+    """Either a plain scalar comes out, or one short line that names the option."""
+    try:
+        value = parse_guides(f"low_rank:rank={scrap}")["low_rank"]["rank"]
+    except InputError as error:
+        line = str(error)
+        assert "guides" in line
+        assert len(line) < 250
+        assert line.isprintable()
+    else:
+        assert value is None or isinstance(value, str | int | float | bool)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--guides", "mean_field"], "at least two families"),
@@ -94,6 +113,22 @@ def test_a_family_takes_its_options() -> None:
         (["--guides", "mean_field,mixture:components=0"], "components"),
         (["--guides", "mean_field,delta", "--reference", "nuts"], "unknown reference 'nuts'"),
         (["--guides", "mean_field,delta", "--budget", "0"], "budget is 0"),
+        (["--guides", "mean_field,low_rank:rank=["], "guides gives 'rank' as '['"),
+        (["--guides", "mean_field,low_rank:rank=true"], "rank"),
+        (["--guides", "mean_field,low_rank:rank=1.5"], "rank"),
+        (["--guides", "mean_field,low_rank:rank=1e20"], "rank"),
+        (["--guides", "mean_field,low_rank:guide=1"], "guide"),
+        (["--guides", "mean_field,low_rank:rank=1:rank=2"], "twice"),
+        (["--guides", "mean_field,delta", "--budget", "1e20"], "budget"),
+        (["--guides", "mean_field,delta", "--budget", "9" * 30], "budget is 9999"),
+        (["--guides", "mean_field,delta", "--draws", "1"], "draws is 1:"),
+        (["--guides", "mean_field,delta", "--draws", "9" * 20], "draws is 9999"),
+        (["--guides", "mean_field,delta", "--restarts", "0"], "restarts is 0"),
+        (["--guides", "mean_field,delta", "--subset", "0"], "subset is 0"),
+        (
+            ["--guides", "mean_field,delta", "--reference", "hmc", "--reference_draws", "9" * 18],
+            "'warmup'",
+        ),
         (["--guides", "mean_field,delta", "--split", "dev"], "unknown split 'dev'"),
         (["--guides", "mean_field,delta", "--seed", "-1"], "seed is -1"),
         (["--guide", "mean_field"], "did you mean '--guides'"),
@@ -116,7 +151,7 @@ def test_ctrl_c_keeps_the_guides_that_are_done(
 ) -> None:
     from ltm_pyro.diagnostics.compare import comparison
 
-    real, seen = comparison._fit, []
+    real, seen = comparison.fit_and_score, []
 
     def interrupted(label: str, *arguments):
         seen.append(label)
@@ -124,7 +159,7 @@ def test_ctrl_c_keeps_the_guides_that_are_done(
             raise KeyboardInterrupt
         return real(label, *arguments)
 
-    monkeypatch.setattr(comparison, "_fit", interrupted)
+    monkeypatch.setattr(comparison, "fit_and_score", interrupted)
     arguments = ["--guides", "mean_field,delta,low_rank", "--budget", "2", "--no-gaps"]
     assert main(["compare", str(run), *arguments]) == 130
     told = capsys.readouterr().out

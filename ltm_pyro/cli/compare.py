@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError, shown, unknown_name
 
 if TYPE_CHECKING:
     from ltm_pyro.diagnostics.compare import Comparison
@@ -26,10 +26,13 @@ allow: which posterior is closer, by how much, and how far to trust it.
 Writes comparison.csv (one row per guide), comparison.nc (every sequence) and
 comparison.png into the run folder.
 """
+LONGEST = 200
+"""Characters of an option's value."""
+
 _EXAMPLES = """\
 ltm-pyro compare runs/demo --guides mean_field,low_rank,full_rank
 ltm-pyro compare runs/demo --guides mean_field,low_rank:rank=4,flow --reference hmc
-ltm-pyro compare runs/demo --guides amortized,semi_amortized --budget 256
+ltm-pyro compare runs/demo --guides amortized,semi_amortized --budget 256 --restarts 5
 """
 
 
@@ -76,6 +79,7 @@ def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[
         fast=config.fast,
         elbo=build_objective(config.objective, **config.objective_options),
         train=corpus.train,
+        restarts=options.restarts,
         reference=options.reference,
         subset=min(options.subset, len(batch)),
         reference_options={"warmup": options.reference_draws, "draws": options.reference_draws},
@@ -97,16 +101,44 @@ def parse_guides(text: str) -> dict[str, dict[str, Any]]:
     for part in text.split(","):
         name, *options = (piece.strip() for piece in part.split(":"))
         if not name:
-            raise InputError(f"guides is {text!r}: write families like mean_field,low_rank:rank=4")
+            raise InputError(
+                f"guides is {shown(text)}: write families like mean_field,low_rank:rank=4"
+            )
         if name in out:
-            raise InputError(f"guide {name!r} is named twice: give each once")
+            raise InputError(f"guide {shown(name)} is named twice: give each once")
         out[name] = {}
         for option in options:
             key, equals, value = option.partition("=")
             if not (key and equals and value):
-                raise InputError(f"{option!r} is no option of {name!r}: write it as rank=4")
-            out[name][key] = yaml.safe_load(value)
+                raise InputError(
+                    f"guides has {shown(option)}, no option of {shown(name)}: write it as rank=4"
+                )
+            if key in out[name]:
+                raise InputError(f"guides gives {shown(key)} of {shown(name)} twice: give it once")
+            out[name][key] = _scalar(key, value)
     return out
+
+
+def _scalar(key: str, text: str) -> str | int | float | bool | None:
+    """One YAML scalar: options of families are numbers, words and truth values.
+
+    Raises:
+        InputError: for anything else, e.g. `[`, `{a: b}`, `&x`, `!!python/name:os`, a date.
+    """
+    try:
+        # The parser takes minutes for many brackets, and no option is that long.
+        events = list(yaml.parse(text, Loader=yaml.SafeLoader)) if len(text) <= LONGEST else []
+        plain = [event for event in events if isinstance(event, yaml.ScalarEvent)]
+        # Stream and document each start and end; no anchor, no tag, nothing nested.
+        fits = len(events) == 5 and len(plain) == 1 and not (plain[0].anchor or plain[0].tag)
+        value = yaml.safe_load(text) if fits else []
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = []
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise InputError(
+            f"guides gives {shown(key)} as {shown(text)}: must be a number, a word, true or false"
+        )
+    return value
 
 
 def _parser() -> Parser:
@@ -131,6 +163,10 @@ def _parser() -> Parser:
         help="decoder evaluations per sequence for each guide (default: the run's eval_fast_steps)",
     )  # fmt: skip
     parser.add_argument(
+        "--restarts", type=int, default=1,
+        help="independent fits of each family with shared parameters, to judge the family",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-gaps",
         action="store_true",
         help="leave out the second fits, twice as long, that tell the truncation gap",
@@ -149,8 +185,10 @@ def _write(folder: Path, comparison: Comparison) -> str:
     from ltm_pyro.export import save_datatree
     from ltm_pyro.run.files import write_atomic
 
-    shown = printable(str(folder))
-    write_atomic(folder / "comparison.csv", comparison.frame.to_csv().encode())
+    # The largest first: a disk that is full refuses it before anything has changed.
+    figure = plots.guide_comparison(comparison)
     save_datatree(xr.DataTree(dataset=comparison.dataset), folder / "comparison.nc")
-    plots.save_figure(plots.guide_comparison(comparison), folder / "comparison.png")
-    return "\n".join(f"wrote {shown}/comparison.{kind}" for kind in ("csv", "nc", "png"))
+    plots.save_figure(figure, folder / "comparison.png")
+    write_atomic(folder / "comparison.csv", comparison.frame.to_csv().encode())
+    place = printable(str(folder))
+    return "\n".join(f"wrote {place}/comparison.{kind}" for kind in ("csv", "nc", "png"))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.diagnostics.compare import Comparison
-from ltm_pyro.diagnostics.compare.table import threshold
+from ltm_pyro.diagnostics.compare.summary import margin
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, PURPLE, house_figure, title_and_legend
 
 
@@ -24,9 +24,11 @@ def guide_comparison(comparison: Comparison) -> Figure:
     data = comparison.dataset
     # Point masses have no ELBO to draw.
     data = data.isel(guide=np.flatnonzero(np.isfinite(data["elbo_per_sequence"].values)))
-    panels = [_differences, _khat]
+    panels = [_differences]
     if "truncation_gap" in data:
-        panels.insert(1, _gaps)
+        panels.append(_gaps)
+    if data["khat"].notnull().any():  # few draws make none
+        panels.append(_khat)
     if "reference_rhat" in data:
         panels.append(_reference)
     with house_figure(
@@ -43,28 +45,32 @@ def guide_comparison(comparison: Comparison) -> Figure:
 
 
 def _caption(data: xr.Dataset) -> str:
+    documents = f" of {data.attrs['documents']} documents" if data.attrs["documents_known"] else ""
     text = (
-        f"{data.sizes['sequence']} sequences, {data.attrs['budget']} decoder evaluations per "
-        f"sequence for each guide. Differences to {data.attrs['baseline']}: right of 0 is closer "
-        "to the posterior; an interval that crosses 0 tells nothing apart. Intervals allow for all "
-        "comparisons at once (95 %). "
+        f"{data.sizes['sequence']} sequences{documents}, {data.attrs['budget']} decoder "
+        f"evaluations per sequence for each guide. Differences to {data.attrs['baseline']}: right "
+        "of 0 is closer to the posterior; an interval that crosses 0 tells nothing apart. "
+        "Intervals allow for all comparisons at once (95 %). "
     )
     if "truncation_gap" in data:
         text += "Gap: what a loop twice as long gains; a large one says the loop was too short. "
-    text += "k-hat above the line: the IW bound is not to be relied on. "
+    if data["khat"].notnull().any():
+        text += (
+            f"k-hat above the line, {data.attrs['khat_limit']:.2f} at S = {data.attrs['draws']}: "
+            "the IW bound is not to be relied on. "
+        )
     if "reference_rhat" in data:
         text += (
-            "Right: distance of q's means from the reference chain's, in its scales, and ratio of "
-            "scales; an exact q has 0 and 1."
+            "Right: distance of q's means from the reference chain's, in its scales and less its "
+            "own error, and ratio of scales; an exact q has 0 and 1."
         )
     return text
 
 
 def _bars(axes: Axes, data: xr.Dataset, name: str, color: Any, label: str, shift: float) -> None:
-    factor = threshold(data.sizes["sequence"], data.sizes["guide"] - 1)
     places = np.arange(data.sizes["guide"]) + shift
     axes.errorbar(
-        data[name].values, places, xerr=factor * data[f"{name}_se"].values, fmt="o", color=color,
+        data[name].values, places, xerr=margin(data, name), fmt="o", color=color,
         capsize=3, ms=5, label=label,
     )  # fmt: skip
 

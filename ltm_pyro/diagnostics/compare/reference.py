@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
+from ltm_pyro.errors import unknown_name
 from ltm_pyro.inference.mcmc import MCMCDraws
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 
 MOMENT_DRAWS = 1000
 """Draws of q for its moments: their error, 3 % of a scale, is below what is worth telling."""
+
+
+OPTIONS = ("chains", "warmup", "draws", "mass", "step_size", "max_leapfrog")
+"""Of `sample_posterior`, that a comparison does not set itself."""
+
+
+def check_reference(options: Mapping[str, Any], reals: int) -> None:
+    """Refuses options that the chains would refuse after all guides were fitted.
+
+    Args:
+        options: For `sample_posterior`.
+        reals: Numbers in one draw of all sequences.
+
+    Raises:
+        InputError: for an unknown option, a count that is none, or draws beyond the memory.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise unknown_name("option in reference_options", str(name), OPTIONS)
+    for name, least in (("chains", 2), ("warmup", 0), ("draws", 4), ("max_leapfrog", 1)):
+        if name in options:
+            whole_number(f"reference_options[{name!r}]", options[name], least, MOST_COUNT)
+    chains, draws = options.get("chains", 4), options.get("draws", 1000)
+    # As they come, and stacked.
+    fits_memory("reference_options['draws']", draws, 16 * chains * reals)
 
 
 def against_reference(
@@ -29,7 +56,9 @@ def against_reference(
 
     Returns:
         `reference_mean_error` (guide, sequence): root mean square over dimensions of the difference
-        of means, in units of the reference's scale. `reference_scale_ratio` (guide, sequence):
+        of means, in units of the reference's scale, less in squares what the errors of both means
+        alone give, not below 0. `reference_mean_floor` (sequence): that floor, which the exact
+        posterior would score too. `reference_scale_ratio` (guide, sequence):
         geometric mean over dimensions of q's scale over the reference's; below 1, q is too narrow.
         `reference_rhat`, `reference_ess` (sequence). What was not sampled, and what belongs
         to chains that disagree, is `nan`.
@@ -40,11 +69,15 @@ def against_reference(
     bad = torch.isin(reference.ids.cpu(), torch.tensor(reference.unreliable, dtype=torch.long))
     shape = (len(posts), len(ids))
     errors, ratios = np.full(shape, np.nan), np.full(shape, np.nan)
+    relative = reference.mean_se / reference.scale
+    floor = (relative.square() + 1.0 / MOMENT_DRAWS).flatten(1).mean(1).sqrt()
+    floor[bad] = torch.nan
     for guide, post in enumerate(posts):
         mean, scale = _moments(post, seed)
         shift = (mean[rows] - reference.mean) / reference.scale
         ratio = (scale[rows] / reference.scale).log().flatten(1).mean(1).exp()
-        shift, ratio = shift.square().flatten(1).mean(1).sqrt().cpu(), ratio.cpu()
+        squared = shift.square().flatten(1).mean(1) - floor.square()
+        shift, ratio = squared.clamp_min(0.0).sqrt().cpu(), ratio.cpu()
         shift[bad], ratio[bad] = torch.nan, torch.nan
         errors[guide, rows.cpu()], ratios[guide, rows.cpu()] = shift, ratio
     dims = ("guide", "sequence")
@@ -52,7 +85,7 @@ def against_reference(
         "reference_mean_error": (dims, errors),
         "reference_scale_ratio": (dims, ratios),
     }
-    for name, value in (("rhat", reference.rhat), ("ess", reference.ess)):
+    for name, value in (("rhat", reference.rhat), ("ess", reference.ess), ("mean_floor", floor)):
         column = np.full(len(ids), np.nan)
         column[rows.cpu()] = value.cpu()
         out[f"reference_{name}"] = ("sequence", column)

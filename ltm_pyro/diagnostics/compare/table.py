@@ -1,4 +1,4 @@
-"""What a comparison says: summaries, verdicts that the errors allow, and the table."""
+"""A comparison for reading: the table, its notes, and the frame."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
-from numpy.typing import NDArray
-from scipy import stats
 
-from ltm_pyro.diagnostics.psis import khat_threshold
-
-ERROR_RATE = 0.05
-"""Chance that a comparison of equal guides calls any of them better or worse (Bonferroni)."""
+from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words
+from ltm_pyro.diagnostics.compare.summary import one_fit, pair
+from ltm_pyro.diagnostics.psis import MIN_DRAWS
+from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of, few_documents_note
 
 RHAT_LIMIT = 1.05
 """Above it the chains of a reference disagree too much to measure anything by."""
-
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,11 +25,14 @@ class Comparison:
 
     Attributes:
         dataset: Per guide and sequence: `elbo`, `elbo_se`, `iw_bound`, `iw_bound_se`, `khat`, `kl`,
-            `nll_given_z`, `elbo_difference` and `iw_difference` to the baseline, `truncation_gap`
-            and its `_se`, `log_evidence` (exact, or the best guide's IW bound: attribute
-            `evidence`) and `approximation_gap`, all in nats;
-            `reference_*` (with a reference). Per guide: the summaries of `frame`.
-            Per pair of guides: `pair_difference` and `pair_difference_se`.
+            `nll_given_z` (means over the fits), `elbo_difference` and `iw_difference` to the
+            baseline, `truncation_gap` and its `_se`, `log_evidence` (exact, or the best guide's IW
+            bound: attribute `evidence`) and `approximation_gap`, all in nats; `reference_*` (with a
+            reference). Per fit too: `fit_elbo`, `fit_iw_bound`. Per guide: the summaries of
+            `frame`. Per pair of guides: `pair_difference`.
+            A mean has a standard error `_se` (clustered by document, between fits included), its
+            degrees of freedom `_df`, and `_error`, which is `_se` widened by Student's t, so that
+            two errors on either side hold 95 %: what the table prints behind +-.
         interrupted: Ctrl-C came before the last guide or the reference; what is here is whole.
     """
 
@@ -70,20 +68,22 @@ class Comparison:
 COLUMNS = (
     "elbo_per_sequence",
     "elbo_difference_per_sequence",
-    "elbo_difference_per_sequence_se",
+    "elbo_difference_per_sequence_error",
     "elbo_difference_per_token",
-    "elbo_difference_per_token_se",
+    "elbo_difference_per_token_error",
     "iw_difference_per_sequence",
-    "iw_difference_per_sequence_se",
+    "iw_difference_per_sequence_error",
     "kl_per_sequence",
     "truncation_gap_per_sequence",
-    "truncation_gap_per_sequence_se",
+    "truncation_gap_per_sequence_error",
     "approximation_gap_per_sequence",
-    "approximation_gap_per_sequence_se",
+    "approximation_gap_per_sequence_error",
     "khat_median",
     "khat_share_unreliable",
     "reference_mean_error_median",
+    "reference_mean_floor_median",
     "reference_scale_ratio_median",
+    "fits",
     "decoder_evaluations",
     "training_evaluations",
     "seconds",
@@ -91,174 +91,18 @@ COLUMNS = (
 )
 
 
-def add_summary(data: xr.Dataset) -> xr.Dataset:
-    """Adds paired differences, means over sequences with errors, and the verdict per guide."""
-    base = data.sel(guide=data.attrs["baseline"])
-    out = data.copy()
-    for score in ("elbo", "iw"):
-        column = "iw_bound" if score == "iw" else score
-        difference = data[column] - base[column]
-        out[f"{score}_difference"] = difference
-        values = difference.values
-        tokens = data["n_tokens"].values
-        per_sequence = [paired_mean(row) for row in values]
-        per_token = [paired_ratio(row, tokens) for row in values]
-        for unit, pairs in (("sequence", per_sequence), ("token", per_token)):
-            name = f"{score}_difference_per_{unit}"
-            out[name] = ("guide", [m for m, _ in pairs])
-            out[f"{name}_se"] = ("guide", [e for _, e in pairs])
-    out["elbo_per_sequence"] = data["elbo"].mean("sequence")
-    out["kl_per_sequence"] = data["kl"].mean("sequence")
-    _add_gaps(out)
-    _add_khat(out)
-    for name in ("reference_mean_error", "reference_scale_ratio"):
-        if name in out:
-            out[f"{name}_median"] = out[name].median("sequence", skipna=True)
-    _add_pairs(out)
-    out["verdict"] = ("guide", _verdicts(out))
-    _add_units(out)
-    return out
-
-
-def paired_mean(difference: Values) -> tuple[float, float]:
-    """Mean of paired differences over sequences and its standard error, nats per sequence.
-
-    The spread over sequences holds both the Monte Carlo error of each score and the variation
-    between sequences, so this is the error of the mean over the population they came from.
-    """
-    n = len(difference)
-    if not np.isfinite(difference).all():
-        return math.nan, math.nan
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(n))
-
-
-def paired_ratio(difference: Values, tokens: NDArray[np.int64]) -> tuple[float, float]:
-    """Total difference over total tokens, nats per token, and its error (ratio estimator)."""
-    if not np.isfinite(difference).all():
-        return math.nan, math.nan
-    n, total = len(difference), float(tokens.sum())
-    rate = float(difference.sum()) / total
-    spread = difference - rate * tokens
-    return rate, math.sqrt(n / (n - 1) * float(np.square(spread).sum())) / total
-
-
-def threshold(n: int, comparisons: int) -> float:
-    """Standard errors that a mean of n paired differences must be from 0 to be told from it."""
-    return float(stats.t.isf(ERROR_RATE / (2 * max(comparisons, 1)), df=n - 1))
-
-
-def _add_gaps(out: xr.Dataset) -> None:
-    """What is left to log p(x), and how much of it the fast loop's length explains."""
-    if "truncation_gap" in out:
-        _add_means(out, "truncation_gap")
-    if "log_evidence" in out:
-        out.attrs["evidence"] = "exact"
-    else:
-        # The guide with the best mean: choosing for each sequence would choose lucky draws.
-        bounds = out["iw_bound"].mean("sequence").values
-        if not np.isfinite(bounds).any():
-            return
-        best = out["guide"].values[np.argmax(np.where(np.isfinite(bounds), bounds, -np.inf))]
-        out["log_evidence"] = out["iw_bound"].sel(guide=best, drop=True)
-        out.attrs["evidence"] = f"at least: importance-weighted bound of {best}"
-    elbo = out["elbo"]
-    if "longer_elbo" in out:  # of some of the sequences, and not of encoders
-        without = out["longer_elbo"].isnull().all("sequence")
-        elbo = elbo.where(without, out["longer_elbo"])
-    out["approximation_gap"] = (out["log_evidence"] - elbo).transpose("guide", "sequence")
-    _add_means(out, "approximation_gap")
-
-
-def _add_means(out: xr.Dataset, name: str) -> None:
-    """Means over the sequences for which `name` is known, and their errors."""
-    rows = [row[~np.isnan(row)] for row in out[name].values]
-    pairs = [paired_mean(row) if len(row) > 1 else (math.nan, math.nan) for row in rows]
-    out[f"{name}_per_sequence"] = ("guide", [mean for mean, _ in pairs])
-    out[f"{name}_per_sequence_se"] = ("guide", [error for _, error in pairs])
-
-
-def _add_khat(out: xr.Dataset) -> None:
-    limit = khat_threshold(out.attrs["draws"])
-    out.attrs["khat_limit"] = limit
-    known = out["khat"].notnull()
-    if not known.any():
-        unknown = np.full(out.sizes["guide"], np.nan)
-        out["khat_median"], out["khat_share_unreliable"] = ("guide", unknown), ("guide", unknown)
-        return
-    out["khat_median"] = out["khat"].median("sequence", skipna=True)
-    out["khat_share_unreliable"] = ((out["khat"] > limit) & known).sum("sequence") / known.sum(
-        "sequence"
-    )
-
-
-def _add_pairs(out: xr.Dataset) -> None:
-    """Paired ELBO differences of every guide to every other."""
-    elbo = out["elbo"].values
-    with np.errstate(invalid="ignore"):  # point masses have no ELBO
-        pairs = [[paired_mean(a - b) for b in elbo] for a in elbo]
-    out["pair_difference"] = (("guide", "other"), [[m for m, _ in row] for row in pairs])
-    out["pair_difference_se"] = (("guide", "other"), [[e for _, e in row] for row in pairs])
-    out.coords["other"] = out["guide"].values
-
-
-def _verdicts(out: xr.Dataset) -> list[str]:
-    n, comparisons = out.sizes["sequence"], out.sizes["guide"] - 1
-    factor = threshold(n, comparisons)
-    verdicts = []
-    for guide in out["guide"].values:
-        row = out.sel(guide=guide)
-        if guide == out.attrs["baseline"]:
-            text = "baseline"
-        else:
-            text = difference_in_words(
-                float(row["elbo_difference_per_sequence"]),
-                float(row["elbo_difference_per_sequence_se"]),
-                factor,
-            )
-        if not np.isfinite(row["elbo"].values).all():
-            text = "a point mass: no ELBO, nothing to compare"
-        elif float(row["khat_share_unreliable"]) > 0.5:
-            text += "; its IW bound is unreliable"
-        verdicts.append(text)
-    return verdicts
-
-
-def difference_in_words(mean: float, error: float, factor: float) -> str:
-    """What a difference says at this error, and no more.
-
-    Args:
-        mean: Nats per sequence, above 0 where it is closer to the posterior.
-        error: Standard error.
-        factor: Standard errors that count.
-    """
-    if not (math.isfinite(mean) and math.isfinite(error)):
-        return "no difference can be computed"
-    margin = factor * error
-    if abs(mean) > margin:
-        which = "better" if mean > 0 else "worse"
-        return f"{which}, by {abs(mean) - margin:.2g} to {abs(mean) + margin:.2g} nats"
-    return f"not told apart (between {mean - margin:+.2g} and {mean + margin:+.2g} nats)"
-
-
-def _add_units(out: xr.Dataset) -> None:
-    for name in out.data_vars:
-        label = str(name)
-        nats = any(part in label for part in ("elbo", "iw_", "kl", "gap", "nll", "evidence"))
-        units = "nats" if nats or label.startswith(("pair_", "log_")) else "1"
-        if label.endswith("_evaluations"):
-            units = "decoder evaluations per sequence"
-        out[name].attrs["units"] = {"n_tokens": "tokens", "seconds": "s"}.get(label, units)
-
-
 def _notes(data: xr.Dataset, interrupted: bool) -> list[str]:
     attrs, n = data.attrs, data.sizes["sequence"]
     notes = [
-        f"{n} sequences, {attrs['draws']} fresh draws each; every guide got "
+        f"{n} sequences{_documents(data)}, {attrs['draws']} fresh draws each; every guide got "
         f"{attrs['budget']} decoder evaluations per sequence, training included. A difference of "
         "ELBOs is a difference of KL(q || p(z | x)): log p(x) is the same for all.",
         f"Verdicts allow for {data.sizes['guide'] - 1} comparisons at {ERROR_RATE:.0%} in all; "
-        "the errors are of the mean over sequences, Monte Carlo error included.",
+        f"errors are of the mean over {_sampled(data)}, Monte Carlo error included.",
     ]
+    few = few_documents_note(clustered_mean(data["n_tokens"].values, documents_of(data)))
+    notes += [f"{few}."] if few else []
+    notes += _fit_notes(data)
     if (data["training_evaluations"] > 0).any():
         trained = data["guide"].values[data["training_evaluations"].values > 0]
         notes.append(
@@ -278,6 +122,36 @@ def _notes(data: xr.Dataset, interrupted: bool) -> list[str]:
     return notes
 
 
+def _documents(data: xr.Dataset) -> str:
+    return f" of {data.attrs['documents']} documents" if data.attrs["documents_known"] else ""
+
+
+def _sampled(data: xr.Dataset) -> str:
+    """What the sampling error is of."""
+    if data.attrs["documents_known"]:
+        return "documents"
+    return "sequences (which documents they are pieces of is not known, and taken for one each)"
+
+
+def _fit_notes(data: xr.Dataset) -> list[str]:
+    """Which verdicts are about one fit, and which about a family."""
+    single = [guide for guide in data["guide"].values if one_fit(data, guide)]
+    several = data["guide"].values[data["fits"].values > 1]
+    notes = []
+    if single:
+        notes.append(
+            f"{', '.join(single)}: one fit each of shared parameters. Another start might "
+            "be better or worse on all sequences, so verdicts are about this fit; restarts=5 asks "
+            "about the family."
+        )
+    if len(several):
+        notes.append(
+            f"{', '.join(several)}: means over {data.attrs['restarts']} independent fits, each "
+            "with the whole budget; errors have the part between fits."
+        )
+    return notes
+
+
 def _reference_note(data: xr.Dataset) -> str:
     """Whether the reference's own chains agree."""
     rhat = data["reference_rhat"].dropna("sequence")
@@ -286,8 +160,10 @@ def _reference_note(data: xr.Dataset) -> str:
         f"Reference {data.attrs['reference']} for {len(rhat)} of the sequences: largest R-hat "
         f"{float(rhat.max()):.3f}"
     )
+    floor = data["reference_mean_floor"].median("sequence", skipna=True)
+    text += f"; its own error is {float(floor):.2f} scales of a mean, and is taken off"
     if not bad:
-        return f"{text}, no sequence above {RHAT_LIMIT}."
+        return f"{text}; no sequence above {RHAT_LIMIT}."
     return (
         f"{text}; {bad} above {RHAT_LIMIT}, whose chains do not agree: left out of the reference's "
         "columns. Sample longer."
@@ -298,12 +174,10 @@ def _encoder_note(data: xr.Dataset) -> list[str]:
     """Whether local steps after the encoder paid, where both families are there."""
     if not {"amortized", "semi_amortized"} <= set(data["guide"].values):
         return []
-    pair = {"guide": "semi_amortized", "other": "amortized"}
-    mean = float(data["pair_difference"].sel(pair))
-    error = float(data["pair_difference_se"].sel(pair))
-    said = difference_in_words(mean, error, threshold(data.sizes["sequence"], 1))
+    guides = "semi_amortized", "amortized"
+    said = in_words(pair(data, *guides), 1, *(one_fit(data, guide) for guide in guides))
     why = ""
-    if not said.startswith("better"):
+    if " worse" in f" {said}" or said.startswith("not"):
         spent = data["training_evaluations"].sel(guide=["semi_amortized", "amortized"]).values
         steps = int(data["local_steps"].sel(guide="semi_amortized"))
         why = (
@@ -316,7 +190,8 @@ def _encoder_note(data: xr.Dataset) -> list[str]:
 def format_comparison(comparison: Comparison) -> str:
     """The table for the terminal, with its notes."""
     data = comparison.dataset
-    head = f"{'guide':<16}{'ELBO':>10}{'difference':>18}{'per token':>20}"
+    wide = max(14, *(len(str(guide)) for guide in data["guide"].values)) + 2
+    head = f"{'guide':<{wide}}{'ELBO':>10}{'difference':>18}{'per token':>20}"
     head += f"{'truncation':>15}{'left':>15}{'k-hat':>14}"
     reference = "reference_rhat" in data
     head += f"{'mean err':>10}{'scale':>7}" if reference else ""
@@ -328,7 +203,7 @@ def format_comparison(comparison: Comparison) -> str:
             for n in data.data_vars
             if data[n].dims == ("guide",) and n not in _TEXT
         }
-        text = f"{guide:<16}{value['elbo_per_sequence']:>10.2f}"
+        text = f"{guide:<{wide}}{value['elbo_per_sequence']:>10.2f}"
         base = guide == data.attrs["baseline"]
         for unit, width, digits in (("sequence", 18, 2), ("token", 20, 4)):
             name = f"elbo_difference_per_{unit}"
@@ -344,15 +219,15 @@ def format_comparison(comparison: Comparison) -> str:
         text += f"{value['decoder_evaluations']:>7.0f}{value['seconds']:>7.1f}"
         lines.append(f"{text}  {row['verdict'].item()}")
     legend = (
-        "ELBO, difference to the baseline and gaps in nats per sequence, with standard errors; "
-        "truncation: what a loop twice as long gains; left: log p(x) minus the ELBO after that "
-        f"({data.attrs.get('evidence', 'not known')}); k-hat: median (share of sequences above "
-        f"{data.attrs['khat_limit']:.2f}); evals: decoder evaluations per sequence"
+        "ELBO, difference to the baseline and gaps in nats per sequence, +- errors of which two "
+        "hold 95 %; truncation: what a loop twice as long gains; left: log p(x) minus the ELBO "
+        f"after that ({data.attrs.get('evidence', 'not known')}); k-hat: {_khat_meaning(data)}; "
+        "evals: decoder evaluations per sequence, and s: seconds, of one fit"
     )
     if reference:
         legend += (
-            "; mean err: distance of means in the reference's scales; scale: q's over the "
-            "reference's (medians)"
+            "; mean err: distance of means in the reference's scales, less what the reference's "
+            "own error gives; scale: q's over the reference's (medians)"
         )
     return "\n".join([*lines, "", legend + ".", *comparison.notes])
 
@@ -360,8 +235,17 @@ def format_comparison(comparison: Comparison) -> str:
 _TEXT = ("verdict", "family", "kl_estimator")
 
 
+def _khat_meaning(data: xr.Dataset) -> str:
+    """Of which draws, and what is above the limit; or that there are too few to tell."""
+    draws = data.attrs["draws"]
+    if not data["khat"].notnull().any():
+        return f"not judged at S = {draws} (needs {MIN_DRAWS:,} draws)"
+    limit = data.attrs["khat_limit"]
+    return f"median (share of sequences above {limit:.2f}, the limit at S = {draws})"
+
+
 def _with_error(value: dict[str, float], name: str, digits: int) -> str:
-    mean, error = value.get(name, math.nan), value.get(f"{name}_se", math.nan)
+    mean, error = value.get(name, math.nan), value.get(f"{name}_error", math.nan)
     if not math.isfinite(mean):
         return "-"
     return f"{mean:+.{digits}f} ± {error:.{digits}f}"

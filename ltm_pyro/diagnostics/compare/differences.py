@@ -1,0 +1,95 @@
+"""Paired differences of guides with every error that they have, and what may be said of them.
+
+The sequences are a sample of documents, so a mean difference has a sampling error, clustered by
+document. Where shared parameters were trained (an encoder, a flow's network) another start of the
+training would have given another fit, better or worse on ALL sequences: no number of them averages
+that out. A claim about a family therefore needs several independent fits of it, and its variance is
+
+    se^2 = se_documents^2 + var_fits(guide) / R_guide + var_fits(baseline) / R_baseline
+
+with var_fits the variance of the mean score between fits, and degrees of freedom by Welch and
+Satterthwaite (Welch 1947). A single fit allows a claim about that fit alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltm_pyro.diagnostics.sampling_error import Estimate, clustered_ratio
+
+Values = NDArray[np.float64]
+
+ERROR_RATE = 0.05
+"""Chance that a comparison of equal guides calls any of them better or worse (Bonferroni)."""
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A paired difference; its error includes that of training where there were several fits.
+
+    Attributes:
+        freedom: Degrees of freedom of `se`.
+    """
+
+    freedom: float
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom of `se`, at least 1."""
+        return max(self.freedom, 1.0)
+
+
+def paired_difference(
+    guide: Values, base: Values, sizes: Values, documents: NDArray[np.int64] | None
+) -> Difference:
+    """Total difference over total size, with the errors of sampling and of training.
+
+    Args:
+        guide: (R, n) scores of its independent fits, nats; one row if there is nothing to train.
+        base: (R', n) those of the baseline.
+        sizes: (n,) tokens for a difference per token, ones for one per sequence.
+        documents: (n,) which document each sequence is a piece of, or `None`.
+    """
+    with np.errstate(invalid="ignore"):  # point masses have no ELBO
+        difference = guide.mean(0) - base.mean(0)
+    difference = np.where(np.isfinite(difference), difference, np.nan)
+    sampling = clustered_ratio(difference, sizes, documents)
+    parts = [(sampling.se**2, sampling.df)]
+    for fits in (guide, base):
+        if len(fits) > 1:
+            rates = np.where(np.isfinite(fits), fits, np.nan).sum(1) / sizes.sum()
+            parts.append((float(rates.var(ddof=1)) / len(fits), len(fits) - 1.0))
+    variance = sum(v for v, _ in parts)
+    spent = sum(v**2 / df for v, df in parts)
+    freedom = variance**2 / spent if spent > 0 else sampling.df
+    return Difference(
+        sampling.value, math.sqrt(variance), sampling.documents, sampling.effective, freedom
+    )
+
+
+def in_words(
+    found: Estimate, comparisons: int = 1, guide: str | None = None, base: str | None = None
+) -> str:
+    """What a difference says at its error, and no more.
+
+    Args:
+        found: Nats per sequence, above 0 where the guide is closer to the posterior.
+        comparisons: How many share the error rate.
+        guide: Its name, if the claim is about one fit of it; `None` if it is about the family.
+        base: The same of the baseline.
+    """
+    margin = found.margin(ERROR_RATE / max(comparisons, 1))
+    if not (math.isfinite(found.value) and math.isfinite(margin)):
+        return "no difference can be computed"
+    subject = "" if guide is None else f"this fit of {guide} is "
+    object_ = "" if base is None else f" than this fit of {base}"
+    if abs(found.value) > margin:
+        which = "better" if found.value > 0 else "worse"
+        low, high = abs(found.value) - margin, abs(found.value) + margin
+        return f"{subject}{which}{object_}, by {low:.2g} to {high:.2g} nats"
+    low, high = found.value - margin, found.value + margin
+    return f"not told apart (between {low:+.2g} and {high:+.2g} nats)"
