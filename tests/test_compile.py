@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import struct
 import time
@@ -14,7 +15,7 @@ from torch.distributions import Distribution
 
 import ltm_pyro as ltm
 from ltm_pyro.models import cross_entropy
-from ltm_pyro.models.compiled import remove_torn
+from ltm_pyro.models.compiled import cache_of_compiled_code, remove_torn
 
 
 def small_model() -> ltm.LatentThoughtModel:
@@ -127,3 +128,18 @@ def test_tiles_of_every_size_are_served_by_the_same_graphs() -> None:
             expected = -plain.exp().T @ h
             expected.index_add_(0, targets, h)
             torch.testing.assert_close(by_weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_code_goes_to_the_cache_unless_the_user_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing torch's compiler sets the variable too."""
+    torch_s_own = importlib.import_module(
+        "torch._inductor.runtime.cache_dir_utils"
+    ).default_cache_dir()
+    monkeypatch.setenv("LTM_PYRO_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torch_s_own)
+    assert cache_of_compiled_code() == tmp_path / "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_of_compiled_code() == tmp_path / "mine"

@@ -1,23 +1,24 @@
 """The command line: `ltm-pyro COMMAND`, one module per command.
 
-Exit status: 0 done; 1 the fit met NaN (its last good checkpoint is kept); 2 something given cannot
-be used, told in one line on stderr; 3 another process of the same fit is gone (the checkpoint is
-kept); 130 and 143 stopped by Ctrl-C or SIGTERM (the checkpoint is kept). Nothing heavy is imported
-before a command needs it, so that help comes at once.
+Exit status: 0 done; 1 the fit met NaN, or what nobody has thought of (its last good checkpoint is
+kept); 2 something given cannot be used, told in one line on stderr; 3 another process of the same
+fit is gone (the checkpoint is kept); 130 and 143 stopped by Ctrl-C or SIGTERM, 141 since nobody
+reads the output any more (the checkpoint is kept). Nothing heavy is imported before a command needs
+it, so that help comes at once.
 """
 
 from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
 import ltm_pyro
-from ltm_pyro.cli import processes
+from ltm_pyro.cli import processes, streams
+from ltm_pyro.cli.out_of_memory import explain, is_out_of_memory
 from ltm_pyro.errors import (
     InputError,
     NonFiniteError,
@@ -52,6 +53,7 @@ examples:
   ltm-pyro compare runs/first --guides mean_field,full_rank
   ltm-pyro generate runs/first --prompt "The with statement" --n 3
 """
+_LONGEST = 200  # characters of an error that nobody has thought of
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -65,32 +67,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    try:
+        streams.refuse_closed()
+    except InputError as error:
+        return _fail(str(error), 2)
+    with warnings.catch_warnings(), streams.any_text():
         warnings.showwarning = _show_warning
         try:
             status = _dispatch(arguments)
             sys.stdout.flush()
             return status
-        except InputError as error:
-            return _fail(processes.after_the_first(_with_notes(error)), 2)
-        except NonFiniteError as error:
-            # All processes of a fit raise it together.
-            return _fail(_with_notes(error), 1) if processes.number() == "0" else 1
-        except ProcessLostError as error:
-            return _fail(_with_notes(error), 3) if error.tells else 3
-        except ToldElsewhereError:
-            return 3
-        except BrokenPipeError:
-            # The reader has seen enough. Python would complain once more when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            where = f" to {error.filename!r}" if error.filename else ""
-            return _fail(f"cannot write{where}: {error.strerror}; free some space", 2)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
+        except BrokenPipeError:
+            streams.hush()  # the reader has seen enough
+            return 0
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            return _told(error, arguments[0] if arguments else "")
+
+
+def _told(error: Exception, command: str) -> int:
+    """Tells of what has ended a command, in one line; the exit status."""
+    match error:
+        case InputError():
+            return _fail(processes.after_the_first(_with_notes(error)), 2)
+        case NonFiniteError():
+            # All processes of a fit raise it together.
+            return _fail(_with_notes(error), 1) if processes.number() == "0" else 1
+        case ProcessLostError():
+            return _fail(_with_notes(error), 3) if error.tells else 3
+        case ToldElsewhereError():
+            return 3
+        case OSError():
+            where = f" {error.filename!r}" if error.filename else ""
+            why = error.strerror or str(error)
+            if error.errno in _FULL:
+                return _fail(_with_notes(error, f"cannot write{where}: {why}; free some space"), 2)
+            return _fail(_with_notes(error, f"cannot use{where}: {why}; check the path"), 2)
+        case _ if is_out_of_memory(error):
+            return _fail(_with_notes(error, explain(error, command)), 2)
+        case _:
+            lines = str(error).strip().splitlines() or ["no more is known"]
+            what = f"unexpected {type(error).__name__}: {lines[0][:_LONGEST]}"
+            return _fail(_with_notes(error, f"{what} (python -X dev shows where)"), 1)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -104,18 +125,17 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     processes.refuse_alone(command)
-    with processes.one_voice():
+    with processes.one_voice(), processes.connected():
         status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
     return status
 
 
-def _with_notes(error: Exception) -> str:
-    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+def _with_notes(error: Exception, message: str = "") -> str:
+    return "; ".join([message or str(error), *getattr(error, "__notes__", ())])
 
 
 def _fail(message: str, status: int) -> int:
-    one_line = " ".join(message.split())
-    print(f"ltm-pyro: error: {one_line}", file=sys.stderr)
+    streams.tell(f"error: {message}")
     return status
 
 
@@ -130,4 +150,4 @@ def _show_warning(
     """A warning as one line, without the place in the code that raised it."""
     if processes.number() != "0":
         return
-    print(f"ltm-pyro: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+    streams.tell(f"warning: {message}")

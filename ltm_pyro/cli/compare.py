@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     with writing_to(options.run):
         comparison, files = _compare(options, guides)
     if options.json:
-        print(json.dumps(json_value(comparison.as_dict()), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(json_value(comparison.as_dict()), allow_nan=False))
     else:
         print(f"{comparison}\n\n{files}")
     return 130 if comparison.interrupted else 0

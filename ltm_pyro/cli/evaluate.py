@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
         return 0
     scores = summary(fitted, held_out)
     if options.json:
-        print(json.dumps(scores, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(scores, allow_nan=False))
         return 0
     panel = held_out.panel(fitted.config.model.n_layers)
     print(format_scores(scores))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.cli.processes import hush, many, tell
+from ltm_pyro.cli.processes import many
 from ltm_pyro.cli.settings import (
     Settings,
     add_settings,
@@ -18,6 +18,7 @@ from ltm_pyro.cli.settings import (
     given_settings,
 )
 from ltm_pyro.cli.stopping import StopSignals
+from ltm_pyro.cli.streams import hush, tell
 from ltm_pyro.config import PRESETS
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 
@@ -73,7 +74,7 @@ def _share(
     """The same in many processes: the first one opens the run, and gives it to all."""
     config = build_config(given)
     from ltm_pyro.cli.printing import default_folder
-    from ltm_pyro.inference.parallel import join, leave, refuse_unequal, started
+    from ltm_pyro.inference.parallel import join, refuse_unequal, started
     from ltm_pyro.run.opening import recorded_config, share_run
 
     folder = Path(default_folder(config) if out is None else out)
@@ -87,9 +88,7 @@ def _share(
     fitted = share_run(parallel, None if opened is None else opened[0])
     new = parallel.say(opened is not None and opened[2])
     corpus = fitted.corpus() if opened is None else opened[1]
-    status = _fit(fitted, corpus, new=new)
-    leave()
-    return status
+    return _fit(fitted, corpus, new=new)
 
 
 def _parser(arguments: list[str]) -> Parser:

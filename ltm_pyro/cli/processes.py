@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -42,27 +41,6 @@ def refuse_alone(command: str) -> None:
         )
 
 
-def tell(message: str) -> None:
-    """Says one line on standard error, if anybody listens; never fails.
-
-    Control characters, which a file's name may hold, do not reach the terminal.
-    """
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
-    with contextlib.suppress(OSError, ValueError):
-        print(f"ltm-pyro: {line}", file=sys.stderr, flush=True)
-
-
-def hush() -> None:
-    """Sends what is still to be printed nowhere: the reader has gone.
-
-    Python would complain once more when it closes standard output.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Inside the block only the first process's standard output is seen."""
@@ -71,6 +49,20 @@ def one_voice() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Ends the connections between processes with the block, in whatever way that ends."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if many():
+            from ltm_pyro.inference.parallel import leave
+
+            leave(together=done)
 
 
 def after_the_first(message: str) -> str:

@@ -8,7 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from ltm_pyro.cli.processes import many, tell
+from ltm_pyro.cli.processes import many
+from ltm_pyro.cli.streams import tell
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME = 3.0

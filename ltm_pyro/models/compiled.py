@@ -57,12 +57,24 @@ def compiled_function(function: F, dynamic: bool = False) -> F:
 
     Compiled code is kept in the package's cache folder, so the next process starts faster.
     """
-    remove_torn(Path(os.environ.setdefault(_CACHE, str(default_folder() / "compiled"))))
+    remove_torn(cache_of_compiled_code())
     # Wrapping has a side effect in torch 2.13: it turns off validation in all distributions.
     validate = Distribution._validate_args
     compiled: Any = torch.compile(function, dynamic=dynamic)
     Distribution.set_default_validate_args(validate)
     return cast("F", compiled)
+
+
+def cache_of_compiled_code() -> Path:
+    """Where torch keeps compiled code: the package's cache folder, unless the user has chosen one.
+
+    torch sets its variable to its own default as soon as its compiler is imported, by whomever.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds
+
+    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
+        os.environ[_CACHE] = str(default_folder() / "compiled")
+    return Path(os.environ[_CACHE])
 
 
 @cache

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -301,7 +301,17 @@ def _own_device(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def leave() -> None:
-    """Closes the connections, where there are any."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def leave(together: bool = True) -> None:
+    """Closes the connections, where there are any.
+
+    A process that ends with open ones may be aborted by its own threads, all its work done.
+
+    Args:
+        together: All processes come here, so none closes before all have done.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    with suppress(RuntimeError):  # another has gone without a word
+        if together:
+            dist.barrier()
+    dist.destroy_process_group()
