@@ -118,7 +118,8 @@ def to_datatree(
         groups["posterior_predictive"] = _predictive(model, chains[0], z, predictive_draws, seed)
     if scores is not None:
         khat = scores["khat"]
-        groups["sample_stats"]["khat"] = (("sequence",), khat.values, {"units": "1"})
+        judged = {name: scores.attrs[name] for name in ("khat_limit", "draws")}
+        groups["sample_stats"]["khat"] = (("sequence",), khat.values, {"units": "1", **judged})
     coords = _coordinates(chains[0], len(chains), model)
     attrs = _attributes(chains[0], draws, seed)
     if isinstance(prior, ThoughtPrior):

@@ -169,6 +169,15 @@ def test_the_ratio_to_the_control_is_paired_and_says_what_its_error_allows(
     assert found["documents"] == 40
 
 
+def test_the_error_of_a_ratio_is_not_below_that_of_its_draws() -> None:
+    same, documents = np.full(20, 150.0), np.arange(20)
+    scores = scores_of(same - 1.0, documents, "elbo", -1.0)
+    scores["elbo_se"] = ("sequence", np.where(documents == 3, 40.0, 0.0))
+    (found,) = against_control(scores, scores_of(same, documents, "nll_z0", 1.0)).values()
+    assert found["difference_per_token_se"] == pytest.approx(40.0 / 2000)
+    assert found["verdict"] == "not told apart"
+
+
 def test_draws_of_the_bound_are_those_of_evaluate_at_any_number() -> None:
     oracle = oracle_in(4)
     batch = oracle.simulate(8, seed=8)

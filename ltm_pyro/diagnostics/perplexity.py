@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,8 @@ def against_control(scores: xr.Dataset, control: xr.Dataset) -> dict[str, dict[s
     Returns:
         By name (`ppl_elbo` and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`;
         `difference_per_token` (nats, below 0 where the thoughts' model is better),
-        `difference_per_token_se` clustered by document, `difference_per_token_error`, of which two
+        `difference_per_token_se` clustered by document and not below the Monte Carlo error,
+        `difference_per_token_error`, of which two
         on either side hold 95 %; `documents` (each sequence counts as one where not known) and the
         `verdict` that the error allows. Its 95 % are for each score alone.
     """
@@ -103,6 +105,10 @@ def against_control(scores: xr.Dataset, control: xr.Dataset) -> dict[str, dict[s
             continue
         gap = losses(scores, name) - losses(control, "ppl_z0")
         rate = clustered_ratio(gap, scores["n_tokens"].values, documents_of(scores))
+        # The spread over documents holds the draws' error on average; of a few documents it may
+        # by luck not, where one sequence's draws are far noisier than the others'.
+        draws = _monte_carlo(scores, name) / float(scores["n_tokens"].sum())
+        rate = replace(rate, se=max(rate.se, draws))
         ratio = _exp(rate.value)
         out[name] = {
             "ratio": ratio,
@@ -129,6 +135,12 @@ def _verdict(difference: float, margin: float, *, few: bool, bound: bool) -> str
     if bound:
         return "this bound is above the control; whether the model is, a bound cannot say"
     return "this fit is worse than this fit of the control"
+
+
+def _monte_carlo(scores: xr.Dataset, name: str) -> float:
+    """Standard error of the total nats, given these sequences; 0 for exact scores."""
+    error = scores.get(f"{PERPLEXITIES[name][0]}_se")
+    return 0.0 if error is None else math.sqrt(float(np.square(error.values).sum()))
 
 
 def _exp(rate: float) -> float:

@@ -111,7 +111,7 @@ def _caption(scores: xr.Dataset, control: xr.Dataset | None, mean: Estimate) -> 
         line = (
             "The line is a decoder without thoughts, trained apart: a point above says that this "
             "fit gives the sequence more probability than that fit does, not that thoughts are why "
-            "(where z at 0 lies above too, they are not). What thoughts gain in training shows on "
+            "(z at 0 may lie above too). What thoughts gain in training shows on "
             "average, over seeds."
         )
     known = documents_of(scores) is not None
