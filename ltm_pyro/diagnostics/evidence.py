@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean, tail_error
-from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.terms import Likelihoods, score_terms
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
@@ -69,9 +69,10 @@ def importance_bound(
         `iw_bound_se` in nats; `ess`, the weights' effective number; `khat_judge`, the k-hat of as
         many other draws, and `reliable`, whether that is below its limit at S draws. To judge on
         the draws that estimate would keep the lucky ones. `iw_bound_se` is the larger of the
-        jackknife's error (`evaluate`'s) and of that which a Pareto tail of the larger k-hat
-        implies, so that it covers for what is called reliable. Where it is not, the bound still is
-        one, but it is loose and its standard error too small; the attribute `flags` says so.
+        jackknife's error (`evaluate`'s) and of that which a Pareto tail of the larger k-hat, plus
+        its own error, implies, so that it covers for what is called reliable. Where it is not, the
+        bound still is one, but it is loose and its standard error too small; the attribute `flags`
+        says so.
 
     Raises:
         InputError: for too few draws, a point mass, or a posterior of other sequences.
@@ -94,7 +95,10 @@ def importance_bound(
     khat, khat_judge = pareto_khat(weights), pareto_khat(others.numpy())
     limit = khat_threshold(draws)
     reliable = khat_judge <= limit
-    error = np.fmax(bound.error.numpy(), tail_error(weights, np.fmax(khat, khat_judge)))
+    # A k-hat of S draws is off by about (1 + k) / sqrt(tail), and a tail that looks light by luck
+    # is what an error must allow for.
+    largest = np.fmax(khat, khat_judge)
+    error = np.fmax(bound.error.numpy(), tail_error(weights, largest + khat_error(largest, draws)))
     data = _dataset(
         batch,
         {

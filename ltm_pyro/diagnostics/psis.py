@@ -78,6 +78,12 @@ def khat_threshold(draws: int) -> float:
     return min(1.0 - 1.0 / math.log10(draws), 0.7)
 
 
+def khat_error(khat: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
+    """Standard error of a k-hat of S draws, (1 + k) / sqrt(number of largest weights)."""
+    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    return (1.0 + np.maximum(khat, 0.0)) / math.sqrt(tail)
+
+
 def judged_in_words(khat: ArrayLike, draws: int) -> str:
     """How many sequences' weights S draws can be relied on for, in half a sentence.
 
