@@ -29,7 +29,7 @@ class Origin(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """B sequences with their masks and stable ids.
 
@@ -87,6 +87,12 @@ class Batch:
                 )
         for name, value in (("x", x), ("mask", mask), ("ids", ids), ("documents", documents)):
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.mask.shape))
+        of = "" if self.corpus is None else f" of corpus {self.corpus[:8]}"
+        what = "sequences" if self.x is not None else "sequences still to be generated"
+        return f"{type(self).__name__}({shape} {what}{of})"
 
     def __len__(self) -> int:
         return int(self.mask.shape[0])

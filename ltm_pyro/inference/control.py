@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.dual_rate import Metrics
+from ltm_pyro.inference.course import Metrics
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.parallel import Parallel, slow_clock
 from ltm_pyro.inference.slow_clock import StepSums, embedding_weights

@@ -29,6 +29,7 @@ from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.slow import SlowLoss, SlowObjective
+from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.inputs import (
@@ -61,8 +62,6 @@ from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door, meet
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed
-
-Metrics = dict[str, float]
 
 
 class DualRateSVI:
@@ -129,7 +128,7 @@ class DualRateSVI:
         self.slow_step = 0
         self.whole = True
         self.horizon: int | None = None
-        self.metrics: list[Metrics] = []
+        self.metrics = Course()
         slow_parameters = [*model.parameters(), *guide.shared_parameters()]
         # What the caller has frozen stays frozen.
         parameters = [p for p in slow_parameters if p.requires_grad]
@@ -160,6 +159,12 @@ class DualRateSVI:
         self._slow = slow
 
     @door
+    def __repr__(self) -> str:
+        return (
+            f"DualRateSVI({self.guide.family}, {describe(self.elbo)}: {self.fast.steps} fast steps "
+            f"per slow step, {self.slow_step} slow steps done)"
+        )
+
     def infer(
         self,
         batch: Sequences,
@@ -297,7 +302,7 @@ class DualRateSVI:
         *,
         progress: bool = True,
         on_step: Callable[[Metrics], None] | None = None,
-    ) -> list[Metrics]:
+    ) -> Course:
         """`steps` slow steps over the training set.
 
         The first call sets the horizon of the slow schedules to `steps`; a later call goes on from
@@ -341,7 +346,7 @@ class DualRateSVI:
                 bar.set_postfix(headline(row))
                 if on_step is not None:
                     on_step(row)
-        return self.metrics[first:]
+        return Course(self.metrics[first:])
 
     @door
     def fit_guide(
@@ -351,7 +356,7 @@ class DualRateSVI:
         batch_size: int = 16,
         *,
         progress: bool = True,
-    ) -> list[Metrics]:
+    ) -> Course:
         """Slow steps on the guide's shared parameters alone: an encoder's, a flow's network.
 
         Model, clocks and metrics stay as they are; the slow schedules run over these steps, with
@@ -372,7 +377,7 @@ class DualRateSVI:
             NonFiniteError: on NaN, before any weight has changed.
         """
         if not self.guide.shared_parameters():
-            return []
+            return Course()
         source = training_data(data)
         slow = replace(self.slow, thoughts_start=0.0, kl_start=1.0, word_dropout=0.0)
         with frozen(self.model.parameters()):

@@ -41,7 +41,7 @@ class FastTrace:
     grad_norm: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """q(z_i) for each sequence of a batch.
 
@@ -83,6 +83,15 @@ class Posterior:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def __repr__(self) -> str:
+        kl = self.closed_form_kl
+        told = "" if kl is None or not len(kl) else f", KL {float(kl.mean()):.4g} nats per sequence"
+        fitted = f" by {self.objective}" if self.objective else ""
+        return (
+            f"Posterior({self.family}{fitted}: {len(self)} sequences, z "
+            f"{tuple(self.distribution.event_shape)}{told})"
+        )
+
     @exclusive
     @torch.no_grad()
     def sample(self, draws: int, seed: int | None = None) -> Tensor:
@@ -106,6 +115,11 @@ class Posterior:
     def mean(self) -> Tensor:
         """E_q[z], (B, K, D)."""
         return self.distribution.mean
+
+    @property
+    def sd(self) -> Tensor:
+        """Standard deviation of z under q, dimension by dimension, (B, K, D); 0 of a point mass."""
+        return self.distribution.stddev
 
     @property
     def kl_estimator(self) -> str:

@@ -24,7 +24,8 @@ from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.control import AutoregressiveFit
-from ltm_pyro.inference.dual_rate import DualRateSVI, Metrics
+from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.run import checkpoint as checkpoints
@@ -223,7 +224,7 @@ class Run:
             InputError: if it is damaged, or belongs to other settings.
         """
         self.take_up(self._load_with_rows())
-        self.svi.metrics = self.metrics_file.read(self.svi.slow_step)
+        self.svi.metrics = Course(self.metrics_file.read(self.svi.slow_step))
 
     def take_up(self, saved: Checkpoint) -> None:
         """Puts a checkpoint into model, guide and optimiser.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltm_pyro.inference.dual_rate import Metrics
+from ltm_pyro.inference.course import Metrics
 from ltm_pyro.run.files import write_atomic, writing
 from ltm_pyro.run.reading import open_regular, read_bytes
 

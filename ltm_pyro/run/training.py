@@ -8,7 +8,7 @@ from contextlib import suppress
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import AutoregressiveFit
-from ltm_pyro.inference.dual_rate import Metrics
+from ltm_pyro.inference.course import Metrics
 from ltm_pyro.run.files import refuse_protected, writing
 from ltm_pyro.run.folder import Run
 
