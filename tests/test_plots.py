@@ -91,6 +91,14 @@ def test_figures_say_what_they_show(drawn: dict[str, Figure]) -> None:
         assert "ppl" not in caption(figure)
 
 
+def test_scores_over_a_control_claim_no_more_than_is_proved(drawn: dict[str, Figure]) -> None:
+    said = caption(drawn["scores with control"])
+    assert "this fit" in said
+    assert "not that thoughts are why" in said
+    assert "proves" not in said
+    assert "not judged" in said or "the limit at S" in said  # k-hat, with its S
+
+
 def test_nothing_overlaps_and_nothing_is_cut_off(drawn: dict[str, Figure]) -> None:
     for name, figure in drawn.items():
         frame = figure.bbox
