@@ -30,7 +30,7 @@ Count = Annotated[Whole, Gt(0), Le(10**9)]
 CountOrNone = Annotated[Whole, Ge(0), Le(10**9)]
 Seed = Annotated[Whole, Ge(0), Le(2**63 - 1)]
 FastSteps = Annotated[Whole, Gt(0), Le(MOST_FAST_STEPS)]
-Depth = Annotated[Whole, Gt(0), Le(1000)]
+Depth = Annotated[Whole, Gt(0), Le(256)]
 """Of what is a Python object each: layers."""
 Rate = Annotated[Finite, Gt(0), Le(1e30)]
 Share = Annotated[Finite, Ge(0), Le(1)]
@@ -78,6 +78,19 @@ class ModelConfig:
     def n_thoughts(self) -> int:
         """K: thought vectors of one sequence, over all layers."""
         return self.n_layers * self.thoughts_per_layer
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the decoder, the tied embedding counted once."""
+        width = self.width
+        layer = (
+            4 * width**2  # self-attention: queries, keys, values, output
+            + 2 * width**2  # cross-attention: queries, output
+            + 2 * self.thought_dim * width  # keys and values of the thoughts
+            + 3 * width * self.mlp_hidden
+            + 3 * width  # gains of the three norms
+        )
+        return self.vocab_size * width + self.n_layers * layer + 2 * width  # BOS, the last norm
 
 
 @settings("fast")
@@ -268,7 +281,8 @@ def _paper_preset(name: str, n_layers: int, thoughts: int, fast_steps: int) -> F
     """A model of Kong et al. (2025): thoughts in total, equally over the layers."""
     return FitConfig(
         preset=name,
-        corpus=CorpusConfig(tokenizer="gpt2"),
+        # As many tokens as GPT-2's vocabulary has, where the text is large enough to learn them.
+        corpus=CorpusConfig(tokenizer="bpe", options={"vocab_size": 50257}),
         model=ModelConfig(
             vocab_size=50257, seq_len=1024, n_layers=n_layers, width=512, n_heads=8,
             mlp_hidden=1376, window=256, thoughts_per_layer=thoughts // n_layers, thought_dim=512,

@@ -482,3 +482,23 @@ def test_scores_that_are_not_finite_are_told(fitted):
     assert "ppl_elbo per byte none" in told
     assert "k-hat    not judged" in told
     assert torch.isfinite(torch.tensor(scores["ppl_iw"]))
+
+
+LONG = ("ltm-medium", "ltm-large")  # `ltm-small` with more layers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in sorted(PRESETS)],
+)
+def test_every_preset_fits_as_it_stands(tmp_path, name, no_figures, capsys):
+    """With its own corpus settings, tokenizer and shapes; short texts and one step alone."""
+    own = [] if name == "mixture" else ["--corpus", str(write_text(tmp_path / "text.txt", 60))]
+    small = ["--steps", "1", "--batch_size", "1", "--fast.steps", "1", "--no-compile"]
+    scores = ["--eval_sequences", "2", "--eval_draws", "2", "--eval_fast_steps", "1"]
+    arguments = [*own, *small, *scores, "--model.seq_len", "16", "--no-control"]
+    assert main(["fit", "--preset", name, "--out", str(tmp_path / "run"), *arguments]) == 0
+    assert "Files in" in capsys.readouterr().out
+    recorded = load_run(tmp_path / "run").config
+    assert recorded.preset == name
+    assert recorded.corpus.tokenizer == PRESETS[name].corpus.tokenizer

@@ -13,7 +13,6 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics import cost
 from ltm_pyro.diagnostics.cost import (
     cost_report,
-    count_weights,
     format_cost,
     paper_flops_per_token,
 )
@@ -44,7 +43,7 @@ def batch_for(model: ModelConfig, size: int) -> Batch:
 def test_weights_equal_those_of_the_model(name: str) -> None:
     with torch.device("meta"):
         model = LatentThoughtModel(PRESETS[name].model)
-    assert count_weights(PRESETS[name].model) == sum(p.numel() for p in model.parameters())
+    assert PRESETS[name].model.n_weights == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_weights_equal_those_of_the_model(name: str) -> None:
 )
 def test_paper_presets_give_the_papers_figures(name: str, weights: float, gflop: float) -> None:
     config = PRESETS[name]
-    assert count_weights(config.model) == pytest.approx(weights, rel=0.01)
+    assert config.model.n_weights == pytest.approx(weights, rel=0.01)
     assert paper_flops_per_token(config.model, config.fast) == pytest.approx(gflop * 1e9, rel=0.01)
 
 

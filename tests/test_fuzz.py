@@ -6,23 +6,26 @@ Hypothesis makes the cases. In `make test` they are the same few hundred at ever
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import write_text
+from cli_helpers import MICRO, write_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ltm_pyro.cli import main
-from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig, Slow
 from ltm_pyro.run import create_run, train
 from ltm_pyro.run.checkpoint import _checksum
 
@@ -47,6 +50,9 @@ def place(tmp_path_factory) -> Path:
         fast=Fast(steps=2), steps=2, batch_size=4, compile=False, control=False,
         eval_sequences=5, eval_draws=4, eval_fast_steps=2,
     )  # fmt: skip
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    os.mkfifo(folder / "pipe")
     run = create_run(folder / "good", config)
     train(run, run.corpus(), progress=False)
     return folder
@@ -303,3 +309,121 @@ def test_any_change_of_bytes(place, capsys, damage):
 @given(damage=byte_damages())
 def test_any_change_of_bytes_often(place, capsys, damage):
     _damages(place, capsys, damage)
+
+
+NEW = ["fit", "--out", "case", "--corpus", "text.txt", *MICRO, "--steps", "1", "--no-control"]
+COST = ["cost", "nano", "--model.seq_len", "16", "--batch_size", "2", "--no-compile"]
+HUGE = "10000000000"
+FLOW = ["--guide", "flow", "--guide_options.transforms"]
+ENCODER = ["--guide", "amortized", "--guide_options.width"]
+PARTICLES = ["--objective", "iwae", "--objective_options.particles"]
+COMPONENTS = ["--guide_options.components"]
+BOMB = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+BOMB = f"a: &a [1, 2]\n{BOMB}"
+
+# (arguments, what the line must say)
+REFUSED = {
+    "layers": ([*NEW, "--model.n_layers", "9e18"], ["model.n_layers", "whole number"]),
+    "more layers": ([*NEW, "--model.n_layers", str(9 * 10**18)], ["model.n_layers", "at most"]),
+    "draws": ([*NEW, "--eval_draws", "1e30"], ["eval_draws"]),
+    "more draws": ([*NEW, "--eval_draws", str(10**9)], ["eval_draws", "GB", "at most"]),
+    "one draw": ([*NEW, "--eval_draws", "1"], ["eval_draws is 1", "2 or more"]),
+    "width": ([*NEW, "--model.width", "1000000"], ["model.width 1000000", "GB"]),
+    "transforms": ([*NEW, *FLOW, HUGE], ["transforms", "at most"]),
+    "hidden": ([*NEW, *FLOW[:2], "--guide_options.hidden", HUGE], ["hidden", "at most"]),
+    "particles": ([*NEW, *PARTICLES, HUGE], ["particles", "GB"]),
+    "many particles": ([*NEW, *PARTICLES, str(10**6), "--batch_size", str(10**5)], ["GB"]),
+    "components": ([*NEW, "--guide", "mixture", *COMPONENTS, HUGE], ["components", "at most"]),
+    "prior": (
+        [*NEW, "--model.prior", "mixture", "--model.prior_options.components", HUGE],
+        ["components", "at most"],
+    ),
+    "encoder": ([*NEW, *ENCODER, HUGE], ["width", "at most"]),
+    "batch": ([*NEW, "--batch_size", str(10**9)], ["batch_size is 1000000000", "at most"]),
+    "sequence": ([*NEW, "--model.seq_len", str(10**9)], ["model.seq_len"]),
+    "cost": (["cost", "nano", "--batch_size", str(10**9)], ["batch_size"]),
+    "prefix": (["evaluate", "good", "--mode", "prefix", "--prefix", "1e20"], ["prefix"]),
+    "long prefix": (
+        ["evaluate", "good", "--mode", "prefix", "--prefix", str(10**20)],
+        ["prefix", "at most 15"],
+    ),
+    "scored draws": (["evaluate", "good", "--draws", str(10**30)], ["draws", "at most"]),
+    "texts": (["generate", "good", "--n", "1000000"], ["n is 1000000", "at most"]),
+    "length": (["generate", "good", "--length", str(10**20)], ["length"]),
+    "name": ([*NEW, "--guide_options.name", "x"], ["'name'", "init_log_variance"]),
+    "thoughts": ([*NEW, "--model.prior_options.n_thoughts", "2"], ["n_thoughts"]),
+    "a number as a name": ([*NEW, "--model.prior_options", "{1: 2}"], ["model.prior_options"]),
+    "an argument of the corpus": ([*NEW, "--corpus.options", '{"seq_len": 3}'], ["seq_len"]),
+    "the cache": ([*NEW, "--corpus.options.cache_dir", "x"], ["cache_dir"]),
+    **{
+        f"{guide} from {start}": (
+            [*NEW, "--guide", guide, "--guide_options.init_log_variance", start],
+            ["init_log_variance", "from -30 to 30"],
+        )
+        for guide in ("mean_field", "full_rank", "flow")
+        for start in ("nan", "abc", "null", "[1]", "1e30")
+    },
+    "yaml of compare": (["compare", "good", "--guides", "low_rank:rank=["], ["rank"]),
+    "a bomb": ([*NEW, "--config", "bomb.yaml"], ["bomb.yaml", "aliases"]),
+    "a bomb as option": ([*NEW, "--guide_options", f"{{{BOMB}}}"], ["guide_options"]),
+    "depth": ([*NEW, "--config", "deep.yaml"], ["deep.yaml", "deeply"]),
+    "recursion": ([*NEW, "--config", "self.yaml"], ["self.yaml", "itself"]),
+    "digits": ([*NEW, "--config", "digits.yaml"], ["digits.yaml"]),
+    "a long file": ([*NEW, "--config", "long.yaml"], ["long.yaml", "longer"]),
+    "a date": ([*NEW, "--config", "date.yaml"], ["date.yaml", "quote it"]),
+    "a pipe as settings": ([*NEW, "--config", "pipe"], ["'pipe'", "no regular file"]),
+    "a device as settings": ([*NEW, "--config", "/dev/zero"], ["no regular file"]),
+    "a device of its own": ([*NEW, "--device", "hpu"], ["'hpu'", "cpu"]),
+    "privateuseone": ([*NEW, "--device", "privateuseone"], ["'privateuseone'", "cpu"]),
+    "NUL": (["fit", "--out", "a\0b"], ["NUL"]),
+    "a long name": (["generate", "a" * 5000], ["too long"]),
+}
+FILES = {
+    "bomb.yaml": f"guide_options:\n{textwrap.indent(BOMB, '  ')}",
+    "deep.yaml": "[" * 100 + "]" * 100,
+    "self.yaml": "guide_options: &a\n  x: *a\n",
+    "digits.yaml": "seed: " + "9" * 5000,
+    "long.yaml": "#" * 2_000_000,
+    "date.yaml": "guide_options:\n  a: 2020-01-01\n",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_before_it_is_tried(place, capsys, case):
+    arguments, words = REFUSED[case]
+    before = listed(place)
+    status, line = told(arguments, capsys)
+    assert status == 2
+    for word in words:
+        assert word in line
+    assert listed(place) == before
+    assert not (place / "case").exists()
+
+
+OPTIONS = [f"--{f.name}" for f in dataclasses.fields(FitConfig)] + [
+    f"--{group}.{f.name}"
+    for group, cls in {
+        "corpus": CorpusConfig,
+        "model": ModelConfig,
+        "fast": Fast,
+        "slow": Slow,
+    }.items()
+    for f in dataclasses.fields(cls)
+]
+WORDS = st.one_of(
+    st.integers().map(str), st.floats().map(str), st.text(max_size=6),
+    st.sampled_from(["1e30", str(10**18), "-1", "0", "nan", "null", "[1]", "{a: 1}", "true", "["]),
+).filter(lambda word: not word.startswith("-") or word[1:2].isdigit())  # fmt: skip
+
+
+@settings(FEW, max_examples=15)
+@given(options=st.lists(st.tuples(st.sampled_from(OPTIONS), WORDS), min_size=1, max_size=3))
+def test_any_options_of_cost(place, capsys, options):
+    told([*COST, *(f"{name}={word}" for name, word in options)], capsys)
+
+
+@FEW
+@given(text=st.text(alphabet="abc:{}[]&*-!|>?#'\"\n\t 123.~%@", max_size=40))
+def test_any_text_as_settings(place, capsys, text):
+    (place / "any.yaml").write_text(text)
+    told([*NEW, "--out", "good", "--config", "any.yaml"], capsys)

@@ -192,7 +192,7 @@ def test_blocks_of_one_dimension_are_mean_field() -> None:
 def test_bad_options_are_refused_in_plain_words() -> None:
     oracle = make_oracle()
     for rank in (0, -1, 5, 1.5, True):
-        with pytest.raises(InputError, match=r"whole number from 1 to .* K \* D = 2 \* 2 = 4"):
+        with pytest.raises(InputError, match=r"1 or more and at most 4, .* K \* D = 2 \* 2"):
             build_guide("low_rank", oracle, rank=rank)
     with pytest.raises(InputError, match="unknown block 'thoughts': did you mean 'thought'"):
         build_guide("full_rank", oracle, block="thoughts")

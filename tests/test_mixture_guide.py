@@ -154,7 +154,7 @@ def test_one_component_is_mean_field() -> None:
 
 def test_zero_components_are_refused() -> None:
     oracle = make_oracle()
-    with pytest.raises(InputError, match=r"zero mixture components: .* 1 or more"):
+    with pytest.raises(InputError, match=r"components is 0: .* 1 or more"):
         build_guide("mixture", oracle, components=0)
     for wrong in (-1, 1.5, True):
         with pytest.raises(InputError, match="components is"):

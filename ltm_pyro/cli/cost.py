@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from ltm_pyro.capacity import memory_bytes
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.settings import Settings, add_settings, build_config, expand_shortcuts
 from ltm_pyro.config import PRESETS, preset
@@ -22,6 +23,7 @@ ltm-pyro cost nano
 ltm-pyro cost ltm-large --batch_size 4 --micro_batch 1 --checkpointing
 ltm-pyro cost ltm-small --model.seq_len 512 --precision bf16 --json
 """
+_LARGEST_MACHINE = 200e9  # bytes
 
 
 def run(arguments: list[str]) -> int:
@@ -38,7 +40,10 @@ def run(arguments: list[str]) -> int:
 
     from ltm_pyro.diagnostics.cost import cost_report, format_cost
     from ltm_pyro.diagnostics.memory import memory_report
+    from ltm_pyro.run.limits import refuse_oversize
 
+    # For other machines too, but not for those that there are not.
+    refuse_oversize(config, most=max(memory_bytes(), _LARGEST_MACHINE))
     report, memory = cost_report(config), memory_report(config)
     if as_json:
         print(json.dumps({**asdict(report), "memory": memory.as_dict()}, indent=2))

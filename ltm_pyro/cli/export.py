@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
+from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
 Infer the posteriors of held-out sequences, score them, and write both with what
@@ -36,8 +37,8 @@ def run(arguments: list[str]) -> int:
     from ltm_pyro.run.files import refuse_irregular, refuse_protected
     from ltm_pyro.run.lock import sole_writer
 
-    folder = Path(options.run)
-    target = folder / POSTERIOR if options.out is None else Path(options.out)
+    folder = as_path("run folder", options.run)
+    target = folder / POSTERIOR if options.out is None else as_path("out", options.out)
     inside = target.parent.resolve() == folder.resolve()
     if not inside:
         refuse_protected(target.parent)

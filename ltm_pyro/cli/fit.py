@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.cli.parsing import Parser
@@ -21,6 +20,7 @@ from ltm_pyro.cli.stopping import StopSignals
 from ltm_pyro.cli.streams import hush, tell
 from ltm_pyro.config import PRESETS
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
+from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
     from ltm_pyro.data.base import Corpus
@@ -77,7 +77,7 @@ def _share(
     from ltm_pyro.inference.parallel import join, refuse_unequal, started
     from ltm_pyro.run.opening import recorded_config, share_run
 
-    folder = Path(default_folder(config) if out is None else out)
+    folder = as_path("out", default_folder(config) if out is None else out)
     if resume and folder.exists():
         config = recorded_config(folder)
     refuse_unequal(config.batch_size, started()[1])
@@ -116,11 +116,12 @@ def _open(
     config = build_config(given)  # before anything heavy: most slips are found here
     from ltm_pyro.cli.printing import default_folder
 
-    folder = Path(default_folder(config) if out is None else out)
+    folder = as_path("out", default_folder(config) if out is None else out)
     from ltm_pyro.run import create_run
     from ltm_pyro.run.building import absolute_name, open_corpus
-    from ltm_pyro.run.changes import refuse_changes
+    from ltm_pyro.run.changes import SCORING, refuse_changes
     from ltm_pyro.run.files import followed, refuse_protected
+    from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
     from ltm_pyro.run.lock import sole_writer
     from ltm_pyro.run.opening import read_run, recover_replaced, refuse_existing, refuse_foreign
 
@@ -137,10 +138,13 @@ def _open(
             if name in corpus_given:
                 corpus_given[name] = absolute_name(corpus_given[name])
         refuse_changes(fitted.config, given, fitted.label, "what was asked for")
+        fitted.score_by({name: given[name] for name in SCORING if name in given})
         return fitted, fitted.corpus(), False
     if resume:
         tell(f"no run in {str(folder)!r} yet: starting it")
     refuse_existing(folder, overwrite)
+    refuse_unscorable(config)
+    refuse_oversize(config, 1 if parallel is None else parallel.size)
     corpus = open_corpus(config)
     corpus.held_out()  # a fit that cannot be scored does not start
     fitted = create_run(

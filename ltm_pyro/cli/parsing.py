@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
-from ltm_pyro.errors import InputError, nearest
+from ltm_pyro.cli import yaml_text
+from ltm_pyro.errors import InputError, nearest, shown
 
 _WRONG_TYPE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<why>.*)', re.DOTALL)
+_MODE = "yaml of a person"
+jsonargparse.set_loader(_MODE, lambda text: yaml_text.load(text, "a value"), (InputError,))
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)", re.DOTALL)
 _KINDS = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
     "<class 'bool'>": "true or false",
     "<class 'str'>": "a text",
+    "<class 'dict'>": "a group of settings, e.g. {width: 64}",
 }
 
 
@@ -40,7 +45,32 @@ class Parser(jsonargparse.ArgumentParser):
             allow_abbrev=False,
             add_help=True,
             formatter_class=_Formatter,
+            parser_mode=_MODE,
         )
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does.
+
+        Raises:
+            InputError: also for an argument that none of its libraries can take.
+        """
+        given = args[0] if args else None
+        for argument in given or ():
+            if len(argument) > yaml_text.LARGEST:
+                raise InputError(
+                    f"argument {shown(argument)} is too long: put the text into a file"
+                )
+        try:
+            return super().parse_args(*args, **kwargs)
+        except InputError:
+            raise
+        except (RecursionError, ValueError, TypeError, LookupError, yaml.YAMLError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else shown(error)
+            raise InputError(f"an option's value cannot be read: {why}; {self._hint}") from None
+
+    @property
+    def _hint(self) -> str:
+        return f"see {self.prog} --help"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Complains in one line instead of printing the usage.
@@ -52,7 +82,7 @@ class Parser(jsonargparse.ArgumentParser):
         raise InputError(self._one_line(message))
 
     def _one_line(self, message: str) -> str:
-        help_hint = f"see {self.prog} --help"
+        help_hint = self._hint
         unknown = re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE | re.DOTALL)
         if unknown:
             return self._unknown(unknown[1].split()[0], help_hint)
@@ -60,10 +90,11 @@ class Parser(jsonargparse.ArgumentParser):
         if wrong:
             found = _EXPECTED.match(wrong["why"])
             if found is None:
-                return " ".join(f"{wrong['key']}: {wrong['why']}".split())
+                return shown(f"{wrong['key']}: {wrong['why']}", 500).strip("'\"")
             kind = _kind(found["type"])
-            return f"{wrong['key']} is {' '.join(found['value'].split())!r}: must be {kind}"
-        return f"{' '.join(message.split())}; {help_hint}"
+            return f"{wrong['key']} is {shown(' '.join(found['value'].split()))}: must be {kind}"
+        text = " ".join(message.split())
+        return f"{text if len(text) <= 500 else text[:497] + '...'}; {help_hint}"
 
     def _unknown(self, given: str, help_hint: str) -> str:
         name = given.partition("=")[0]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import docstring_parser
-import yaml
 
+from ltm_pyro.cli import yaml_text
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, preset, to_dict
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.reading import open_regular
 
 _GROUPS = ("corpus", "model", "fast", "slow")
 _FROM_CORPUS = "model.vocab_size"
@@ -125,28 +126,28 @@ def _plain(text: str) -> str:
 
 
 def _from_yaml(parser: Parser, file: Path) -> Settings:
+    name = shown(str(file), 200)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with open_regular(file, links=True) as stream:
+            values = yaml_text.load(stream.read(4 * yaml_text.LARGEST).decode(), name)
     except FileNotFoundError:
-        raise InputError(f"there is no file {str(file)!r}: check the path after --config") from None
-    except OSError as error:
-        raise InputError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
+        raise InputError(f"there is no file {name}: check the path after --config") from None
     except UnicodeDecodeError:
-        raise InputError(f"{str(file)!r} is not UTF-8 text: save it as such") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" at line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InputError(f"{str(file)!r} is not YAML{where}: {problem}") from None
+        raise InputError(f"{name} is not UTF-8 text: save it as such") from None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a name with NUL is a `ValueError`
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {name}: {why}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{str(file)!r} holds no settings: write lines like 'steps: 300'")
+        raise InputError(f"{name} holds no settings: write lines like 'steps: 300'")
     if isinstance(values.get("corpus"), str):
         values["corpus"] = {"name": values["corpus"]}
     try:
         _check_keys(FitConfig, values)
         parsed: Settings = parser.parse_object(values, defaults=False).as_dict()
     except InputError as error:
-        raise InputError(f"{str(file)!r}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     return parsed
 
 
@@ -160,7 +161,7 @@ def _check_keys(cls: type[Any], values: Mapping[Any, Any], prefix: str = "") -> 
             raise InputError(f"{prefix}{key} has no value: give one, or leave it out")
         group = f"{prefix}{key}" in _GROUPS
         if (group or f"{prefix}{key}" in _OPEN) and not isinstance(value, Mapping):
-            raise InputError(f"{prefix}{key} is {value!r}: must be a group of settings")
+            raise InputError(f"{prefix}{key} is {shown(value)}: must be a group of settings")
         if group:
             _check_keys(get_type_hints(cls)[key], value, f"{key}.")
 

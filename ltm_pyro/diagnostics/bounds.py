@@ -24,6 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 import ltm_pyro
+from ltm_pyro.capacity import count
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean
@@ -102,8 +103,9 @@ def evaluate(
     """
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
-    if draws < 2:
-        raise InputError(f"draws is {draws}: a standard error needs at least 2")
+    # A standard error needs two.
+    each = 4 * len(batch) * math.prod(model.thought_shape)
+    count("draws", draws, at_least=2, bytes_each=each)
     batch = batch.to(model.device)
     model.check(batch)
     scored = _scored_part(batch, post, mode)

@@ -108,7 +108,7 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
     slow_step = below + _attend_backward_flops(model) + particles * _slow_above_flops(model, config)
     if config.slow.word_dropout > 0:  # scored once more with every input token shown
         slow_step += below + particles * (above + _head_flops(model))
-    n_weights = count_weights(model)
+    n_weights = model.n_weights
     n_local = model.n_thoughts * model.thought_dim
     return CostReport(
         preset=config.preset,
@@ -141,26 +141,13 @@ def _guide_start_and_prior_weights(config: FitConfig) -> tuple[float | None, int
     return guide.start_log_variance, n_prior
 
 
-def count_weights(model: ModelConfig) -> int:
-    """Weights of the decoder, the tied embedding counted once."""
-    width = model.width
-    layer = (
-        4 * width**2  # self-attention: queries, keys, values, output
-        + 2 * width**2  # cross-attention: queries, output
-        + 2 * model.thought_dim * width  # keys and values of the thoughts
-        + 3 * width * model.mlp_hidden
-        + 3 * width  # gains of the three norms
-    )
-    return model.vocab_size * width + model.n_layers * layer + 2 * width  # BOS and the last norm
-
-
 def paper_flops_per_token(model: ModelConfig, fast: Fast) -> float:
     """Training FLOPs per token as Kong et al. (2025) count them: (T_fast + 1)(6 N + 6 L H T).
 
     It charges a weight gradient at every fast step and full attention over T.
     """
     attention = 6 * model.n_layers * model.width * model.seq_len
-    return (fast.steps + 1) * (6.0 * count_weights(model) + attention)
+    return (fast.steps + 1) * (6.0 * model.n_weights + attention)
 
 
 def _self_attention_product(model: ModelConfig) -> float:

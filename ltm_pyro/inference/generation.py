@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ltm_pyro.capacity import count
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
@@ -19,6 +20,8 @@ from ltm_pyro.models.sampling import SamplingRule, write_tokens
 from ltm_pyro.random import Noise, Stream, derive_seed
 
 _TEXTS = 2**32  # no prompt has as many
+
+_MOST_TEXTS = 10_000  # at once: another seed gives others
 
 
 @door
@@ -64,8 +67,9 @@ def generate(
     """
     rule = SamplingRule(greedy=greedy, temperature=temperature, top_k=top_k, top_p=top_p)
     length = model.config.seq_len if length is None else length
-    if n < 1:
-        raise InputError(f"n is {n}: must be 1 or more")
+    shape = model.config
+    each = 8 * shape.n_layers * shape.width * min(shape.window, shape.seq_len)  # keys and values
+    count("n", n, at_most=_MOST_TEXTS, bytes_each=each)
     if not 1 <= length <= model.config.seq_len:
         raise InputError(f"length is {length}: must be from 1 to {model.config.seq_len}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])

@@ -124,11 +124,13 @@ def with_own_ids(batch: Batch) -> Batch:
     Raises:
         InputError: if an id is there twice: rows and noise belong to ids.
     """
-    values, counts = batch.ids.unique(return_counts=True)
-    if len(values) < len(batch):
-        twice = int(values[counts > 1][0])
+    ordered = batch.ids.sort().values
+    repeated = ordered[1:] == ordered[:-1]
+    if bool(repeated.any()):
+        twice = int(ordered[1:][repeated][0])
+        times = int((ordered == twice).sum())
         raise InputError(
-            f"batch has sequence id {twice} {int(counts.max())} times: give each row an id of its "
+            f"batch has sequence id {twice} {times} times: give each row an id of its "
             "own (Batch(x, ids=...))"
         )
     return batch

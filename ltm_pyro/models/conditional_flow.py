@@ -26,7 +26,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.capacity import count, refuse_too_large
+from ltm_pyro.errors import unknown_name
 from ltm_pyro.models.zuko_import import (
     MaskedAutoregressiveTransform,
     MonotonicAffineTransform,
@@ -52,6 +53,9 @@ _NO_SHAPE = torch.Size()
 _MOMENT_DRAWS = 1024
 _MOMENT_SEED = 20131220
 _MOMENT_CHUNK = 1 << 22  # numbers held at once while moments are computed
+
+_MOST_TRANSFORMS = 256  # each is a network of its own, built one after another
+_MOST_BINS = 1024
 
 
 class ConditionalFlow(nn.Module):
@@ -84,10 +88,17 @@ class ConditionalFlow(nn.Module):
         super().__init__()
         if kind not in FLOW_KINDS:
             raise unknown_name("flow kind", str(kind), FLOW_KINDS)
-        sizes = {"context_dim": context, "transforms": transforms, "hidden": hidden, "bins": bins}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise InputError(f"flow {name} is {size!r}: must be a whole number, 1 or more")
+        count("flow transforms", transforms, at_most=_MOST_TRANSFORMS)
+        count("flow bins", bins, at_most=_MOST_BINS)
+        count("flow context_dim", context)
+        count("flow hidden", hidden)
+        weights = transforms * hidden * (2 * features + context + hidden)
+        refuse_too_large(
+            f"a flow of {transforms} transforms with {hidden} hidden units and context_dim "
+            f"{context}",
+            4 * weights,
+            "choose smaller ones",
+        )
         self.features = features
         # A vector: the slow clock's weight decay of matrices would pull correlations to zero.
         self.lower = nn.Parameter(torch.zeros(features * (features - 1) // 2))

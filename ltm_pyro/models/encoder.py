@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltm_pyro.capacity import count, refuse_too_large
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.layers import SwiGLU, rotary_angles, rotate
 from ltm_pyro.models.linear_gaussian import LinearGaussian
+
+_MOST_LAYERS = 256
 
 
 def build_encoder(
@@ -39,10 +42,12 @@ def build_encoder(
     Raises:
         InputError: for a size out of range, or a model of another kind.
     """
-    for name, size in (("encoder width", width), ("encoder layers", layers)):
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if size is not None and not whole:
-            raise InputError(f"{name} is {size!r}: must be a whole number, 1 or more")
+    count("encoder layers", layers, at_most=_MOST_LAYERS)
+    if width is not None:
+        count("encoder width", width)
+        refuse_too_large(
+            f"encoder width {width} in {layers} layers", 4 * layers * width**2, "choose less"
+        )
     thoughts, dim = model.thought_shape
     if isinstance(model, LatentThoughtModel):
         config = model.config

@@ -19,6 +19,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.func import functional_call
 
+from ltm_pyro.capacity import refuse_too_large
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
@@ -79,6 +80,9 @@ class LatentThoughtModel(LatentModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        refuse_too_large(
+            f"a model of {config.n_weights:,} weights", 4 * config.n_weights, "choose a smaller one"
+        )
         with exclusively():  # weights are drawn
             # The decoder first: its initial weights are then the same under every prior.
             self.decoder = Decoder(config)

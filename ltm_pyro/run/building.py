@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,39 +12,43 @@ from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.finding import absolute_path
+from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
-_OWN_SETTING = {
-    **{f.name: f"corpus.{f.name}" for f in fields(CorpusConfig)},
-    "data": "corpus.name",
-    "seq_len": "model.seq_len",
-    "cache_dir": "the environment variable LTM_PYRO_CACHE",
-}
-"""Arguments of `load_corpus` that are no options of a corpus, and what sets them."""
+_OWN_SETTING = {"seq_len": "model.seq_len", "cache_dir": "the environment's LTM_PYRO_CACHE"}
+"""Arguments of `load_corpus` that other settings give."""
 
 BUILT_IN_TOKENIZERS = ("bytes", "bpe", "symbols")
 
 
-def open_corpus(config: FitConfig) -> Corpus:
+def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """The corpus that `config` names.
 
+    Args:
+        config: The settings.
+        tokenizer: Instead of the one that the settings name.
+
     Raises:
-        InputError: as `load_corpus` does, and for an option that has a setting of its own.
+        InputError: as `load_corpus` does, and for an option that is an argument of it.
     """
     chosen = config.corpus
-    for option in chosen.options:
-        if option in _OWN_SETTING:
+    options: dict[str, Any] = dict(chosen.options)
+    own = [name for name in inspect.signature(load_corpus).parameters if name != "options"]
+    for option in options:
+        if option in own:
             raise InputError(
-                f"{option} is no option of a corpus: leave it out of corpus.options, "
-                f"{_OWN_SETTING[option]} sets it"
+                f"{option} is no option of a corpus: leave it out of corpus.options"
+                + (f", {_OWN_SETTING[option]} sets it" if option in _OWN_SETTING else "")
             )
     arguments: dict[str, Any] = {
         f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("name", "options")
     }
-    options: dict[str, Any] = dict(chosen.options)
+    if tokenizer is not None:
+        arguments["tokenizer"] = tokenizer
+        options.pop("vocab_size", None)  # of one that is learned
     return load_corpus(chosen.name, seq_len=config.model.seq_len, **arguments, **options)
 
 

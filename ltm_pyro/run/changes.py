@@ -8,6 +8,9 @@ from typing import Any
 from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.errors import InputError, shown
 
+SCORING = ("eval_sequences", "eval_draws", "eval_fast_steps")
+"""Settings of the scores after a fit, which no step of it depends on."""
+
 _OPEN = ("options", "guide_options", "objective_options", "prior_options")
 """Settings whose keys are free: a key left out is a difference too."""
 
@@ -22,7 +25,7 @@ def refuse_changes(config: FitConfig, other: Mapping[str, Any], here: str, there
         there: What `other` belongs to.
 
     Raises:
-        InputError: naming the first setting that differs.
+        InputError: naming the first setting that differs, those of the scores aside.
     """
     found = difference(config, other, here, there)
     if found is not None:
@@ -45,6 +48,8 @@ def first_change(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | N
     """Dotted name of the first setting in `other` that `config` has otherwise, or `None`."""
     for key, value in other.items():
         mine = config.get(key)
+        if key in SCORING:
+            continue
         if isinstance(value, Mapping) and isinstance(mine, Mapping) and key not in _OPEN:
             inner = first_change(mine, value)
             if inner is not None:

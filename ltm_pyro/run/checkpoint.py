@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ltm_pyro.errors import InputError
+from ltm_pyro.reading import LARGEST_JSON, damaged, open_regular, read_bytes, read_json
 from ltm_pyro.run.files import (
     PARTIAL,
     json_bytes,
@@ -26,7 +27,6 @@ from ltm_pyro.run.files import (
     write_atomic,
     writing,
 )
-from ltm_pyro.run.reading import damaged, read_bytes, read_json
 from ltm_pyro.run.schemas import CheckpointFile, State, checked
 
 STATE = "state.json"
@@ -118,7 +118,8 @@ def saved_step(folder: Path, owner: str) -> int:
 def mark(folder: Path) -> str:
     """Tells the checkpoint in `folder` from any other; empty where there is none."""
     try:
-        return sha256((folder / STATE).read_bytes())
+        with open_regular(folder / STATE) as stream:
+            return sha256(stream.read(LARGEST_JSON))
     except OSError:
         return ""
 

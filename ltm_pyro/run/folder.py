@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.config import FitConfig, to_dict
+from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
@@ -28,13 +29,15 @@ from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.reading import damaged
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import difference
 from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, check_names, put, take
+from ltm_pyro.run.files import json_bytes, write_atomic
+from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.metrics import MetricsFile
-from ltm_pyro.run.reading import damaged
 from ltm_pyro.run.schemas import State, checked
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
@@ -113,9 +116,17 @@ class Run:
         """The corpus of the fit, loaded again.
 
         Raises:
-            InputError: if it is not there, or is no longer the one that the model was fitted to.
+            InputError: if it is not there, was never on disk, or is no longer the one that the
+                model was fitted to.
         """
+        if self.config.corpus.name == IN_MEMORY:
+            raise InputError(
+                f"the corpus of {self.label} was in the memory of a program: load it again by "
+                "load_corpus, with tokenizer=run.tokenizer, and give it where a corpus is asked for"
+            )
         corpus = open_corpus(self.config)
+        if corpus.tokenizer.to_json() != self.tokenizer.to_json():
+            corpus = open_corpus(self.config, self.tokenizer)
         recorded = self.facts["corpus"]["sha256"]
         if corpus.sha256 != recorded:
             raise InputError(
@@ -124,6 +135,23 @@ class Run:
                 "fit anew (the built-in pydoc differs between builds of Python)"
             )
         return corpus
+
+    def score_by(self, changes: Mapping[str, Any]) -> None:
+        """Takes over other settings of the scores; the fit does not depend on them.
+
+        Args:
+            changes: Of `eval_sequences`, `eval_draws` and `eval_fast_steps`.
+
+        Raises:
+            InputError: if the run could not be scored by them, or its folder not be written.
+        """
+        config = from_dict(FitConfig, {**to_dict(self.config), **changes})
+        refuse_unscorable(config)
+        refuse_oversize(config, self.parallel.size)
+        if config != self.config:
+            self.config = config
+            facts = json_bytes({**self.facts, "config": to_dict(config)})
+            write_atomic(self.folder / CONFIG, facts)
 
     def checkpoint(self) -> Checkpoint:
         """All that the fit needs to go on."""

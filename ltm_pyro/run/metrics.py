@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ltm_pyro.inference.course import Metrics
+from ltm_pyro.reading import open_regular, read_bytes
 from ltm_pyro.run.files import write_atomic, writing
-from ltm_pyro.run.reading import open_regular, read_bytes
 
 _LONGEST_ROW = 4096
 """Bytes, of some twenty numbers."""

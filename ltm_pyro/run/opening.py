@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -13,14 +14,16 @@ import pyro
 import torch
 
 import ltm_pyro
-from ltm_pyro.config import FitConfig, from_dict, to_dict
+from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
 from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.models.doors import door
+from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.files import (
@@ -40,8 +43,8 @@ from ltm_pyro.run.folder import (
     Run,
     share_checkpoint,
 )
+from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
-from ltm_pyro.run.reading import LARGEST_JSON, damaged, read_bytes, read_json
 from ltm_pyro.run.schemas import Facts, Heading, checked
 
 FORMAT = 1
@@ -76,9 +79,11 @@ def create_run(
         InputError: if the settings cannot be used, the folder cannot be written, or another
             process writes to it.
     """
-    folder = followed(Path(folder))
+    folder = followed(as_path("run folder", folder))
     refuse_foreign(folder)
     refuse_protected(folder)
+    refuse_unscorable(config)
+    refuse_oversize(config, 1 if parallel is None else parallel.size)
     with sole_writer(folder):
         recover_replaced(folder)
         refuse_existing(folder, overwrite)
@@ -92,9 +97,14 @@ def _create(
     folder: Path, config: FitConfig, corpus: Corpus | None, parallel: Parallel | None
 ) -> Run:
     """The new run, the one that it replaces kept aside."""
-    corpus = corpus if corpus is not None else open_corpus(config)
-    config = replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
-    tokenizer = json_bytes(corpus.tokenizer.to_json())
+    if corpus is None:
+        corpus = open_corpus(config)
+    else:
+        config = _described(config, corpus)
+    shape = replace(config.model, vocab_size=corpus.vocab_size, seq_len=corpus.seq_len)
+    config = replace(config, model=shape)
+    refuse_oversize(config, 1 if parallel is None else parallel.size)
+    tokenizer = _saved_tokenizer(corpus.tokenizer)
     facts = {
         "format": FORMAT,
         "version": ltm_pyro.__version__,
@@ -126,6 +136,40 @@ def _create(
     return run
 
 
+def _described(config: FitConfig, corpus: Corpus) -> FitConfig:
+    """`config` with settings that describe a corpus at hand: its own, or that it is in memory."""
+    if corpus.recipe is None:
+        return replace(config, corpus=CorpusConfig(name=IN_MEMORY))
+    mine, its = to_dict(config.corpus), dict(corpus.recipe)
+    if all(mine[name] == its[name] for name in ("name", "seed", "split") if name in its):
+        return config
+    return replace(config, corpus=from_dict(CorpusConfig, {"tokenizer": mine["tokenizer"], **its}))
+
+
+def _saved_tokenizer(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer as it is kept in the run, known to be one that can be read back.
+
+    Raises:
+        InputError: if it is not.
+    """
+    try:
+        saved = json_bytes(tokenizer.to_json())
+        back = load_tokenizer(json.loads(saved))
+    except InputError as error:
+        raise InputError(
+            f"a run with this tokenizer could not be opened again ({error}): register its kind "
+            "with register_tokenizer"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the tokenizer's to_json gives no JSON types: {error}") from None
+    if back.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and {back.vocab_size} when it is "
+            "read back from what its to_json gives: mend it"
+        )
+    return saved
+
+
 @door
 def load_run(
     folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
@@ -140,7 +184,7 @@ def load_run(
     Raises:
         InputError: if there is no run there, it is damaged, or another version wrote it.
     """
-    folder = Path(folder)
+    folder = as_path("run folder", folder)
     if parallel is None or parallel.size == 1:
         return read_run(folder, device)
     return share_run(parallel, parallel.lead(lambda: read_run(folder, device, parallel)))
@@ -152,7 +196,7 @@ def recorded_config(folder: Path) -> FitConfig:
     Raises:
         InputError: if there is no run there, it is damaged, or another version wrote it.
     """
-    return _read_facts(folder)[1]
+    return _read_facts(as_path("run folder", folder))[1]
 
 
 def read_run(folder: Path, device: str | None = None, parallel: Parallel | None = None) -> Run:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from ltm_pyro.config import FitConfig
 from ltm_pyro.errors import InputError
-from ltm_pyro.run.reading import damaged
+from ltm_pyro.reading import damaged
 from ltm_pyro.schema import Whole, validated
 
 Digest = Annotated[str, Strict(), StringConstraints(pattern=r"^[0-9a-f]{64}$")]

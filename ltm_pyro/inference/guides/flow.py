@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.capacity import count, log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
@@ -51,12 +52,10 @@ class Flow(LocalGuide):
         bins: int = 8,
         init_log_variance: float = 0.0,
     ) -> None:
-        if not math.isfinite(init_log_variance):
-            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
         super().__init__(model)
         _refuse_half_precision(self.anchor.dtype)
-        self.init_log_variance = float(init_log_variance)
-        self.context_dim = context_dim
+        self.init_log_variance = log_variance(init_log_variance)
+        self.context_dim = count("flow context_dim", context_dim, bytes_each=4)
         features = math.prod(self.thought_shape)
         network = ConditionalFlow(features, context_dim, kind, transforms, hidden, bins)
         self.network = network.to(self.anchor)

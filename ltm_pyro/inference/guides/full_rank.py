@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.capacity import log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
@@ -53,11 +52,9 @@ class FullRank(LocalGuide):
     ) -> None:
         if block not in BLOCKS:
             raise unknown_name("block", str(block), BLOCKS)
-        if not math.isfinite(init_log_variance):
-            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
         super().__init__(model)
         self.block = block
-        self.init_log_variance = float(init_log_variance)
+        self.init_log_variance = log_variance(init_log_variance)
         n_thoughts, dim = model.thought_shape
         self.n_blocks = {"whole": 1, "thought": n_thoughts}.get(block) or _layers(model)
         self.block_size = n_thoughts * dim // self.n_blocks

@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.capacity import count, log_variance
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.models.base import LatentModel
@@ -43,16 +43,11 @@ class LowRank(LocalGuide):
     def __init__(self, model: LatentModel, rank: int = 2, init_log_variance: float = 0.0) -> None:
         n_thoughts, dim = model.thought_shape
         size = n_thoughts * dim
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= size:
-            raise InputError(
-                f"rank is {rank!r}: must be a whole number from 1 to the dimension of the "
-                f"thoughts, K * D = {n_thoughts} * {dim} = {size}"
-            )
-        if not math.isfinite(init_log_variance):
-            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
+        limit = f"the dimension of the thoughts, K * D = {n_thoughts} * {dim}"
+        count("rank", rank, at_most=size, limit=limit)
         super().__init__(model)
         self.rank = rank
-        self.init_log_variance = float(init_log_variance)
+        self.init_log_variance = log_variance(init_log_variance)
 
     @property
     def start_log_variance(self) -> float:

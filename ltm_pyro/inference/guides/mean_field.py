@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.capacity import log_variance
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
 from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.models.base import LatentModel
@@ -29,10 +27,8 @@ class MeanField(LocalGuide):
     """
 
     def __init__(self, model: LatentModel, init_log_variance: float = 0.0) -> None:
-        if not math.isfinite(init_log_variance):
-            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
         super().__init__(model)
-        self.init_log_variance = float(init_log_variance)
+        self.init_log_variance = log_variance(init_log_variance)
 
     @property
     def start_log_variance(self) -> float:

@@ -9,8 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.capacity import count, log_variance
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.models.base import LatentModel
@@ -22,6 +22,9 @@ however many dimensions share it."""
 WEIGHT_RATE = 0.1
 """Log weights move at this fraction of the other parameters' pace. At full pace the first component
 to find a mode takes nearly all the weight before the other has found its own, and keeps it."""
+
+
+_ROW_BYTES = 8  # mean and variance of a dimension, of one sequence
 
 
 @register_guide("mixture")
@@ -48,14 +51,11 @@ class Mixture(LocalGuide):
     def __init__(
         self, model: LatentModel, components: int = 2, init_log_variance: float = 0.0
     ) -> None:
-        if not isinstance(components, int) or isinstance(components, bool) or components < 1:
-            what = "zero mixture components" if components == 0 else f"components is {components!r}"
-            raise InputError(f"{what}: a mixture has a whole number of them, 1 or more")
-        if not math.isfinite(init_log_variance):
-            raise InputError(f"init_log_variance is {init_log_variance}: must be a finite number")
+        each = _ROW_BYTES * math.prod(model.thought_shape)
+        count("components", components, bytes_each=each)
         super().__init__(model)
         self.components = components
-        self.init_log_variance = float(init_log_variance)
+        self.init_log_variance = log_variance(init_log_variance)
 
     @property
     def start_log_variance(self) -> float:

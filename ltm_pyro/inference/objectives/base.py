@@ -14,6 +14,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO
 from torch import Tensor
 
+from ltm_pyro.capacity import count
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
@@ -25,6 +26,8 @@ from ltm_pyro.random import Noise, fresh_seed
 
 Draw = Callable[[TorchDistribution, int], Tensor]
 """(q, S) -> draws (S, B, K, D), with a path to q's parameters: usually a `Drawing`."""
+
+_MOST_PARTICLES = 10**6
 
 
 class Objective(ELBO):
@@ -47,8 +50,7 @@ class Objective(ELBO):
     """Whether it pays for the KL as such (`Terms.kl`), in closed form where the guide has one."""
 
     def __init__(self, particles: int = 1, **options: Any) -> None:
-        if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
-            raise InputError(f"particles is {particles!r}: must be a whole number, 1 or more")
+        count("particles", particles, at_most=_MOST_PARTICLES)
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=particles, max_plate_nesting=1, vectorize_particles=particles > 1
         )

@@ -1,18 +1,42 @@
-"""Files of a run folder as they are read: regular ones alone, of bounded size and depth."""
+"""Files as they are read: regular ones alone, of bounded size and depth."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 
 LARGEST_JSON = 2**26
 """Bytes; a tokenizer's vocabulary is the largest there is."""
 DEEPEST_JSON = 50
+
+
+def as_path(what: str, name: str | Path) -> Path:
+    """The path `name`, known to be one that this system can hold.
+
+    Args:
+        what: Names it in messages, e.g. `"out"`.
+        name: What was given.
+
+    Raises:
+        InputError: if no file can have that name.
+    """
+    path = Path(name)
+    try:
+        os.lstat(path)
+    except ValueError:
+        raise InputError(f"{what} {shown(str(name))} is no name of a file: it holds NUL") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise InputError(
+                f"{what} {shown(str(name))} is no name of a file: {error.strerror}"
+            ) from None
+    return path
 
 
 def open_regular(path: Path, *, links: bool = False) -> BinaryIO:
