@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import environment, write_text
+from cli_helpers import MICRO, environment, program, write_text
 
+from ltm_pyro.cli import main
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.export import load_datatree
@@ -29,11 +31,10 @@ from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.opening import undo_new
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> FitConfig:
+def micro(text: Path) -> FitConfig:
     """A fit of a second, with one checkpoint at its end."""
     return FitConfig(
-        corpus=CorpusConfig(name=str(write_text(tmp_path / "text.txt"))),
+        corpus=CorpusConfig(name=str(text)),
         model=ModelConfig(
             seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
         ),
@@ -45,6 +46,11 @@ def config(tmp_path: Path) -> FitConfig:
         eval_sequences=5,
         eval_draws=4,
     )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> FitConfig:
+    return micro(write_text(tmp_path / "text.txt"))
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -346,3 +352,85 @@ def test_a_run_is_put_in_no_strange_place(tmp_path, config, monkeypatch, place):
     with pytest.raises(InputError, match=r"choose another|is not a folder|is no run folder"):
         create_run(place, config, overwrite=True)
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+# --- many tries --------------------------------------------------------------------------------
+
+ON_FULL_DISKS = """
+import resource, sys
+from pathlib import Path
+from ltm_pyro.cli import main
+from ltm_pyro.run import load_run
+sizes, *command = sys.argv[1:]
+for size in map(int, sizes.split(",")):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    status = main(command)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    steps = {str(r.parent): load_run(r.parent).svi.slow_step for r in Path().glob("*/config.json")}
+    left = [str(p) for p in Path().rglob(".*")]
+    print("RESULT", size, status, steps, left, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "export", "compare"])
+def test_full_disks_of_thirty_sizes(tmp_path, monkeypatch, command):
+    """No signal, nothing left over, and what was saved before still opens."""
+    monkeypatch.chdir(tmp_path)
+    text = write_text(tmp_path / "text.txt")
+    fit = ["fit", "--corpus", str(text), "--no-control", *MICRO]
+    assert main([*fit, "--steps", "4", "--out", "good"]) == 0
+    ask = {
+        "fit": [*fit, "--steps", "3", "--out", "new", "--overwrite"],
+        "export": ["export", "good"],
+        "compare": ["compare", "good", "--guides", "mean_field,delta", "--no-gaps"],
+    }[command]
+    sizes = [0, *(round(2 ** (0.65 * k)) for k in range(29))]  # to 300 kB
+    before = (tmp_path / "good" / "posterior.nc").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", ON_FULL_DISKS, ",".join(map(str, sizes)), *ask],
+        cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    found = [line.split(maxsplit=3) for line in done.stdout.splitlines() if "RESULT" in line]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(found) == len(sizes)
+    assert {status for _, _, status, _ in found} <= {"0", "2"}
+    assert all("'good': 4" in rest and rest.endswith("[]") for *_, rest in found)
+    assert found[0][2] == "2"
+    assert "Traceback" not in done.stderr
+    if command == "export":
+        assert len((tmp_path / "good" / "posterior.nc").read_bytes()) == len(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("new", "new"), ("resume", "resume"), ("overwrite", "resume")])
+def test_two_fits_at_once_leave_one_of_them(tmp_path, kinds):
+    text, steps = write_text(tmp_path / "text.txt"), 30
+    fit = ["fit", "--corpus", str(text), "--no-control", "--steps", str(steps), "--out", "run"]
+    ask = {
+        "new": [*fit, *MICRO],
+        "resume": ["fit", "--resume", "--out", "run"],
+        "overwrite": [*fit, *MICRO, "--overwrite", "--seed", "1"],
+    }
+
+    def start(kind: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            program(*ask[kind]), cwd=tmp_path, env=environment(), text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    for _ in range(7):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        if kinds != ("new", "new"):
+            create_run(tmp_path / "run", dataclasses.replace(micro(text), steps=steps))
+        both = [start(kind) for kind in kinds]
+        told = [process.communicate()[1] for process in both]
+        assert sorted(process.returncode for process in both)[0] == 0, told
+        assert all(process.returncode in (0, 2) for process in both), told
+        run = load_run(tmp_path / "run")
+        assert run.svi.slow_step == steps
+        whole = create_run(tmp_path / f"whole-{run.config.seed}", run.config, overwrite=True)
+        train(whole, whole.corpus(), progress=False)
+        for name, value in weights(whole).items():
+            assert torch.equal(value, run.model.state_dict()[name])
+        assert not list(tmp_path.glob(".*"))
