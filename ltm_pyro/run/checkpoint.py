@@ -83,11 +83,18 @@ def load(folder: Path, owner: str) -> Checkpoint:
     Raises:
         InputError: if it is absent, cut short or changed.
     """
-    for attempt in range(ATTEMPTS):
-        saved = _read_state(folder, owner)
-        path = folder / saved.tensors
-        if path.exists() or attempt == ATTEMPTS - 1:
-            break
+    while True:
+        before = mark(folder)
+        try:
+            return _load(folder, owner)
+        except InputError:
+            if mark(folder) == before:
+                raise  # no fit has replaced it meanwhile
+
+
+def _load(folder: Path, owner: str) -> Checkpoint:
+    saved = _read_state(folder, owner)
+    path = folder / saved.tensors
     data = read_bytes(path, owner)
     if sha256(data) != saved.sha256:
         raise damaged(owner, f"{folder.name}/{path.name} does not match its checksum")

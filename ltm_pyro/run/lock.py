@@ -85,7 +85,9 @@ def _release(lock: BaseFileLock) -> None:
 
 
 def _myself() -> dict[str, str | int]:
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    program = Path(sys.argv[0] if sys.argv else "")
+    name = "ltm-pyro" if program.parent.name == "ltm_pyro" else program.name
+    command = [name, *sys.argv[1:]]
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
