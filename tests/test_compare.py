@@ -410,7 +410,7 @@ def test_too_few_documents_are_named() -> None:
     oracle = make_oracle()
     batch = replace(oracle.simulate(6), documents=torch.tensor([0, 0, 0, 1, 1, 1]))
     found = compare(oracle, batch, ["mean_field", "delta"], budget=2, draws=4, gaps=False)
-    assert found.dataset.attrs["documents"] == 2
+    assert found.dataset.attrs["n_documents"] == 2
     assert "6 sequences of 2 documents" in str(found)
     assert "too few to trust" in str(found)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +12,20 @@ import torch
 import wrong_guides
 from known_models import make_language_model, make_oracle, make_tokens
 from pyro.infer import TraceMeanField_ELBO
+from scipy import stats
 from tolerances import MC
 from wrong_guides import RIGHT, WRONG, as_posterior
 
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.trust import Diagnosis, diagnose
+from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.diagnostics.trust import Diagnosis, Flag, diagnose
 from ltm_pyro.diagnostics.trust.diagnosis import Court
 from ltm_pyro.diagnostics.trust.draws import Joint, draw, walk
-from ltm_pyro.diagnostics.trust.score import score_moments
+from ltm_pyro.diagnostics.trust.drift import JOINT
+from ltm_pyro.diagnostics.trust.other_side import BETTER, MISSED
+from ltm_pyro.diagnostics.trust.score import CORRELATION, SHIFT, VARIANCE, score_moments
+from ltm_pyro.diagnostics.trust.weights import GAP
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
@@ -27,8 +34,10 @@ from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.simulation import simulate
 
 FEWER = {"draws": 400, "steps": 8, "chains": 0}
-JUDGED = {**FEWER, "draws": 1000}  # enough for a k-hat
 """Enough for these errors, and a tenth of the default's time."""
+
+JUDGED = {**FEWER, "draws": 1000}
+"""Enough for a k-hat."""
 
 ANNEALED = {**FEWER, "chains": 32, "rungs": 24}
 """Enough for one dimension."""
@@ -55,7 +64,7 @@ def diagnoses() -> dict[str, Diagnosis]:
     for name, case in WRONG.items():
         model = case.make_model()
         batch = case.batch(model, 8, seed=1)
-        effort = ANNEALED if model.thought_shape == (1, 1) else FEWER
+        effort = {**ANNEALED, "draws": 1000} if model.thought_shape == (1, 1) else JUDGED
         out[name] = diagnose(model, case.infer(model)(batch), batch, **effort)
     return out
 
@@ -375,7 +384,115 @@ def test_bad_input_is_named() -> None:
     oracle = make_oracle()
     batch = simulate(oracle, 3, 1).batch
     post = wrong_guides.exact(oracle, batch)
-    with pytest.raises(InputError, match="draws must be 100 or more"):
-        diagnose(oracle, post, batch, draws=50)
+    for message, change in (
+        ("draws is 50: .* from 100", {"draws": 50}),
+        ("draws is 1:", {"draws": 1}),
+        ("draws is 1e[+]20", {"draws": 1e20}),
+        ("draws is 1000", {"draws": 10**20}),
+        ("draws is None", {"draws": None}),
+        ("steps is -1", {"steps": -1}),
+        ("steps is 1.5", {"steps": 1.5}),
+        ("chains is 1:", {"chains": 1}),
+        ("rungs is '8'", {"rungs": "8"}),
+        ("seed is -1", {"seed": -1}),
+    ):
+        with pytest.raises(InputError, match=message):
+            diagnose(oracle, post, batch, **change)
+    for name, given in (
+        ("model", (None, post, batch)),
+        ("post", (oracle, None, batch)),
+        ("batch", (oracle, post, None)),
+        ("batch", (oracle, post, [1, 2])),
+        ("batch", (oracle, post, batch.select(slice(0, 0)))),
+    ):
+        with pytest.raises(InputError, match=f"{name} "):
+            diagnose(*given)
     with pytest.raises(InputError, match="ids must be equal"):
         diagnose(oracle, post, batch.select(torch.tensor([2, 1, 0])))
+
+
+def told(flag: Flag) -> tuple[float, float]:
+    """The interval of a scale's sentence: "0.45 to 0.55 times", "at most 0.7 times"."""
+    found = re.search(r"(?:(at most|at least) |([\d.]+) to )([\d.]+) times", flag.sentence)
+    assert found is not None, flag.sentence
+    end = float(found[3])
+    if found[1]:
+        return (-math.inf, end) if found[1] == "at most" else (end, math.inf)
+    return float(found[2]), end
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (4, 2)])
+def test_what_is_printed_covers_the_truth(shape: tuple[int, int]) -> None:
+    """Scales halved, doubled: the worst of all dimensions and sequences is told, 20 times each.
+
+    The weights said 0.62 to 0.68 +- 0.02 for a half; the score's worst was 0.46 +- 0.01.
+    """
+    oracle = make_oracle(shape, n_observed=12, noise_scale=0.5, seed=3)
+    asked = missed = 0
+    by_weights = 0
+    for seed in range(20):
+        batch = simulate(oracle, 8, seed).batch
+        factor = 0.5 if seed % 2 else 2.0
+        post = wrong_guides.rescaled(oracle, batch, factor)
+        diagnosis = diagnose(oracle, post, batch, draws=1000, steps=0, chains=0, seed=seed)
+        for flag in diagnosis.flags:
+            if flag.problem in ("narrow", "wide"):
+                low, high = told(flag)
+                asked += 1
+                by_weights += flag.diagnostic == "weights"
+                # Half a unit of the last printed digit.
+                missed += not low - 0.005 <= factor <= high + 0.005
+    assert asked >= 20
+    # In 8 dimensions k-hat lets no weights be used for moments here.
+    assert by_weights > 0 or shape == (4, 2)
+    # Binomial(asked, 0.05) at 1e-5.
+    assert missed <= stats.binom.isf(1e-5, asked, 0.05)
+
+
+def test_shifts_and_correlations_are_told_with_intervals_that_cover() -> None:
+    missed = 0
+    for seed in range(20):
+        oracle = wrong_guides.oracle_of_eight()
+        batch = simulate(oracle, 8, seed).batch
+        post = wrong_guides.shifted(oracle, batch)
+        diagnosis = diagnose(oracle, post, batch, draws=400, steps=0, chains=0, seed=seed)
+        (flag,) = [f for f in diagnosis.flags if (f.diagnostic, f.problem) == ("score", "shift")]
+        found = re.search(r"lies ([\d.]+) to ([\d.]+) of its", flag.sentence)
+        assert found is not None
+        missed += not float(found[1]) - 0.005 <= 0.5 <= float(found[2]) + 0.005
+    assert missed <= stats.binom.isf(1e-5, 20, 0.05)
+
+
+def test_a_fit_within_all_tolerances_is_let_pass_and_all_are_listed() -> None:
+    """Scales of 0.9 in 8 dimensions meet every dimension's tolerance, and not the drift's sum."""
+    oracle = wrong_guides.oracle_of_eight()
+    for value in (SHIFT, VARIANCE, CORRELATION, GAP, JOINT, MISSED, f"{BETTER:g} nat"):
+        assert str(value) in (diagnose.__doc__ or "")
+    flagged: list[Flag] = []
+    for seed in range(3):
+        batch = simulate(oracle, 8, seed).batch
+        flagged += diagnose(
+            oracle, wrong_guides.rescaled(oracle, batch, 0.97), batch, **FEWER, seed=seed
+        ).flags
+    assert not flagged
+    batch = simulate(oracle, 8, 0).batch
+    diagnosis = diagnose(oracle, wrong_guides.rescaled(oracle, batch, 0.9), batch, **JUDGED)
+    assert {flag.diagnostic for flag in diagnosis.flags} == {"drift"}
+    assert "too typical draws" in diagnosis.problems
+
+
+def test_it_answers_as_evaluate_does_on_the_same_draws() -> None:
+    oracle = make_oracle()
+    batch = simulate(oracle, 4, 1).batch
+    post = DualRateSVI(oracle, build_guide("mean_field", oracle), Fast(steps=20)).infer(batch)
+    scores = evaluate(oracle, post, batch, draws=1000, seed=7)
+    data = diagnose(oracle, post, batch, draws=1000, steps=0, chains=0, seed=7).data
+    for name in ("elbo", "iw_bound", "iw_bound_se", "khat"):
+        np.testing.assert_allclose(data[name], scores[name], rtol=1e-9, err_msg=name)
+
+
+def test_nothing_is_printed_where_it_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    oracle = make_oracle()
+    batch = simulate(oracle, 3, 1).batch
+    diagnose(oracle, wrong_guides.exact(oracle, batch), batch, draws=100, steps=1, chains=0)
+    assert capsys.readouterr() == ("", "")

@@ -45,7 +45,7 @@ def guide_comparison(comparison: Comparison) -> Figure:
 
 
 def _caption(data: xr.Dataset) -> str:
-    documents = f" of {data.attrs['documents']} documents" if data.attrs["documents_known"] else ""
+    documents = f" of {data.attrs['n_documents']} documents" if data.attrs["n_documents"] else ""
     text = (
         f"{data.sizes['sequence']} sequences{documents}, {data.attrs['budget']} decoder "
         f"evaluations per sequence for each guide. Differences to {data.attrs['baseline']}: right "

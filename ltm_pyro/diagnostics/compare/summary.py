@@ -43,8 +43,9 @@ def add_summary(data: xr.Dataset) -> xr.Dataset:
     out["elbo_per_sequence"] = data["elbo"].mean("sequence")
     out["kl_per_sequence"] = data["kl"].mean("sequence")
     whole = clustered_mean(np.zeros(data.sizes["sequence"]), documents_of(data))
-    out.attrs["documents"], out.attrs["effective_documents"] = whole.documents, whole.effective
-    out.attrs["documents_known"] = int(documents_of(data) is not None)
+    known = documents_of(data) is not None
+    out.attrs["n_documents"] = whole.documents if known else 0
+    out.attrs["effective_documents"] = whole.effective
     _add_gaps(out)
     _add_khat(out)
     for name in ("reference_mean_error", "reference_mean_floor", "reference_scale_ratio"):

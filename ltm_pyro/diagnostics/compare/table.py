@@ -123,12 +123,12 @@ def _notes(data: xr.Dataset, interrupted: bool) -> list[str]:
 
 
 def _documents(data: xr.Dataset) -> str:
-    return f" of {data.attrs['documents']} documents" if data.attrs["documents_known"] else ""
+    return f" of {data.attrs['n_documents']} documents" if data.attrs["n_documents"] else ""
 
 
 def _sampled(data: xr.Dataset) -> str:
     """What the sampling error is of."""
-    if data.attrs["documents_known"]:
+    if data.attrs["n_documents"]:
         return "documents"
     return "sequences (which documents they are pieces of is not known, and taken for one each)"
 

@@ -13,6 +13,9 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 
+COVERAGE = 0.95
+"""Of the intervals that flags tell, all of one question at once."""
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -75,6 +78,10 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         lines.append(f"    {len(flag.sequences)} of {n} sequences: ids {few}")
     for name, reason in diagnosis.left_out.items():
         lines.append(f"  not asked [{name}]: {reason}")
+    if diagnosis.flags:
+        lines.append(
+            "  intervals allow for the choice of the worst of all sequences and dimensions (95 %)"
+        )
     if diagnosis.passed:
         lines.append("  nothing found against it; that is not a proof that it is right")
     return "\n".join(lines)
@@ -132,7 +139,8 @@ class Court:
         row, column = int(order[0]), int(np.argmax(evidence[order[0]]))
         return Verdict(
             tuple(self.ids[order].tolist()),
-            int(self.ids[row]), column, float(effect[row, column]), float(error[row, column]),
+            int(self.ids[row]), column, float(effect[row, column]),
+            self._margin(known, df) * float(error[row, column]),
         )  # fmt: skip
 
     def _shared(
@@ -150,7 +158,17 @@ class Court:
         if evidence[column] <= 0:
             return None
         ids = tuple(self.ids[known[:, column]].tolist())
-        return Verdict(ids, -1, column, float(mean[column]), float(mean_error[column]))
+        margin = self._margin(known, df) * float(mean_error[column])
+        return Verdict(ids, -1, column, float(mean[column]), margin)
+
+    def _margin(self, known: NDArray[np.bool_], df: float) -> float:
+        """Standard errors of intervals that hold for all estimates and their means at once.
+
+        What is told is the worst of many: an interval for one estimate would miss the truth most
+        of the time.
+        """
+        estimates = known.sum() + known.shape[1]
+        return float(stats.t.isf((1 - COVERAGE) / (2 * estimates), df))
 
 
 @dataclass(frozen=True)
@@ -162,14 +180,29 @@ class Verdict:
         worst: The id that the numbers are of; -1 if they are means over the sequences.
         column: Which dimension is worst.
         effect: Its effect.
-        error: The effect's standard error.
+        margin: Half the width of its interval: those of all estimates hold at once in 95 %.
     """
 
     sequences: tuple[int, ...]
     worst: int
     column: int
     effect: float
-    error: float
+    margin: float
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return self.effect - self.margin
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return self.effect + self.margin
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """The interval of the effect's size, whichever its sign is."""
+        return abs(self.effect) - self.margin, abs(self.effect) + self.margin
 
     @property
     def whose(self) -> str:

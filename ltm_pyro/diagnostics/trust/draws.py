@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.terms import fresh_draws
 from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.mcmc.target import State, Target
 from ltm_pyro.inference.mcmc.transition import Factor, take_step
@@ -67,6 +68,8 @@ class Draws:
         frozen: (B, M) true where q's draws do not vary at all.
         log_joint: (S, B) log p(x, z), nats.
         log_q: (S, B) log q(z), nats.
+        elbo: (B,) as `evaluate` gives it from these draws, with the KL in closed form where q has
+            one.
     """
 
     state: State
@@ -77,14 +80,19 @@ class Draws:
     frozen: Tensor
     log_joint: Tensor
     log_q: Tensor
+    elbo: Tensor
 
 
 @torch.no_grad()
-def draw(target: Joint, post: Posterior, draws: int) -> Draws:
-    """Draws of q from torch's global generator."""
-    z = post.sample(draws)
+def draw(target: Joint, post: Posterior, draws: int, seed: int = 0) -> Draws:
+    """The draws of q that `evaluate` scores for this number and seed."""
+    z = torch.cat(list(fresh_draws(post.distribution, post.ids, draws, seed)))
     log_q = post.log_prob(z).double()
     state = target(z.flatten(-2))
+    elbo = (state.terms[0] - log_q).mean(0)
+    if post.kl_estimator == "analytic":
+        log_prior = target.model.prior().log_prob(z).double()
+        elbo = (state.terms[0] - log_prior).mean(0) - post.kl().double()
     flat = state.z.double()
     spread, centre = flat.std(0), flat.mean(0)
     rounding = torch.finfo(z.dtype).eps * flat.abs().amax(0).clamp_min(1e-3)
@@ -99,6 +107,7 @@ def draw(target: Joint, post: Posterior, draws: int) -> Draws:
         frozen=stuck,
         log_joint=state.terms[0],
         log_q=log_q,
+        elbo=elbo,
     )
 
 

@@ -51,7 +51,7 @@ def drift_flags(
             Flag(
                 "drift", problem, found.sequences,
                 f"log p(x, z) of q's draws {'rises' if found.effect > 0 else 'falls'} by "
-                f"{abs(found.effect):.2f} +- {found.error:.2f} nats in {steps} steps towards the "
+                f"{found.size[0]:.2f} to {found.size[1]:.2f} nats in {steps} steps towards the "
                 f"posterior ({found.whose}): {why}; the shift, scale and correlation flags say "
                 "which",
             )
@@ -62,10 +62,10 @@ def drift_flags(
         flags.append(
             Flag(
                 "drift", "tails", found.sequences,
-                f"{found.effect + expected:.1%} +- {found.error:.1%} of the draws went where q "
-                f"has {expected:.1%} of its mass ({found.whose}): the posterior reaches where q "
-                "hardly does; if no shift or scale explains it, q's tails are cut: use a family "
-                "with heavier ones (mixture, flow)",
+                f"{found.low + expected:.1%} to {found.high + expected:.1%} of the draws went "
+                f"where q has {expected:.1%} of its mass ({found.whose}): the posterior reaches "
+                "where q hardly does; if no shift or scale explains it, q's tails are cut: use a "
+                "family with heavier ones (mixture, flow)",
             )
         )  # fmt: skip
     return flags, {

@@ -78,8 +78,8 @@ def annealing_flags(
         flags.append(
             Flag(
                 "annealing", "missed mass", verdict.sequences,
-                f"annealing from the prior finds log p(x) {verdict.effect:.2f} +- "
-                f"{verdict.error:.2f} nats above q's importance-weighted bound ({verdict.whose}): "
+                f"annealing from the prior finds log p(x) {verdict.low:.2f} to "
+                f"{verdict.high:.2f} nats above q's importance-weighted bound ({verdict.whose}): "
                 f"q's draws miss about {share:.0%} of the posterior: another mode where k-hat is "
                 "small, else what the other flags name; fit from several starts, or use a mixture",
             )
@@ -117,7 +117,7 @@ def row_flags(
             Flag(
                 "rows", "other sequence", found.sequences,
                 f"the posterior of sequence {other} explains sequence {court.ids[where]} better "
-                f"than its own does, by {found.effect:.1f} +- {found.error:.1f} nats: posteriors "
+                f"than its own does, by {found.low:.1f} to {found.high:.1f} nats: posteriors "
                 "and sequences are out of order; check how ids were matched",
             )
         )  # fmt: skip

@@ -178,16 +178,18 @@ def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, 
     if found := court.judge(*moments.shift, SHIFT, moments.df):
         where = dimension_name(found.column, shape)
         side = "below" if found.effect > 0 else "above"
+        low, high = found.size
+        by = f"at least {low:.2f}" if source == "weights" else f"{low:.2f} to {high:.2f}"
         sentence = (
-            f"q's mean of {where} lies {abs(found.effect):.2f} +- {found.error:.2f} of its scales "
+            f"q's mean of {where} lies {by} of its scales "
             f"{side} the {_what(source)} ({found.whose}): the fit has not converged, or q belongs "
             "to something else; run more fast steps and check the order of the sequences"
         )
         flags.append(Flag(source, "shift", found.sequences, sentence))
     if found := court.judge_above(-moments.variance[0], moments.variance[1], VARIANCE, moments.df):
-        flags.append(_scale_flag(source, found, -found.effect, shape))
+        flags.append(_scale_flag(source, found, (-found.high, -found.low), shape))
     if found := court.judge_above(*moments.variance, VARIANCE, moments.df):
-        flags.append(_scale_flag(source, found, found.effect, shape))
+        flags.append(_scale_flag(source, found, (found.low, found.high), shape))
     if moments.correlation is not None and (
         found := court.judge(*moments.correlation, CORRELATION, moments.df)
     ):
@@ -195,30 +197,40 @@ def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, 
         pair = [dimension_name(int(index[found.column]), shape) for index in upper]
         sentence = (
             f"the {_what(source)} correlation of {pair[0]} and {pair[1]} less q's is "
-            f"{found.effect:+.2f} +- {found.error:.2f} ({found.whose}): q ignores or misstates a "
+            f"{found.low:+.2f} to {found.high:+.2f} ({found.whose}): q ignores or misstates a "
             "correlation; use a family that has one (low_rank, full_rank, flow)"
         )
         flags.append(Flag(source, "correlation", found.sequences, sentence))
     return flags
 
 
-def _scale_flag(source: str, found: Verdict, effect: float, shape: tuple[int, int]) -> Flag:
+def _scale_flag(
+    source: str, found: Verdict, variance: tuple[float, float], shape: tuple[int, int]
+) -> Flag:
+    """What is wrong with a scale, from the interval of q's variance over the posterior's, less 1.
+
+    Weights are told as a limit. They are those of q's own draws: of what lies beyond them they know
+    nothing, so that they make q look nearer to the posterior than it is.
+    """
     where = dimension_name(found.column, shape)
-    ratio = float(np.sqrt(max(effect + 1.0, 0.0)))
-    # The ratio's own error is half the variance's, relatively.
-    error = found.error / (2 * max(ratio, FROZEN))
-    if effect > 0:
+    low, high = (float(np.sqrt(max(edge + 1.0, 0.0))) for edge in variance)
+    wide = sum(variance) > 0
+    if wide:
         problem, remedy = "wide", "fit longer, from a smaller starting variance"
-    elif ratio < FROZEN:
+    elif high < FROZEN:
         problem, remedy = "frozen", "q gives this dimension no freedom: fit it again from the prior"
     else:
         problem, remedy = (
             "narrow",
             "intervals from q are too short; fit longer or in a richer family",
         )
+    if source == "weights":
+        ratio = f"at least {low:.2f}" if wide else f"at most {high:.2f}"
+    else:
+        ratio = f"{low:.2f} to {high:.2f}"
     sentence = (
-        f"q's scale of {where} is {ratio:.2f} +- {error:.2f} times the {_what(source)} "
-        f"({found.whose}): {'too large' if effect > 0 else 'too small'}; {remedy}"
+        f"q's scale of {where} is {ratio} times the {_what(source)} "
+        f"({found.whose}): {'too large' if wide else 'too small'}; {remedy}"
     )
     return Flag(source, problem, found.sequences, sentence)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltm_pyro.diagnostics.log_mean import log_mean
 from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
 from ltm_pyro.diagnostics.trust.draws import Draws
@@ -27,10 +28,9 @@ def weight_flags(draws: Draws, court: Court, shape: tuple[int, int]) -> tuple[li
     khat = pareto_khat(log_w.cpu().numpy())
     limit = khat_threshold(S)
     weight = torch.softmax(log_w, 0)
-    effective = (1.0 / weight.square().sum(0)).cpu().numpy()
-    iw = (log_w.logsumexp(0) - math.log(S)).cpu().numpy()
+    bound = log_mean(log_w)
+    iw, iw_error = bound.value.cpu().numpy(), bound.error.cpu().numpy()
     relative = S * weight - 1.0
-    iw_error = (relative.std(0) / math.sqrt(S)).cpu().numpy()
     gap = iw - log_w.mean(0).cpu().numpy()
     gap_error = ((relative - log_w).std(0) / math.sqrt(S)).cpu().numpy()
     flags = []
@@ -41,26 +41,27 @@ def weight_flags(draws: Draws, court: Court, shape: tuple[int, int]) -> tuple[li
             Flag(
                 "weights", "tails", tuple(court.ids[order].tolist()),
                 f"k-hat of sequence {court.ids[order[0]]} is {khat[order[0]]:.2f}, above "
-                f"{limit:.2f}: the posterior has mass where q has next to none (too narrow, off "
-                "centre, thin tails; in many dimensions also far too wide); do not reweight its "
-                "draws, nor trust its IW bound to be tight",
+                f"{limit:.2f} (the limit at S = {S}): the posterior has mass where q has next to "
+                "none (too narrow, off centre, thin tails; in many dimensions also far too "
+                "wide); do not reweight its draws, nor trust its IW bound to be tight",
             )
         )  # fmt: skip
     if found := court.judge_above(gap[:, None], gap_error[:, None], GAP, S - 1):
         flags.append(
             Flag(
                 "weights", "gap", found.sequences,
-                f"KL(q || posterior) is at least {found.effect:.2f} +- {found.error:.2f} nats "
+                f"KL(q || posterior) is at least {found.low:.2f} nats "
                 f"({found.whose}): the ELBO falls that much short; use the importance-weighted "
                 "bound, more fast steps or a richer family",
             )
         )  # fmt: skip
+    effective = bound.ess.cpu().numpy()
     usable = ~heavy & (effective >= LEAST_EFFECTIVE)
     flags += moment_flags("weights", _weighted_moments(draws, weight, usable), court, shape)
     return flags, {
         "khat": column(khat, "1"),
         "effective_share": column(effective / S, "1"),
-        "elbo": column(log_w.mean(0).cpu().numpy(), "nats"),
+        "elbo": column(draws.elbo.cpu().numpy(), "nats"),
         "iw_bound": column(iw, "nats"),
         "iw_bound_se": column(iw_error, "nats"),
         "gap": column(gap, "nats"),
