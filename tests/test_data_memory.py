@@ -65,6 +65,25 @@ def test_a_dataset_is_a_corpus() -> None:
     assert corpus.card()["crossing"] == {"val": 40, "test": 40}
 
 
+def test_a_dataset_saved_to_disk_is_a_corpus(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the optional package is not installed")
+    expected = load_corpus(RECORDS, seq_len=16)
+    dataset = datasets.Dataset.from_list(RECORDS)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    parts = datasets.DatasetDict({"train": dataset, "valid": dataset, "test": dataset})
+    parts.save_to_disk(str(tmp_path / "three"))
+    assert load_corpus(tmp_path / "one", seq_len=16).fingerprint == expected.fingerprint
+    assert load_corpus(tmp_path / "three", seq_len=16).fingerprint == expected.fingerprint
+    given = load_corpus(tmp_path / "three", seq_len=16, split="given")
+    assert given.val.n_documents == 40
+    assert given.recipe is not None
+    assert given.recipe["name"] == str((tmp_path / "three").resolve())
+    with pytest.raises(InputError, match="no splits of its own"):
+        load_corpus(tmp_path / "one", seq_len=16, split="given")
+    with pytest.raises(InputError, match="unknown hub_split 'tests'"):
+        load_corpus(tmp_path / "three", seq_len=16, hub_split="tests")
+
+
 def test_fields_and_turns_are_found_by_dots() -> None:
     dialogues = [
         {"id": i, "turns": [{"who": "a", "said": TEXTS[i]}, {"who": "b", "said": "yes"}]}

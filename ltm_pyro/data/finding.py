@@ -13,7 +13,7 @@ from typing import Any
 
 from ltm_pyro.data.blocks import block_size, blocks
 from ltm_pyro.data.files import Newlines
-from ltm_pyro.data.hub import PREFIX, HubSource
+from ltm_pyro.data.hub import PREFIX, HubSource, SavedSource, is_saved
 from ltm_pyro.data.memory import MemorySource
 from ltm_pyro.data.readers import SUFFIXES
 from ltm_pyro.data.records import Source, TextField
@@ -60,7 +60,9 @@ def find_source(
         data = _path_list(data)
     if isinstance(data, str | os.PathLike):
         source = _named(data, reading, hub)
-        return source, _absolute(data) if isinstance(source, FileSource) else str(data)
+        return source, _absolute(data) if isinstance(source, FileSource | SavedSource) else str(
+            data
+        )
     if isinstance(data, list | tuple) and _are_paths(data):
         paths = [path for item in data for path in expand_paths(os.fspath(item))]
         again = json.dumps([_absolute(item) for item in data])
@@ -93,7 +95,12 @@ def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any
                 f"{unknown_name('corpus', name, BUILT_IN)}, or give the path of a file or folder, "
                 f"or a Hugging Face dataset as {PREFIX}NAME"
             )
-    return _file_source(expand_paths(name), reading)
+    paths = expand_paths(name)
+    if len(paths) == 1 and is_saved(paths[0]):
+        return SavedSource(
+            paths[0], **hub, field=reading.field, newlines=reading.newlines, given=reading.given
+        )
+    return _file_source(paths, reading)
 
 
 def _file_source(paths: Sequence[Path], reading: Reading) -> FileSource:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.memory import MemorySource
 from ltm_pyro.data.records import Document, TextField
 from ltm_pyro.data.split import SPLIT_NAMES
-from ltm_pyro.errors import InputError, shown
+from ltm_pyro.errors import InputError, shown, unknown_name
 
 PREFIX = "hf:"
 
@@ -51,7 +53,7 @@ class HubSource:
         self.name = self.dataset.rpartition("/")[2]
         self.files = (dataset,)
 
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any] | None:
         """The dataset's name, revision, configuration and split, and how it is read."""
         names = {"dataset": self.dataset, "revision": self.revision, "config": self.config}
         split = {"split": None if self.given else self.hub_split, "newlines": self.newlines}
@@ -81,12 +83,50 @@ class HubSource:
                 f"{shown(self.dataset)} is no file or folder here, and to read it as a dataset an "
                 'optional package is needed: pip install "ltm-pyro[hf]"'
             ) from None
+        return self._loaded(datasets)
+
+    def _loaded(self, datasets: Any) -> Iterable[Any]:
         options = {"revision": self.revision} if self.revision else {}
         if not self.given:
-            rows: Iterable[Any] = datasets.load_dataset(
-                self.dataset, self.config, split=self.hub_split, **options
-            )
-            return rows
+            options["split"] = self.hub_split
         found = datasets.load_dataset(self.dataset, self.config, **options)
-        # Other splits, such as an unlabelled one, are no part of what is scored.
-        return {k: v for k, v in found.items() if k.lower() in SPLIT_NAMES}
+        return _known_splits(found) if self.given else found
+
+
+class SavedSource(HubSource):
+    """A dataset that `save_to_disk` has put into a folder; its texts, one document per row.
+
+    Args:
+        folder: Where it is.
+        **options: As those of `HubSource`.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder.resolve().name or "data", **options)
+        self._folder = folder
+
+    def identity(self) -> None:
+        """Only reading tells what is in it."""
+
+    def _loaded(self, datasets: Any) -> Iterable[Any]:
+        found = datasets.load_from_disk(str(self._folder))
+        if self.given:
+            return _known_splits(found)
+        if not isinstance(found, Mapping):
+            rows: Iterable[Any] = found
+            return rows
+        if self.hub_split not in found:
+            raise unknown_name("hub_split", shown(self.hub_split)[1:-1], list(found))
+        return found[self.hub_split]
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is a folder that `save_to_disk` of the library has written."""
+    return any(os.path.isfile(path / name) for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def _known_splits(found: Any) -> Iterable[Any]:
+    """Rows by split; others, such as an unlabelled one, are no part of what is scored."""
+    if not isinstance(found, Mapping):
+        raise InputError('it has no splits of its own: choose split="document"')
+    return {k: v for k, v in found.items() if k.lower() in SPLIT_NAMES}

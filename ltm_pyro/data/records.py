@@ -13,7 +13,7 @@ import numpy as np
 from ltm_pyro.errors import InputError, nearest, shown
 
 TEXT = "text"
-_SHOWN_FIELDS = 8
+_SHOWN_FIELDS, _SHOWN_NAMES = 8, 20
 _DEPTH = 8  # of nested objects whose fields become columns; what lies deeper stays one value
 _NOT_THERE = object()
 
@@ -179,8 +179,8 @@ def row_of(fields: Mapping[str, Any], numbers: dict[str, int], where: str) -> by
 def joined_names(names: Iterable[str]) -> str:
     """Names for a message, the first few of them."""
     listed = list(names)
-    more = f" and {len(listed) - _SHOWN_FIELDS} more" if len(listed) > _SHOWN_FIELDS else ""
-    return ", ".join(listed[:_SHOWN_FIELDS]) + more
+    more = f" and {len(listed) - _SHOWN_NAMES} more" if len(listed) > _SHOWN_NAMES else ""
+    return ", ".join(listed[:_SHOWN_NAMES]) + more
 
 
 def _dig(record: object, name: str) -> Any:

@@ -194,7 +194,7 @@ def expand_paths(given: str) -> list[Path]:
     if not found:
         raise InputError(f"no file matches the pattern {shown(given, 200)}: check it")
     paths = [Path(name) for name in found]
-    readable = [path for path in paths if kind_of(path) in SUFFIXES or path.is_dir()]
+    readable = [path for path in paths if kind_of(path) in SUFFIXES or os.path.isdir(path)]
     passed = [plain_name(str(path)) for path in paths if path not in readable]
     if readable and passed:
         warnings.warn(f"not read: {joined_names(passed)} (of another kind)", stacklevel=2)

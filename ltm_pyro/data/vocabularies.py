@@ -68,7 +68,7 @@ def _from_path(path: Path) -> Tokenizer:
     # Deferred here and below: the compiled library is needed for these families only.
     from ltm_pyro.data.bpe import GPT2_FILES, BPETokenizer, HuggingFaceTokenizer
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return HuggingFaceTokenizer.from_file(path)
     has_pair = any(all((path / name).is_file() for name in pair) for pair in GPT2_FILES)
     if (path / _STATE).is_file() and not has_pair:
