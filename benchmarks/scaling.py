@@ -8,7 +8,7 @@ A slow step with its fast loop takes, on each of W GPUs with b sequences,
     compute     FLOPs of `ltm-pyro cost` for b sequences / matrix-product rate, + an overhead
     noise       (T_fast + 1) W b K D normals / rate: each process draws for the whole batch
     exchange    bytes sent / bandwidth + steps of a ring * latency
-    AdamW       28 bytes per weight read and written / memory bandwidth, of its part where sharded
+    AdamW       28 bytes per weight read and written / memory bandwidth
 
 one after another: nothing overlaps, so the prediction errs on the slow side. Rates are flags.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +50,17 @@ def table(machine: Machine) -> list[str]:
     for config in MODELS:
         alone = simulate(config, 1, machine).total
         for gpus in GPUS:
-            kinds = (False,) if gpus == 1 else (False, True)
-            steps = [simulate(config, gpus, machine, shard=kind) for kind in kinds]
-            shares = " / ".join(f"{alone / step.total:.1%}" for step in steps)
+            step = simulate(config, gpus, machine)
             lines.append(
-                f"| {config.preset} | {gpus} | {steps[0].flops / 1e12:.1f} | "
-                f"{_pair(steps, lambda s: f'{s.sent / 1e6:.0f}')} | "
-                f"{_pair(steps, lambda s: str(s.messages))} | "
-                f"{_pair(steps, lambda s: f'{s.state / 1e9:.2f}')} | "
-                f"{_pair(steps, _times)} | "
-                f"{shares} |"
+                f"| {config.preset} | {gpus} | {step.flops / 1e12:.1f} | {step.sent / 1e6:.0f} | "
+                f"{step.messages} | {step.state / 1e9:.2f} | {_times(step)} | "
+                f"{alone / step.total:.1%} |"
             )
     return lines
 
 
 def _times(step: Step) -> str:
     return ", ".join(f"{1e3 * v:.3g}" for v in step.seconds.values())
-
-
-def _pair(steps: list[Step], show: Callable[[Step], str]) -> str:
-    """Replicated, then sharded where it differs."""
-    shown = [show(step) for step in steps]
-    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
 
 
 def assumptions(machine: Machine) -> str:
@@ -84,7 +72,7 @@ def assumptions(machine: Machine) -> str:
         f"of {machine.gpus_per_node}, {machine.between / 1e9:.0f} GB/s and "
         f"{1e6 * machine.between_latency:.0f} us between nodes; ring all-reduce, nothing "
         f"overlapped. {MODELS[0].batch_size} sequences of {shape.seq_len} tokens per GPU, so the "
-        "global batch grows with the GPUs. Two numbers: replicated / sharded (`--shard`). "
+        "global batch grows with the GPUs. "
         f"Efficiency: against 1 GPU. 1B: {shape.n_layers} layers of width {shape.width}, "
         f"{shape.n_heads} heads, SwiGLU {shape.mlp_hidden}, window {shape.window}, "
         f"{shape.thoughts_per_layer} thoughts of {shape.thought_dim} per layer, "

@@ -39,7 +39,7 @@ CASES = {
         fast=Fast(steps=2),
     ),
 }
-KINDS = ("replicated", "sharded")
+TOGETHER = "together"
 TURNS = 7
 
 
@@ -69,9 +69,7 @@ def measure(name: str, parallel: Parallel) -> dict[str, Any]:
     config = CASES[name]
     half = replace(config, batch_size=config.batch_size // parallel.size)
     fits = {"whole": Fitting(config, Parallel()), "half": Fitting(half, Parallel())}
-    for kind in KINDS:
-        parallel.shard = kind == "sharded"
-        fits[kind] = Fitting(config, parallel)
+    fits[TOGETHER] = Fitting(config, parallel)
     seconds: dict[str, list[float]] = {kind: [] for kind in fits}
     traffic: dict[str, Any] = {}
     for _ in range(TURNS + 1):  # the first turn warms up
@@ -83,7 +81,7 @@ def measure(name: str, parallel: Parallel) -> dict[str, Any]:
             traffic[kind] = {"sent": bytes_sent() - before, "messages": count()}
             everybody = parallel.gather(taken)
             # Apart each has its own time; together the slower one decides.
-            seconds[kind].append(max(everybody) if kind in KINDS else statistics.mean(everybody))
+            seconds[kind].append(max(everybody) if kind == TOGETHER else statistics.mean(everybody))
     times = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
     return {"seconds": times, "traffic": traffic, "rates": rates(config, parallel)}
 
@@ -188,23 +186,22 @@ def check() -> list[str]:
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = json.loads(file.read_text())
     lines = [
-        "| fit | kind | messages: simulated, counted | MB sent: simulated, counted | "
+        "| fit | messages: simulated, counted | MB sent: simulated, counted | "
         "time of two processes / one: simulated, measured |",
-        "|---|---|---|---|---|",
+        "|---|---|---|---|",
     ]
     for name, case in found.items():
         config = CASES[name]
         half = replace(config, batch_size=config.batch_size // 2)
         machine = _this_machine(config, half, case)
         one = simulate(config, 1, machine)
-        for kind in KINDS:
-            two = simulate(half, 2, machine, shard=kind == "sharded")
-            seen, times = case["traffic"][kind], case["seconds"]
-            lines.append(
-                f"| {name} | {kind} | {two.messages}, {seen['messages']} | "
-                f"{two.sent / 1e6:.3f}, {seen['sent'] / 1e6:.3f} | {two.total / one.total:.3f}, "
-                f"{times[kind] / times['whole']:.3f} |"
-            )
+        two = simulate(half, 2, machine)
+        seen, times = case["traffic"][TOGETHER], case["seconds"]
+        lines.append(
+            f"| {name} | {two.messages}, {seen['messages']} | "
+            f"{two.sent / 1e6:.3f}, {seen['sent'] / 1e6:.3f} | {two.total / one.total:.3f}, "
+            f"{times[TOGETHER] / times['whole']:.3f} |"
+        )
     return lines
 
 
@@ -214,7 +211,7 @@ def _this_machine(config: FitConfig, half: FitConfig, case: dict[str, Any]) -> M
     machine = Machine(
         flops=math.inf, normals=r["normals"], memory=r["memory"], gpus_per_node=8,
         inside=r["bandwidth"], between=r["bandwidth"],
-        inside_latency=r["latency"], between_latency=r["latency"], scatters=False,
+        inside_latency=r["latency"], between_latency=r["latency"],
     )  # fmt: skip
     large, small = simulate(config, 1, machine), simulate(half, 1, machine)
     per_flop = (seconds["whole"] - large.total - seconds["half"] + small.total) / (

@@ -8,7 +8,7 @@ from ltm_pyro.config import Fast, FitConfig, ModelConfig, preset
 from ltm_pyro.diagnostics.cost import cost_report
 
 PER_WEIGHT_ADAMW = 28  # bytes: weight, gradient and two moments read, all but the gradient written
-BESIDE = 36  # bytes of the numbers beside the gradient
+BESIDE = 72  # bytes of the numbers beside the gradient
 
 BILLION = replace(
     preset("ltm-large"),
@@ -35,7 +35,6 @@ class Machine:
     inside_latency: float
     between_latency: float
     overhead: float = 0.0
-    scatters: bool = True
     """Whether a reduce-scatter sends half of an all-reduce; gloo makes it from a whole one."""
 
     def link(self, gpus: int) -> tuple[float, float]:
@@ -71,33 +70,26 @@ class Step:
         return sum(self.seconds.values())
 
 
-def simulate(config: FitConfig, gpus: int, machine: Machine, *, shard: bool = False) -> Step:
+def simulate(config: FitConfig, gpus: int, machine: Machine) -> Step:
     """What a slow step costs on `gpus` GPUs with `config.batch_size` sequences each."""
     report = cost_report(config)
     weights = report.n_weights + report.n_prior_weights
-    shard = shard and gpus > 1
     flops = report.flops_training_step * config.batch_size * config.model.seq_len
-    rows = gpus * config.batch_size
-    normals = (config.fast.steps + 1) * rows * report.n_local
-    message = 4 * weights + BESIDE * (gpus if shard else 1)
+    # Each process draws for its own sequences alone.
+    normals = (config.fast.steps + 1) * config.batch_size * report.n_local
+    message = 4 * weights + BESIDE
     # A ring all-reduce is a reduce-scatter and an all-gather of the same size.
-    ring = (gpus - 1) / gpus
-    sent = 2 * ring * message
-    if shard:
-        sent = (1 if machine.scatters else 2) * ring * message + ring * 4 * weights + 2 * ring * 4
+    sent = 2 * (gpus - 1) / gpus * message
     bandwidth, latency = machine.link(gpus)
-    ring_steps = (4 if shard else 2) * (gpus - 1)
-    stepped = weights / gpus if shard else weights
-    moments = 8 * stepped + (4 * stepped if shard else 0)
     return Step(
         flops=flops,
         sent=sent,
-        messages=0 if gpus == 1 else 3 if shard else 1,
-        state=8 * weights + moments + (message if gpus > 1 else 0),
+        messages=0 if gpus == 1 else 2,
+        state=16 * weights + (message if gpus > 1 else 0),
         seconds={
             "compute": machine.overhead + flops / machine.flops,
             "noise": normals / machine.normals,
-            "exchange": sent / bandwidth + ring_steps * latency,
-            "AdamW": PER_WEIGHT_ADAMW * stepped / machine.memory,
+            "exchange": sent / bandwidth + 2 * 2 * (gpus - 1) * latency,
+            "AdamW": PER_WEIGHT_ADAMW * weights / machine.memory,
         },
     )

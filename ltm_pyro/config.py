@@ -227,8 +227,6 @@ class FitConfig:
     """Rows that both clocks take at a time, to save memory; 0: all rows of the batch."""
     checkpointing: Switch = False
     """Compute layers again in the slow step's backward pass instead of keeping what they did."""
-    shard: Switch = False
-    """Where processes share the fit, spread gradients and AdamW's moments over them."""
     persistent: Switch = False
     """Keep local parameters per sequence id, in the run folder, and warm-start from them."""
     control: Switch = True

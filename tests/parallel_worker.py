@@ -40,11 +40,9 @@ class Fit:
     dtype: torch.dtype = torch.float64
     steps: int = 10
     persistent: bool = False
-    shard: bool = False
 
     def __call__(self, parallel: Parallel) -> Answer:
         """Weights, moments and metrics after it."""
-        parallel.shard = self.shard and parallel.size > 1
         config = replace(TINY, prior=self.prior, prior_options=self.prior_options)
         model = make_language_model(config, dtype=self.dtype)
         with torch.random.fork_rng(devices=[]):
@@ -83,7 +81,6 @@ def metrics(rows: list[dict[str, float]]) -> Tensor:
 
 def control(parallel: Parallel) -> Answer:
     """Ten slow steps of the control."""
-    parallel.shard = False
     model = make_language_model()
     fit = AutoregressiveFit(model, ltm.Slow(), parallel=parallel)
     rows: list[dict[str, float]] = []
@@ -142,7 +139,7 @@ def stop_in_one(parallel: Parallel) -> Answer:
 
 def messages(parallel: Parallel) -> Answer:
     """What the processes can say to each other."""
-    rank, size = parallel.rank, parallel.size
+    rank = parallel.rank
     uneven = torch.arange(3 * (rank + 1)).view(rank + 1, 3)
     weights = {"a": torch.full((2,), float(rank)), "b": torch.tensor(rank)}
     flags = torch.tensor([rank == 0, True])
@@ -154,7 +151,6 @@ def messages(parallel: Parallel) -> Answer:
         "first": {k: v.tolist() for k, v in parallel.from_first(weights).items()},
         "led": parallel.lead(lambda: rank),
         "sum": float(parallel.sum(torch.tensor(float(rank + 1)))),
-        "scattered": parallel.sum_and_scatter(torch.eye(size)).tolist(),
         "speaks": [parallel.speaks([]), parallel.speaks([0])],
     }
 
@@ -172,7 +168,6 @@ def lost(parallel: Parallel) -> Answer:
 
 SCENARIOS: dict[str, Callable[[Parallel], Answer]] = {
     "replicated": Fit(),
-    "sharded": Fit(shard=True),
     "single precision": Fit(dtype=torch.float32),
     "control": control,
     "scores": scores,
@@ -182,15 +177,15 @@ SCENARIOS: dict[str, Callable[[Parallel], Answer]] = {
     "persistent": Fit(persistent=True),
     "mixture prior": Fit(prior="mixture", prior_options={"components": 1}, steps=20),
     "word dropout": Fit(slow={"word_dropout": 0.3}),
-    "late thoughts, sharded": Fit(
-        prior="autoregressive", slow={"thoughts_start": 0.5}, shard=True
-    ),
+    "late thoughts": Fit(prior="autoregressive", slow={"thoughts_start": 0.5}),
     "fixed draws": Fit(
         "low_rank", objective="iwae", objective_options={"particles": 3},
         fast={"noise": "fixed", "fixed_draws": 2},
     ),
-    **{f"guide {n}": Fit(n) for n in ("full_rank", "mixture", "flow", "delta")},
-    **{f"guide {n}, sharded": Fit(n, shard=True) for n in ("amortized", "semi_amortized")},
+    **{
+        f"guide {n}": Fit(n)
+        for n in ("full_rank", "mixture", "flow", "delta", "amortized", "semi_amortized")
+    },
     "flow prior": Fit(prior="flow"),
     "stl": Fit("mixture", objective="stl", objective_options={"particles": 2}),
 }  # fmt: skip

@@ -323,8 +323,10 @@ def test_switches_and_shortcuts():
     found = settings("--no-control", "--no-compile", "--persistent", "--encoding=latin-1")
     assert (found.control, found.compile, found.persistent) == (False, False, True)
     assert found.corpus.encoding == "latin-1"
-    found = settings("--compile", "false", "--control=false", "--shard", "True", "--persistent")
-    assert (found.control, found.compile, found.shard, found.persistent) == (0, 0, 1, 1)
+    found = settings(
+        "--compile", "false", "--control=false", "--checkpointing", "True", "--persistent"
+    )
+    assert (found.control, found.compile, found.checkpointing, found.persistent) == (0, 0, 1, 1)
     assert settings("--corpus.options.a", "[1, 2]").corpus.options == {"a": [1, 2]}
     assert settings("--corpus.options", "{a: 1}").corpus.options == {"a": 1}
 

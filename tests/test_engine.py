@@ -21,7 +21,8 @@ from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.compiled import SHORTEST, bucket_length, bucket_rows
-from ltm_pyro.models.latent_thought import LatentThoughtModel, PreparedBatch
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.scoring import PreparedBatch
 
 FAST, SLOW = Fast(steps=3), Slow(lr=0.01, kl_start=0.1)
 STEPS, ROWS = 3, 5
@@ -99,8 +100,8 @@ def test_layers_are_computed_again_in_the_slow_step_alone(monkeypatch: pytest.Mo
     last = model.decoder.layers[-1]
     forward, calls = last.forward, []
     monkeypatch.setattr(last, "forward", lambda *a: calls.append(1) or forward(*a))
-    # Three fast steps, then both halves of the batch, forward and, where asked, once more.
-    for checkpointing, expected in ((False, 3 + 2), (True, 3 + 4)):
+    # Three fast steps, then the slow one, forward and, where asked, once more.
+    for checkpointing, expected in ((False, 3 + 1), (True, 3 + 2)):
         calls.clear()
         svi = DualRateSVI(
             model, build_guide("mean_field", model), FAST, SLOW, checkpointing=checkpointing
@@ -121,7 +122,7 @@ def test_parts_without_word_dropout_are_scored_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model.decoder, "score", spy)
     svi = DualRateSVI(model, build_guide("mean_field", model), FAST, SLOW, micro_batch=2)
     svi.step(make_tokens(4))
-    assert calls == 2 * (["fast"] * FAST.steps + ["slow"] * 2)  # two parts, in two halves
+    assert calls == 2 * (["fast"] * FAST.steps + ["slow"])  # two parts
 
 
 WIDE = ModelConfig(

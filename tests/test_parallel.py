@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import MICRO, environment, program, run_program, write_text
-from known_models import make_language_model, make_tokens
 from parallel_worker import SCENARIOS
 from tolerances import EXACT
 
@@ -29,7 +28,7 @@ from ltm_pyro.inference.parallel import (
 from ltm_pyro.run import load_run
 
 PROCESSES = 2
-QUICK = ["replicated", "sharded", "single precision", "control", "scores", "nan", "stop"]
+QUICK = ["replicated", "single precision", "control", "scores", "nan", "stop"]
 QUICK += ["persistent", "messages"]
 SLOW = [name for name in SCENARIOS if name not in QUICK]
 
@@ -101,7 +100,7 @@ def assert_as_one(name: str, found) -> None:
 # --- numbers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["replicated", "sharded", "control", "scores", "persistent"])
+@pytest.mark.parametrize("name", ["replicated", "control", "scores", "persistent"])
 def test_two_processes_have_the_numbers_of_one(name, found):
     assert_as_one(name, found)
 
@@ -117,34 +116,6 @@ def test_in_single_precision_ten_steps_differ_by_a_millionth_at_most(found):
     one = SCENARIOS["single precision"](Parallel())["weights"]
     for answer in found["single precision"]:
         assert float((answer["weights"] - one).abs().max()) <= 1e-6
-
-
-# torch's tracer warns and hides its own warnings, which as errors would end the compilation.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("hidden", [False, True])
-def test_the_gradient_of_one_process_is_the_sum_of_two_halves_to_the_bit(kind, hidden):
-    model, batch = make_language_model(dtype=torch.float32), make_tokens(4)
-    if hidden:
-        batch = model.hide_inputs(
-            batch, torch.arange(batch.mask.numel()).view_as(batch.mask) % 3 == 0
-        )
-    if kind == "compiled":
-        model.compile_fast_loop()
-    z = torch.randn(4, *model.thought_shape, generator=torch.Generator().manual_seed(0))
-
-    def gradients(rows: slice, in_halves: bool) -> list[torch.Tensor]:
-        with model.computing(in_halves=in_halves):
-            score = model.log_likelihood(z[rows], batch.select(rows)).sum()
-        return list(torch.autograd.grad(score, list(model.parameters())))
-
-    one = gradients(slice(0, 4), in_halves=True)
-    two = zip(
-        *(gradients(rows, in_halves=False) for rows in (slice(0, 2), slice(2, 4))), strict=True
-    )
-    for whole, (first, second) in zip(one, two, strict=True):
-        assert torch.equal(whole, first + second)
 
 
 def test_sequences_stay_with_their_process_in_a_persistent_fit(found):
@@ -172,7 +143,6 @@ def test_messages_arrive(found):
         assert answer["first"] == {"a": [0.0, 0.0], "b": 0}
         assert answer["led"] == (0 if rank == 0 else None)
         assert answer["sum"] == 3.0
-        assert answer["scattered"] == [2.0 * (rank == 0), 2.0 * (rank == 1)]
         assert answer["speaks"] == [rank == 0, rank == 1]
 
 
@@ -349,7 +319,7 @@ def stopped_in_between(start: list[str], out: Path, cwd: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["one", "many"])
-@pytest.mark.parametrize("options", [[], ["--shard"], ["--persistent"]])
+@pytest.mark.parametrize("options", [[], ["--persistent"]])
 def test_a_fit_goes_on_with_any_number_of_processes(options, first, tmp_path):
     text = write_text(tmp_path / "text.txt")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped-run"
@@ -376,7 +346,8 @@ def test_many_processes_evaluate_as_one(tmp_path):
         one, many = (start(*ask, cwd=tmp_path) for start in (run_program, run_many))
         a, b = (json.loads(done.stdout) for done in (one, many))
         assert b["nats_per_sequence"] == pytest.approx(a["nats_per_sequence"], rel=1e-4, abs=1e-4)
-        assert b["khat"] == a["khat"] or b["khat"] == pytest.approx(a["khat"], rel=0.05)
+        khats = [{k: v for k, v in (f["khat"] or {}).items() if v is not None} for f in (a, b)]
+        assert khats[1] == pytest.approx(khats[0], rel=0.05)
 
 
 @pytest.mark.slow

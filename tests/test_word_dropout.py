@@ -14,7 +14,8 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.word_dropout import WordDropout
-from ltm_pyro.models.latent_thought import HiddenInputs, LatentThoughtModel
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.scoring import HiddenInputs
 
 
 def thoughts(model: LatentThoughtModel, rows: int) -> Tensor:

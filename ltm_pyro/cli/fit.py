@@ -81,7 +81,7 @@ def _share(
     if resume and folder.exists():
         config = recorded_config(folder)
     refuse_unequal(config.batch_size, started()[1])
-    parallel = join(config.device, config.shard)
+    parallel = join(config.device)
     opened = parallel.lead(
         lambda: _open(given, out, held, resume=resume, overwrite=overwrite, parallel=parallel)
     )

@@ -23,7 +23,7 @@ _SHORTCUTS = {
     "--tokenizer": "--corpus.tokenizer",
     "--encoding": "--corpus.encoding",
 }
-_SWITCHES = ("control", "compile", "checkpointing", "persistent", "shard")
+_SWITCHES = ("control", "compile", "checkpointing", "persistent")
 _OPEN = ("corpus.options", "guide_options", "objective_options", "model.prior_options")
 
 Settings = dict[str, Any]

@@ -18,8 +18,8 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.course import Metrics
 from ltm_pyro.inference.engine import Engine
-from ltm_pyro.inference.parallel import Parallel, slow_clock
-from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
+from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.inference.slow_clock import SlowClock, StepSums, embedding_weights
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
@@ -56,7 +56,7 @@ class AutoregressiveFit:
         self.whole = True
         self.horizon: int | None = None
         self.parallel = parallel or Parallel()
-        self.clock = slow_clock(model.parameters(), slow, embedding_weights(model), self.parallel)
+        self.clock = SlowClock(model.parameters(), slow, embedding_weights(model), self.parallel)
 
     def step(self, batch: Batch) -> Metrics:
         """One slow step.
@@ -74,11 +74,11 @@ class AutoregressiveFit:
         """
         batch = batch.to(self.model.device)
         self.model.check(batch)
-        n, parts = len(batch), []
+        parts = []
         self.clock.discard()  # what a step that failed has left
-        for rows in self.engine.parts(n):
+        for rows in self.engine.parts(len(batch)):
             part = batch.select(rows)
-            with self.engine.computing(self.model, self.parallel.size):
+            with self.engine.computing(self.model):
                 nll = -autoregressive_log_likelihood(self.model, part)
             bad = ~nll.detach().isfinite()
             if bool(bad.any()):
@@ -87,7 +87,8 @@ class AutoregressiveFit:
             total, zero = nll.sum(), nll.new_zeros(())
             self.clock.add_gradient(total)
             total = total.detach()
-            parts.append(StepSums(total / n, zero, zero, total, zero, part.n_tokens.sum()))
+            count = torch.tensor(len(part), device=part.device)
+            parts.append(StepSums(total, zero, zero, total, zero, part.n_tokens.sum(), count))
         mine = StepSums.of(parts)
         sums, norm = self.clock.exchange(mine, self.slow_step)
         self.whole = False
@@ -96,7 +97,7 @@ class AutoregressiveFit:
         self.whole = True
         return {
             "step": float(self.slow_step),
-            "nll": float(sums.nll),
+            "nll": float(sums.nll / sums.n_sequences),
             "nll_per_token": float(sums.objective / sums.n_tokens),
             "lr_slow": lr,
             "grad_norm_slow": float(norm),

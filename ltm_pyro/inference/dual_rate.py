@@ -49,13 +49,13 @@ from ltm_pyro.inference.objectives import (
     describe,
     kl_estimator,
 )
-from ltm_pyro.inference.parallel import Parallel, slow_clock
+from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.parallel.inferring import fit_shared
 from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight, thoughts_joined
-from ltm_pyro.inference.slow_clock import StepSums, embedding_weights
+from ltm_pyro.inference.slow_clock import SlowClock, StepSums, embedding_weights
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
@@ -133,7 +133,7 @@ class DualRateSVI:
         # What the caller has frozen stays frozen.
         parameters = [p for p in slow_parameters if p.requires_grad]
         spare = embedding_weights(model, guide)
-        self.clock = slow_clock(parameters, self.slow, spare, self.parallel)
+        self.clock = SlowClock(parameters, self.slow, spare, self.parallel)
         self.fast_loop = FastLoop(model, guide, self.elbo, self.clock.parameters)
         self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
 
@@ -205,7 +205,7 @@ class DualRateSVI:
         def fit(rows: Batch) -> FastResult:
             return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
 
-        with self.engine.computing(self.model, self.parallel.size):
+        with self.engine.computing(self.model):
             result = fit_shared(self.parallel, self.guide, batch, fit, self.engine)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
@@ -262,7 +262,7 @@ class DualRateSVI:
         parts = self.engine.parts(len(batch))
         self.clock.discard()  # what a step that failed has left
         try:
-            with self.engine.computing(self.model, self.parallel.size):
+            with self.engine.computing(self.model):
                 done = [self._part(batch, read, rows, weight, thinks) for rows in parts]
         except NonFiniteError as error:
             raise self.clock.report(error, now) from None
@@ -277,15 +277,15 @@ class DualRateSVI:
         self.slow_step += 1
         self.whole = True
         seconds = time.perf_counter() - began
-        rows, n = len(batch) * self.parallel.size, float(sums.n_tokens)
+        rows, n = float(sums.n_sequences), float(sums.n_tokens)
         row = {
             "step": float(self.slow_step),
-            **metric_terms(self.guide, float(sums.nll), float(sums.kl), n / rows),
+            **metric_terms(self.guide, float(sums.nll) / rows, float(sums.kl) / rows, n / rows),
             "objective": -float(sums.objective) / rows,
             "kl_weight": weight,
             "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if thinks else 0.0,
             "lr_slow": lr,
-            "grad_norm_fast": float(sums.grad_norm),
+            "grad_norm_fast": float(sums.grad_norm) / rows,
             "grad_norm_slow": float(norm),
             "fast_gain": float(sums.gain) / rows,
             "tokens_per_second": n / seconds,
@@ -421,12 +421,13 @@ class DualRateSVI:
             loss = self.slow_objective.without_thoughts(batch, read)
         self._slow_gradient(batch, loss)
         sums = StepSums(
-            nll=loss.nll.sum() / n,
-            kl=loss.kl.sum() / n,
-            grad_norm=result.grad_norm * (len(batch) / n),
+            nll=loss.nll.sum(),
+            kl=loss.kl.sum(),
+            grad_norm=result.grad_norm * len(batch),
             objective=loss.objective.detach(),
             gain=result.first - result.last,
             n_tokens=batch.n_tokens.sum(),
+            n_sequences=torch.tensor(len(batch), device=batch.device),
         )
         return sums, fitted, loss.z
 

@@ -53,18 +53,11 @@ class Engine:
         if model.device.type == "cpu":
             keep_freed()
 
-    def computing(self, model: LatentModel, processes: int = 1) -> AbstractContextManager[None]:
-        """Inside the block the model's likelihood is computed in this way.
-
-        Args:
-            model: The model.
-            processes: How many share the batch. One process alone adds up slow gradients in two
-                halves, as two processes would: sums round by their order, and AdamW makes whole
-                steps of roundings where gradients nearly cancel.
-        """
+    def computing(self, model: LatentModel) -> AbstractContextManager[None]:
+        """Inside the block the model's likelihood is computed in this way."""
         if not isinstance(model, Computes):
             return nullcontext()
-        return model.computing(self.precision, self.checkpointing, in_halves=processes == 1)
+        return model.computing(self.precision, self.checkpointing)
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Slow
 from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.parallel.group import Parallel
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.models.priors.base import ThoughtPrior
 
@@ -28,17 +29,16 @@ def embedding_weights(*parts: object) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a slow step reports of a batch; of its parts, and of processes' own rows, at first.
-
-    Means of a part are sums over its sequences divided by those of the process's whole batch.
+    """What a slow step reports, summed over sequences: of a part of a batch, or of all processes.
 
     Attributes:
-        nll: Mean over sequences, nats.
-        kl: Mean over sequences, nats.
-        grad_norm: Mean over sequences of the last local gradient's norm.
-        objective: What was descended, summed over sequences, nats.
-        gain: Rise of the objective over the fast loop, summed over sequences, nats.
+        nll: Nats.
+        kl: Nats.
+        grad_norm: The last local gradients' norms.
+        objective: What was descended, nats.
+        gain: Rise of the objective over the fast loop, nats.
         n_tokens: Scored positions.
+        n_sequences: How many.
     """
 
     nll: Tensor
@@ -47,14 +47,18 @@ class StepSums:
     objective: Tensor
     gain: Tensor
     n_tokens: Tensor
+    n_sequences: Tensor
 
     @staticmethod
     def of(parts: list[StepSums]) -> StepSums:
-        """The sums of a batch from those of its parts."""
-        if len(parts) == 1:
-            return parts[0]
-        names = [f.name for f in fields(StepSums)]
-        return StepSums(**{n: torch.stack([getattr(p, n) for p in parts]).sum(0) for n in names})
+        """The sums of a batch from those of its parts, in double precision, (,) each."""
+        numbers = [torch.stack([v.double() for v in astuple(part)]) for part in parts]
+        return StepSums(*torch.stack(numbers).sum(0).unbind())
+
+
+def astuple(sums: StepSums) -> list[Tensor]:
+    """The numbers in the order of the fields."""
+    return [getattr(sums, field.name) for field in fields(StepSums)]
 
 
 def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
@@ -79,6 +83,8 @@ class SlowClock:
             embeddings do not.
         slow: Settings.
         spare: Matrices that do not decay all the same; see `embedding_weights`.
+        parallel: The processes, each with the same weights, gradients and moments; this one alone
+            by default.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class SlowClock:
         parameters: Iterable[nn.Parameter],
         slow: Slow,
         spare: Iterable[nn.Parameter] = (),
+        parallel: Parallel | None = None,
     ) -> None:
         self.slow = slow
+        self.parallel = parallel or Parallel()
         self.parameters = list(parameters)
         spared = {id(p) for p in spare}
         self.decays = [p.dim() >= 2 and id(p) not in spared for p in self.parameters]
@@ -116,15 +124,25 @@ class SlowClock:
     def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
         """Ends the gradient's collection: the sums of the whole batch, and the gradient's norm.
 
-        What is written is of the loss per token then, and clipped; the norm is that before.
+        Two messages between processes: a few numbers in double precision, which also say whether
+        one has met NaN or wants to stop, and then the gradient. So all step, fail and stop
+        together, and none waits for another that will not come. What is written in the end is of
+        the loss per token, and clipped; the norm is that before.
 
         Args:
             sums: Of this process's rows.
             step: Slow steps done, for the error.
 
         Raises:
-            NonFiniteError: if the gradient is not finite; nothing is written any more then.
+            NonFiniteError: in all processes, on NaN in one; nothing is written any more then.
+            ProcessLostError: if a process is gone.
         """
+        numbers = astuple(sums)
+        total = self._message(numbers, [], step)
+        if total is not None:
+            numbers = list(total.unbind())
+            self._sum_gradients()
+        sums = StepSums(*numbers)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.div_(sums.n_tokens)
@@ -135,10 +153,40 @@ class SlowClock:
         return sums, norm
 
     def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
-        """The error to raise for one met before `exchange`, at slow step `step`."""
-        del step
+        """Tells the others of NaN in this process; the error that all processes then raise."""
         self.discard()
+        try:
+            self._message(None, error.ids, step)
+        except NonFiniteError as of_all:
+            return of_all
         return error
+
+    def _message(self, numbers: list[Tensor] | None, ids: list[int], step: int) -> Tensor | None:
+        """The numbers summed over processes; `None` where there is one process alone."""
+        parallel = self.parallel
+        if parallel.size == 1:
+            return None
+        flags = [float(numbers is None), float(parallel.asks_to_stop())]
+        mine = [0.0] * len(fields(StepSums)) if numbers is None else [float(v) for v in numbers]
+        message = torch.tensor([*mine, *flags], dtype=torch.float64, device=parallel.device)
+        total = parallel.sum(message)
+        if bool(total[-2] > 0):
+            self.discard()
+            raise NonFiniteError([i for some in parallel.gather(ids) for i in some], step)
+        parallel.stopping = bool(total[-1] > 0)
+        return total[:-2]
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        """The gradients of all processes, added up in one message."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if not gradients:
+            return
+        flat = self.parallel.sum(torch.cat([g.flatten() for g in gradients]))
+        parts = flat.split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            if p.grad is not None:
+                p.grad = part.view_as(p).to(p.dtype)
 
     def clip(self) -> Tensor:
         """Shortens the written gradient to its largest norm; returns the norm before."""

@@ -43,7 +43,6 @@ class Computes(Protocol):
         self,
         precision: Precision = "fp32",
         checkpointing: bool = False,
-        in_halves: bool = False,
     ) -> AbstractContextManager[None]:
         """Inside the block the likelihood is computed in this way."""
         ...

@@ -106,26 +106,26 @@ class Decoder(nn.Module):
         """Rotary angles of the first positions; kept, or compiled code would make them anew."""
         return self.cosines[:length], self.sines[:length]
 
-    def embed(
-        self, tokens: Tensor, hidden: Tensor | None = None, table: Tensor | None = None
-    ) -> Tensor:
+    @property
+    def learning(self) -> bool:
+        """Whether a gradient is asked for by any weight."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Inputs for positions 1..T: BOS, then all tokens but the last; (B, T) to (B, T, H).
 
         Where `hidden` (B, T) is true the next position reads BOS instead of the token: a vector of
         the right size that tells nothing. Zeros would meet the norms at their singular point.
-        `table` (V, H) takes the place of the embedding's weight.
         """
         start = torch.arange(tokens.shape[1], device=tokens.device) == 0
         if hidden is not None:
             start = start | hidden.roll(1, dims=1)
-        weight = self.embedding.weight if table is None else table
-        return torch.where(start[..., None], self.bos, F.embedding(tokens.roll(1, dims=1), weight))
+        read = self.embedding(tokens.roll(1, dims=1))
+        return torch.where(start[..., None], self.bos, read)
 
-    def trunk(
-        self, tokens: Tensor, hidden: Tensor | None = None, table: Tensor | None = None
-    ) -> Tensor:
+    def trunk(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Everything below the first cross-attention, (B, T) to (B, T, H); free of z."""
-        return self._trunk(self.embed(tokens, hidden, table))
+        return self._trunk(self.embed(tokens, hidden))
 
     def _trunk(self, embedded: Tensor) -> Tensor:
         return self._blocks()[0].attend(embedded, self._angles(embedded.shape[1]))
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         """From the first cross-attention to the final norm: (B, T, H), (B, K, D) to (B, T, H)."""
         h = trunk
         angles = self._angles(trunk.shape[1])
-        recompute = self.checkpointing and torch.is_grad_enabled() and self.bos.requires_grad
+        recompute = self.checkpointing and self.learning
         first, *others = zip(self._blocks(), self.thought_keys(z), strict=True)
         calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = [(first[0].think, first[1:])]
         calls += [(layer, (angles, thoughts)) for layer, thoughts in others]
@@ -157,9 +157,7 @@ class Decoder(nn.Module):
         """All logits, (B, T) and (B, K, D) to (B, T, V): the plain reference, for short texts."""
         return self.above(self.trunk(tokens), z) @ self.embedding.weight.T
 
-    def score(
-        self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor, table: Tensor | None = None
-    ) -> Tensor:
+    def score(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
         """Log p(x | z) per row, in nats, without ever holding all logits.
 
         Args:
@@ -167,14 +165,12 @@ class Decoder(nn.Module):
             tokens: (B, T).
             mask: (B, T) bool; only true positions count.
             z: (B, K, D).
-            table: (V, H), in place of the embedding's weight.
 
         Returns:
             (B,).
         """
         h = self.above(trunk, z)
-        weight = self.embedding.weight if table is None else table
-        log_prob = token_log_prob(h.flatten(0, 1), weight, tokens.flatten())
+        log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
         return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
 
     def frozen_weights(self) -> dict[str, Tensor]:
@@ -201,20 +197,13 @@ class Decoder(nn.Module):
     forward = score
     """So that `torch.func.functional_call` can score with other weights."""
 
-    def score_embedded(
-        self,
-        embedded: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        z: Tensor,
-        table: Tensor | None = None,
-    ) -> Tensor:
+    def score_embedded(self, embedded: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
         """`score` from `self.embed(tokens)` on, (B,), as a slow step compiles it.
 
         The embedding itself stays uncompiled: a compiler adds up its gradient in whatever order
         threads come, and two runs would no longer agree to the bit.
         """
-        return self.score(self._trunk(embedded), tokens, mask, z, table)
+        return self.score(self._trunk(embedded), tokens, mask, z)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:

@@ -195,7 +195,7 @@ class Run:
         Returns:
             Whether it could.
         """
-        if not self.parallel.first or self.parallel.shard or self.svi.store is not None:
+        if not self.parallel.first or self.svi.store is not None:
             return False
         with self._alone():
             self._write(self.checkpoint())

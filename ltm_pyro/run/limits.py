@@ -30,7 +30,7 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
         f"model.n_layers {model.n_layers}, model.width {model.width}, model.mlp_hidden "
         f"{model.mlp_hidden} and model.vocab_size {model.vocab_size} make {model.n_weights:,} "
         "weights",
-        _PER_WEIGHT * model.n_weights / (processes if config.shard else 1),
+        _PER_WEIGHT * model.n_weights,
         "choose a smaller model",
         most,
     )

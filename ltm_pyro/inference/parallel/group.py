@@ -40,7 +40,6 @@ class Parallel:
         rank: r, this process's number, from 0.
         size: W.
         device: Where this process computes.
-        shard: Gradients and AdamW's moments are spread over the processes; see `ShardedClock`.
         asks_to_stop: Asked at each slow step whether this process wants the fit to stop.
         stopping: Set by the slow step, in all processes at the same step, once one wants to.
     """
@@ -50,12 +49,10 @@ class Parallel:
         rank: int = 0,
         size: int = 1,
         device: torch.device | None = None,
-        shard: bool = False,
     ) -> None:
         self.rank = rank
         self.size = size
         self.device = device or torch.device("cpu")
-        self.shard = shard and size > 1
         self.asks_to_stop: Callable[[], bool] = bool
         self.stopping = False
         self._whereabouts: list[tuple[str, int]] = []
@@ -87,15 +84,6 @@ class Parallel:
             with self._peers():
                 dist.all_reduce(values)
         return values
-
-    def sum_and_scatter(self, values: Tensor) -> Tensor:
-        """Part r of the sum over processes, of `values` (W, n): one message, (n,)."""
-        # torch 2.13 gave these calls new names, and warns of the old ones.
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        out = torch.empty_like(values[0])
-        with self._peers():
-            scatter(out, values.flatten())
-        return out
 
     def join_parts(self, part: Tensor) -> Tensor:
         """The parts (n,) of all processes one after another, (W n,): one message."""
@@ -255,12 +243,11 @@ def started() -> tuple[int, int]:
         ) from None
 
 
-def join(device: str, shard: bool = False) -> Parallel:
+def join(device: str) -> Parallel:
     """Meets the other processes that `torchrun` started; alone where it started none.
 
     Args:
         device: `cpu`, or `cuda`: each process then takes the device of its number on its machine.
-        shard: See `Parallel`.
 
     Raises:
         InputError: if there is no such device for this process, or the others cannot be met.
@@ -281,7 +268,7 @@ def join(device: str, shard: bool = False) -> Parallel:
             f"process {rank} cannot meet the {size - 1} others: {first_line}; start all with "
             "torchrun"
         ) from None
-    return Parallel(rank, size, place, shard)
+    return Parallel(rank, size, place)
 
 
 def _own_device(device: str) -> torch.device:
