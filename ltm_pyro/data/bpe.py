@@ -76,6 +76,8 @@ class HuggingFaceTokenizer:
         """
         try:
             return cls(json.loads(_limited_text(file)))
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"cannot read the tokenizer {str(file)!r}: {error}") from None
 
