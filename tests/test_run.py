@@ -19,6 +19,7 @@ from cli_helpers import write_text
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.mixture import MixtureCorpus
+from ltm_pyro.data.tokenizer import ByteTokenizer
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
@@ -398,6 +399,47 @@ def test_steps_taken_by_hand_are_saved_with_their_history(tmp_path, config):
     assert again.svi.slow_step == STEPS + 2
     assert again.metrics == run.metrics
     assert [row["step"] for row in again.metrics] == list(range(1, STEPS + 3))
+
+
+def test_scoring_settings_change_where_the_fit_does_not(tmp_path, config):
+    finish(create_run(tmp_path / "run", config))
+    run = load_run(tmp_path / "run")
+    with pytest.raises(InputError, match="eval_draws is 1: must be 2 or more"):
+        run.score_by({"eval_draws": 1})
+    run.score_by({"eval_draws": 6, "eval_sequences": 3})
+    again = load_run(tmp_path / "run")
+    assert (again.config.eval_draws, again.config.eval_sequences) == (6, 3)
+    assert again.svi.slow_step == STEPS == again.control().slow_step
+    with pytest.raises(InputError, match="eval_draws is 1"):
+        create_run(tmp_path / "new", dataclasses.replace(config, eval_draws=1))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corpus_in_memory_is_recorded_as_such(tmp_path, config):
+    texts = [f"{i} is a number and {i * i} is its square, which is more" for i in range(60)]
+    corpus = load_corpus(texts, seq_len=16)
+    run = create_run(tmp_path / "run", config, corpus=corpus)
+    train(run, corpus, progress=False)
+    again = load_run(tmp_path / "run")
+    assert again.config.corpus.name == "in-memory"
+    assert again.svi.slow_step == STEPS
+    with pytest.raises(InputError, match="in the memory of a program: load it again"):
+        again.corpus()
+
+
+class Reversed(ByteTokenizer):
+    """A kind that nobody has registered."""
+
+    def to_json(self):
+        return {"type": "reversed"}
+
+
+def test_a_run_that_could_not_be_opened_again_is_not_made(tmp_path, config):
+    corpus = load_corpus(config.corpus.name, seq_len=16)
+    corpus = dataclasses.replace(corpus, tokenizer=Reversed())
+    with pytest.raises(InputError, match="register_tokenizer"):
+        create_run(tmp_path / "run", config, corpus=corpus)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_foreign_but_whole_checkpoint_is_refused(tmp_path, config):
