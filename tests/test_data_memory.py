@@ -65,6 +65,12 @@ def test_a_dataset_is_a_corpus() -> None:
     assert corpus.card()["crossing"] == {"val": 40, "test": 40}
 
 
+@pytest.mark.parametrize("option", [{"config": 3}, {"hub_split": b"train"}, {"hub_split": None}])
+def test_options_of_a_dataset_are_names(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(option))} is .*must be a name"):
+        load_corpus("hf:owner/data", **option)
+
+
 def test_a_dataset_saved_to_disk_is_a_corpus(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the optional package is not installed")
     expected = load_corpus(RECORDS, seq_len=16)
@@ -126,6 +132,11 @@ def test_what_is_named_can_be_loaded_again(tmp_path: Path) -> None:
     again = load_corpus(recipe.pop("name"), seq_len=16, **recipe.pop("options"), **recipe)
     assert again.fingerprint == corpus.fingerprint
     assert np.array_equal(again.test.ids, corpus.test.ids)
+    learned = load_corpus(tmp_path / "a.jsonl", seq_len=16, tokenizer="bpe", vocab_size=300)
+    assert learned.recipe is not None
+    recipe = dict(learned.recipe)
+    again = load_corpus(recipe.pop("name"), seq_len=16, **recipe.pop("options"), **recipe)
+    assert again.fingerprint == learned.fingerprint
     mixture = load_corpus("mixture", seq_len=16, n_sequences=64, seed=2)
     assert mixture.recipe is not None
     recipe = dict(mixture.recipe)

@@ -18,7 +18,7 @@ from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.cache import Cache
 from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.finding import BUILT_IN as BUILT_IN
-from ltm_pyro.data.finding import HUB_OPTIONS, IN_MEMORY, Reading, find_source
+from ltm_pyro.data.finding import HUB_OPTIONS, IN_MEMORY, Reading, absolute_path, find_source
 from ltm_pyro.data.grouping import SplitKind, check_split, group_labels
 from ltm_pyro.data.hub import HubSource
 from ltm_pyro.data.memory import is_ids
@@ -166,8 +166,13 @@ def load_corpus(
     _check_options(source.name, {**hub, **options}, [*known, *(() if again else ("name",))])
     if again is not None and name is not None:
         raise InputError("name is for data that a program holds: files and datasets have theirs")
+    recipe = None
+    if again is not None:  # what was asked for, so that the same settings give the same recipe
+        shares = {k: list(check_fractions(options[k])) for k in ("fractions",) if k in options}
+        asked = {**settings, "split": split, "options": {**hub, **options, **shares}}
+        recipe = {"name": again, **_tokenizer_name(tokenizer), **asked}
     label = os.fspath(data) if isinstance(data, str | os.PathLike) else source.name
-    return cutter.text(source, label, again, tokenizer, {**settings, **hub}, **options)
+    return cutter.text(source, label, recipe, tokenizer, {**settings, **hub}, **options)
 
 
 class _Cutter:
@@ -183,7 +188,7 @@ class _Cutter:
         self,
         source: Source,
         label: str,
-        again: str | None,
+        recipe: Mapping[str, Any] | None,
         tokenizer: Given,
         settings: dict[str, Any],
         fractions: Sequence[float] = FRACTIONS,
@@ -202,7 +207,7 @@ class _Cutter:
             chosen = load_tokenizer(store.tokenizer)
         else:
             store = _encoded(self.cache, text, source.name, chosen)
-        return self._corpus(source, again, text, store, chosen, parts, settings)
+        return self._corpus(source, recipe, text, store, chosen, parts, settings)
 
     def tokens(
         self, source: ArraySource, settings: dict[str, Any], fractions: Sequence[float] = FRACTIONS
@@ -228,7 +233,7 @@ class _Cutter:
     def _corpus(
         self,
         source: Source,
-        again: str | None,
+        recipe: Mapping[str, Any] | None,
         text: TextStore,
         store: TokenStore,
         tokenizer: Tokenizer,
@@ -256,7 +261,7 @@ class _Cutter:
             n_tokens=len(store.tokens),
             n_bytes=len(store.tokens) if symbols else len(text.text),
             settings=settings,
-            recipe=None if again is None else _recipe(again, settings),
+            recipe=recipe,
             text=text,
             parts=parts,
             skipped=getattr(source, "skipped", {}),
@@ -264,11 +269,11 @@ class _Cutter:
         )
 
 
-def _recipe(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `CorpusConfig` that load a corpus again; the tokenizer is a run's own."""
-    fields = ("seed", "encoding", "newlines", "text_field", "turn_separator", "split", "split_by")
-    options = {k: v for k, v in settings.items() if k not in (*fields, "source")}
-    return {"name": name, **{k: settings[k] for k in fields}, "options": options}
+def _tokenizer_name(tokenizer: Given) -> dict[str, str]:
+    """The setting of a tokenizer that has a name or a path; one at hand is a run's own."""
+    if not isinstance(tokenizer, str | os.PathLike):
+        return {}
+    return {"tokenizer": absolute_path(os.fspath(tokenizer))}
 
 
 def _mixture(

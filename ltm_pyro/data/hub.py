@@ -44,6 +44,9 @@ class HubSource:
         self.dataset, _, revision = dataset.partition("@")
         if not self.dataset:
             raise InputError(f"{shown(PREFIX + dataset)} names no dataset: write {PREFIX}NAME")
+        for what, value in (("config", config or ""), ("hub_split", hub_split)):
+            if not isinstance(value, str):
+                raise InputError(f"{what} is {shown(value)}: must be a name")
         self.revision = revision or None
         self.config = config
         self.hub_split = hub_split
