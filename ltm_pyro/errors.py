@@ -105,7 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a misspelt name, with the nearest known one offered.
 
     Args:
@@ -114,6 +114,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
         known: The names that would have worked.
     """
     names = sorted(known)
-    guess = nearest(name, names)
+    guess = nearest(name, names) if isinstance(name, str) else None
     hint = f"did you mean {guess!r}? " if guess else ""
-    return InputError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(names)}")
+    return InputError(f"unknown {kind} {shown(name)}: {hint}choose one of {', '.join(names)}")

@@ -26,7 +26,7 @@ import ltm_pyro
 from ltm_pyro import compat_arviz
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
@@ -93,7 +93,10 @@ def to_datatree(
     Raises:
         InputError: if posteriors, batch and scores are not about the same sequences.
     """
-    chains = [post] if isinstance(post, Posterior) else list(post)
+    given = [post] if isinstance(post, Posterior) else post
+    if not isinstance(given, list | tuple) or not all(isinstance(p, Posterior) for p in given):
+        raise InputError(f"post is {shown(post)}: must be svi.infer(batch), or a list of such")
+    chains = list(given)
     _check(chains, batch, scores, draws, predictive_draws)
     z = [_draw(chain, draws, seed, number) for number, chain in enumerate(chains)]
     groups: dict[str, dict[str, Variable]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 
 
 class Origin(Protocol):
@@ -29,14 +31,26 @@ class Origin(Protocol):
         ...
 
 
+class Covariates(dict[str, Tensor]):
+    """Covariates by name; one that is missing is told by its name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        known = ", ".join(self) or "none"
+        raise InputError(
+            f"this batch has no covariate {shown(name)} (it has {known}): give "
+            f"Batch(x, covariates={{{shown(name)}: ...}})"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Batch:
     """B sequences with their masks and stable ids.
 
     Attributes:
-        x: Token ids (B, T), int64; or real vectors (B, Dx) for the linear-Gaussian oracle; `None`
-            where the sequences are still to be generated.
-        mask: (B, T) bool, true where a position is scored. Padded positions of `x` hold a valid id.
+        x: Token ids (B, T), int64; real vectors (B, Dx) for the linear-Gaussian oracle; any shape
+            (B, ...) for a model of one's own; `None` where the sequences are still to be generated.
+        mask: Of x's shape, bool, true where a position is scored. Padded positions of `x` hold a
+            valid id.
         ids: (B,) int64, one stable id per sequence. Local parameters and the order in which noise
             is drawn follow the ids, so a permuted batch gets the permuted answer.
         documents: (B,) int64, the document that each sequence was cut from, as its index in the
@@ -46,9 +60,11 @@ class Batch:
             Ids of two corpora may coincide by chance, their fingerprints do not.
         origin: Where the sequences were cut from, which knows their texts and metadata; `None` in a
             batch made by hand. It stays behind when a batch is pickled.
+        covariates: What else is known of each row, by name, each (B, ...): a model of one's own may
+            read it.
 
     Raises:
-        InputError: if the shapes disagree.
+        InputError: if the shapes disagree, there are no rows, or something is of another kind.
     """
 
     x: Tensor | None
@@ -57,36 +73,51 @@ class Batch:
     documents: Tensor | None = None
     corpus: str | None = None
     origin: Origin | None = field(default=None, repr=False, compare=False)
+    covariates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        x, mask, ids = self.x, self.mask, self.ids
+        x, mask, ids, documents = self.x, self.mask, self.ids, self.documents
         if x is not None:
-            x = torch.as_tensor(x)
-            if x.dim() != 2:
-                raise InputError(f"Batch.x must be (B, T), not {tuple(x.shape)}: add a batch axis")
+            x = as_tensor("Batch.x", x)
+            if x.dim() < 1:
+                raise InputError(f"Batch.x is {tuple(x.shape)}: must be (B, ...), a row a sequence")
             x = x if x.is_floating_point() else x.long()
         if mask is None:
             if x is None:
                 raise InputError("Batch needs x or a mask: without either it has no shape")
             mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
-        mask = torch.as_tensor(mask).bool()
-        if ids is None:
-            ids = torch.arange(mask.shape[0], device=mask.device)
-        ids = torch.as_tensor(ids).long()
+        mask = _true_or_false("Batch.mask", as_tensor("Batch.mask", mask))
         if x is not None and x.shape != mask.shape:
             raise InputError(f"Batch.mask {tuple(mask.shape)} must match x {tuple(x.shape)}")
+        if not mask.numel():
+            raise InputError(f"Batch is {tuple(mask.shape)}: give at least one row, not empty")
+        if ids is None:
+            ids = torch.arange(mask.shape[0], device=mask.device)
+        ids = whole_numbers("Batch.ids", ids).to(mask.device)
         if ids.shape != mask.shape[:1]:
             raise InputError(f"Batch.ids {tuple(ids.shape)} must hold one id per row of mask")
-        documents = self.documents
         if documents is not None:
-            documents = torch.as_tensor(documents).long()
+            documents = whole_numbers("Batch.documents", documents).to(mask.device)
             if documents.shape != ids.shape:
                 raise InputError(
                     f"Batch.documents {tuple(documents.shape)} must hold one document per row of "
                     f"mask {tuple(mask.shape)}"
                 )
-        for name, value in (("x", x), ("mask", mask), ("ids", ids), ("documents", documents)):
-            object.__setattr__(self, name, value)
+        if self.corpus is not None and not isinstance(self.corpus, str):
+            raise InputError(f"Batch.corpus is {shown(self.corpus)}: must be a fingerprint or None")
+        covariates = Covariates()
+        for name, value in (self.covariates or {}).items():
+            covariates[name] = each = as_tensor(f"Batch.covariates[{name!r}]", value)
+            if each.shape[:1] != ids.shape:
+                raise InputError(
+                    f"Batch.covariates[{name!r}] is {tuple(each.shape)}: must hold one row per row "
+                    f"of mask {tuple(mask.shape)}"
+                )
+        for name, made in (
+            ("x", x), ("mask", mask), ("ids", ids), ("documents", documents),
+            ("covariates", covariates),
+        ):  # fmt: skip
+            object.__setattr__(self, name, made)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.mask.shape))
@@ -116,17 +147,23 @@ class Batch:
     @property
     def n_tokens(self) -> Tensor:
         """Scored positions per sequence, (B,) int64."""
-        return self.mask.sum(-1)
+        return self.mask.flatten(1).sum(-1) if self.mask.dim() > 1 else self.mask.long()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: value.to(device) for name, value in self._per_row().items()}
-        return replace(self, **moved)
+        try:
+            place = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(
+                f"device is {shown(device)}: must be e.g. 'cpu' or 'cuda:0'"
+            ) from error
+        return self._each(lambda value: value.to(place))
 
     def select(self, index: Tensor | slice) -> Batch:
         """The rows at `index`, in that order."""
-        chosen = {name: value[index] for name, value in self._per_row().items()}
-        return replace(self, **chosen)
+        if not isinstance(index, Tensor | slice):
+            raise InputError(f"index is {shown(index)}: must be a slice or a tensor of row numbers")
+        return self._each(lambda value: value[index])
 
     def unobserved(self) -> Batch:
         """The same sequences with `x` left open: the model then generates them."""
@@ -165,9 +202,15 @@ class Batch:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "origin": None}
 
-    def _per_row(self) -> dict[str, Any]:
-        """The plain fields that hold something for each row."""
-        return {k: v for k, v in self.plain_fields().items() if isinstance(v, Tensor)}
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with everything changed that holds something for each row."""
+        changed: dict[str, Any] = {
+            name: change(value)
+            for name, value in self.plain_fields().items()
+            if isinstance(value, Tensor)
+        }
+        changed["covariates"] = {name: change(value) for name, value in self.covariates.items()}
+        return replace(self, **changed)
 
     def prefix(self, n: int) -> Batch:
         """The same sequences with only their first `n` positions scored.
@@ -175,9 +218,9 @@ class Batch:
         Raises:
             InputError: if `n` is not between 1 and T - 1.
         """
-        length = self.mask.shape[1]
-        if not 1 <= n < length:
-            raise InputError(f"prefix of {n} positions: must be from 1 to {length - 1}")
+        if self.mask.dim() != 2:
+            raise InputError(f"prefix of a batch {tuple(self.mask.shape)}: needs sequences (B, T)")
+        whole_number("prefix", n, at_least=1, at_most=self.mask.shape[1] - 1)
         return replace(self, mask=self.mask & self.positions.lt(n))
 
     def suffix(self, n: int) -> Batch:
@@ -193,3 +236,42 @@ class Batch:
     def positions(self) -> Tensor:
         """Positions counted from 0, (T,)."""
         return torch.arange(self.mask.shape[1], device=self.device)
+
+
+def as_tensor(name: str, value: object) -> Tensor:
+    """`value` as a tensor of numbers.
+
+    Raises:
+        InputError: if it is none, or on the meta device.
+    """
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is {shown(value)}: must be a tensor or an array of numbers, rows equally long"
+        ) from error
+    if tensor.is_complex():
+        raise InputError(f"{name} is complex: must be whole or real numbers")
+    if tensor.is_meta:
+        raise InputError(
+            f"{name} is on the meta device, which holds no numbers: make it on another"
+        )
+    return tensor
+
+
+def whole_numbers(name: str, value: object) -> Tensor:
+    """`value` as int64.
+
+    Raises:
+        InputError: if it is of floats or truth values.
+    """
+    tensor = as_tensor(name, value)
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise InputError(f"{name} is of {tensor.dtype}: must be whole numbers (int64)")
+    return tensor.long()
+
+
+def _true_or_false(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise InputError(f"{name} holds other numbers than 0 and 1: must be true where x counts")
+    return tensor.bool()

@@ -26,7 +26,7 @@ from ltm_pyro.config import Fast, Precision, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
-from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.errors import InputError, NonFiniteError, shown
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.slow import SlowLoss, SlowObjective
 from ltm_pyro.inference.course import Course, Metrics
@@ -123,7 +123,7 @@ class DualRateSVI:
         self.slow_objective = SlowObjective(model, guide, self.elbo)
         self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer: Tokenizer | None = None
-        self.parallel = parallel or Parallel()
+        self.parallel = settings("parallel", parallel, Parallel)
         self.store: RowStore | None = MemoryRows() if persistent else None
         self.slow_step = 0
         self.whole = True
@@ -294,6 +294,7 @@ class DualRateSVI:
         self.metrics.append(row)
         return row
 
+    @door
     def fit(
         self,
         data: TrainingData | Batch,
@@ -323,6 +324,8 @@ class DualRateSVI:
             InputError: if `steps` or `batch_size` is not above 0.
             NonFiniteError: on NaN, before any weight has changed.
         """
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step is {shown(on_step)}: must be a function of the metrics")
         if steps <= 0 or batch_size <= 0:
             raise InputError(f"steps={steps}, batch_size={batch_size}: both must be above 0")
         self.tokenizer = tokenizer_of(data, self.tokenizer)

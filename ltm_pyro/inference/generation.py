@@ -10,7 +10,7 @@ from torch import Tensor
 from ltm_pyro.capacity import count
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.doors import door
@@ -72,7 +72,10 @@ def generate(
     count("n", n, at_most=_MOST_TEXTS, bytes_each=each)
     if not 1 <= length <= model.config.seq_len:
         raise InputError(f"length is {length}: must be from 1 to {model.config.seq_len}")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    for method in ("encode", "decode"):
+        if not callable(getattr(tokenizer, method, None)):
+            raise InputError(f"tokenizer is {shown(tokenizer)}: must be one, e.g. corpus.tokenizer")
+    prompts: list[str] = [prompt] if isinstance(prompt, str) else list(_listed(prompt))
     given = _prompt_batch(
         [tokenizer.encode(text).tolist() for text in prompts], length, model.device
     )
@@ -132,3 +135,11 @@ def _thoughts(
     svi = svi or DualRateSVI(model, build_guide("mean_field", model))
     draws = svi.infer(given).sample(n, seed)
     return draws.transpose(0, 1).flatten(0, 1)
+
+
+def _listed(prompt: Sequence[str] | None) -> Sequence[str]:
+    """Several prompts, or none."""
+    prompts = () if prompt is None else prompt
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompt is {shown(prompt)}: must be a text or a list of texts")
+    return prompts

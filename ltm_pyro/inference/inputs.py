@@ -31,6 +31,8 @@ def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
         InputError: if `model` is no model, or `guide` no guide for it.
     """
     require_model(model)
+    if model.device.type == "meta":
+        raise InputError("model is on the meta device, which holds no numbers: build it on another")
     if isinstance(guide, str):
         return build_guide(guide, model)
     if not isinstance(guide, LocalGuide):

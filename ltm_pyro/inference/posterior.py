@@ -8,9 +8,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.drawing import draw
@@ -104,11 +105,22 @@ class Posterior:
             draws: S.
             seed: Of the noise; from torch's global random generator by default.
         """
-        noise = Noise(fresh_seed() if seed is None else seed, self.ids)
-        return draw(self.distribution, noise, draws)
+        draws = whole_number("draws", draws, at_least=1)
+        seed = fresh_seed() if seed is None else whole_number("seed", seed, at_least=0)
+        return draw(self.distribution, Noise(seed, self.ids), draws)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log q(z) in nats, z (..., B, K, D) to (..., B)."""
+        """Log q(z) in nats, z (..., B, K, D) to (..., B).
+
+        Raises:
+            InputError: if z is of another shape.
+        """
+        thoughts = tuple(self.distribution.event_shape)
+        if not isinstance(z, Tensor) or z.shape[-2:] != thoughts:
+            found = tuple(z.shape) if isinstance(z, Tensor) else shown(z)
+            raise InputError(
+                f"z is {found}: must be a tensor (..., B, K, D) with (K, D) {thoughts}"
+            )
         return self.distribution.log_prob(z)
 
     @property

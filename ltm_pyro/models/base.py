@@ -11,9 +11,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively
 from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
 
@@ -62,6 +63,8 @@ class Program(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program."""
         with exclusively():
+            if args and not (args[0] is None or isinstance(args[0], Batch)):
+                raise InputError(f"batch is {shown(args[0])}: must be a Batch, or None")
             if svi_asks():
                 self.tell_svi(*args)
             return super().__call__(*args, **kwargs)
@@ -136,7 +139,7 @@ class LatentModel(Program, ABC):
                 f"{type(self).__name__}() without a batch: set the class attribute x_shape, the "
                 "shape of one x, or give batch.unobserved()"
             )
-        shape = (size, *self.x_shape)
+        shape = (whole_number("size", size, at_least=1), *self.x_shape)
         return Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
 
     def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:

@@ -128,4 +128,6 @@ def meet(model: LatentModel, batch: Batch) -> None:
     """Checks a batch against a model, and a model against its contract where it is new."""
     batch = batch.to(model.device)
     model.check(batch)
+    if not bool(batch.mask.any()):
+        raise InputError("batch has no position that its mask scores: mask is false throughout")
     first_use(model, batch)

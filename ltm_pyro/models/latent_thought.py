@@ -18,9 +18,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.capacity import refuse_too_large
+from ltm_pyro.checks import whole_number
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.exclusive import exclusively
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
 from ltm_pyro.models.decoder import Decoder
@@ -41,6 +42,10 @@ class LatentThoughtModel(LatentModel):
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        if not isinstance(config, ModelConfig):
+            raise InputError(
+                f"config is {shown(config)}: must be a ModelConfig, or use from_preset"
+            )
         super().__init__()
         self.config = config
         refuse_too_large(
@@ -106,7 +111,11 @@ class LatentThoughtModel(LatentModel):
             Tokens (B, T).
         """
         if batch is None:
-            shape = (size, length or self.config.seq_len)
+            length = self.config.seq_len if length is None else length
+            shape = (
+                whole_number("size", size, at_least=1),
+                whole_number("length", length, at_least=1),
+            )
             batch = Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
         with sequences(batch):
             z = pyro.sample(SITE_Z, self.prior())
@@ -161,6 +170,8 @@ class LatentThoughtModel(LatentModel):
         x = batch.observed
         if x.is_floating_point():
             raise InputError("this batch holds real numbers, the model needs token ids (int64)")
+        if x.dim() != 2:
+            raise InputError(f"x is {tuple(x.shape)}: must be (B, T); add a batch axis to one text")
         if x.shape[1] > self.config.seq_len:
             raise InputError(
                 f"sequences of {x.shape[1]} tokens: the model takes at most {self.config.seq_len}"

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.checks import real_number, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.priors import StandardNormal
@@ -62,6 +63,8 @@ class LinearGaussian(LatentModel):
         loadings = _floats("W", W)
         if loadings.dim() != 2:
             raise InputError(f"W is {tuple(loadings.shape)}: must be a matrix (Dx, K * D)")
+        if not (shape is None or (isinstance(shape, tuple | list) and len(shape) == 2)):
+            raise InputError(f"shape is {shown(shape)}: must be (K, D)")
         shape = (1, loadings.shape[1]) if shape is None else (int(shape[0]), int(shape[1]))
         if min(shape) < 1 or loadings.shape[1] != shape[0] * shape[1] or not len(loadings):
             raise InputError(
@@ -74,6 +77,7 @@ class LinearGaussian(LatentModel):
                 f"bias is {tuple(offset.shape)}: must have one number per row of W, "
                 f"({len(loadings)},)"
             )
+        noise_scale = real_number("noise_scale", noise_scale)
         if not (noise_scale > 0 and math.isfinite(noise_scale)):
             raise InputError(f"noise_scale is {noise_scale}: must be a finite number above 0")
         self.thought_prior = StandardNormal(*shape).to(loadings)
@@ -99,6 +103,7 @@ class LinearGaussian(LatentModel):
 
     def blank(self, size: int) -> Batch:
         """`size` rows still to be made."""
+        size = whole_number("size", size, at_least=1)
         observed = torch.ones(size, len(self.W), dtype=torch.bool, device=self.device)
         return Batch(None, observed)
 
@@ -117,6 +122,8 @@ class LinearGaussian(LatentModel):
         x = batch.observed
         if not x.is_floating_point():
             raise InputError("this batch holds token ids, the linear-Gaussian model needs reals")
+        if x.dim() != 2:
+            raise InputError(f"x is {tuple(x.shape)}: must be (B, Dx)")
         if x.shape[1] != len(self.W):
             raise InputError(f"sequences of {x.shape[1]} numbers: W has {len(self.W)} rows")
         bad = batch.ids[~x.isfinite().all(-1)].tolist()
@@ -135,8 +142,7 @@ class LinearGaussian(LatentModel):
 
     def simulate_with_thoughts(self, n: int, seed: int = 0) -> tuple[Batch, Tensor]:
         """`simulate`, and the thoughts (n, K, D) that the sequences were made from."""
-        if n < 1:
-            raise InputError(f"n is {n}: must be 1 or more")
+        n, seed = whole_number("n", n, at_least=1), whole_number("seed", seed, at_least=0)
         # Drawn on the CPU, so that every device gets the same data.
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(n, *self.thought_shape, generator=generator, dtype=self.W.dtype)

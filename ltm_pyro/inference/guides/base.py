@@ -17,9 +17,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
+from ltm_pyro.models.contract import require_model
 from ltm_pyro.registry import Registry
 
 Loss = Callable[[Batch], Tensor]
@@ -95,6 +96,8 @@ class LocalGuide(Program, ABC):
 
     def reset(self, batch: Batch) -> None:
         """Allocates fresh local parameters for the B rows of `batch`, and takes up its inputs."""
+        if not isinstance(batch, Batch):
+            raise InputError(f"batch is {shown(batch)}: must be a Batch")
         self.inputs.load(self.initial_inputs(batch))
         self.load_rows(self.initial_rows(batch))
 
@@ -126,6 +129,8 @@ class LocalGuide(Program, ABC):
         Raises:
             InputError: saying so.
         """
+        if not isinstance(batch, Batch):
+            raise InputError(f"batch is {shown(batch)}: must be a Batch")
         if self.n_rows != len(batch):
             raise InputError(
                 f"the guide holds {self.n_rows} sequences and the batch {len(batch)}: "
@@ -238,5 +243,6 @@ def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
     Raises:
         InputError: for an unknown family or option; the nearest name is offered.
     """
+    require_model(model)
     guide: LocalGuide = GUIDES.build(name, model, options=options)
     return guide.to(model.device)

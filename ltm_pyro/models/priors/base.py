@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.registry import Registry
 
 
@@ -35,7 +36,10 @@ class ThoughtPrior(nn.Module, ABC):
 
     def __init__(self, n_thoughts: int, thought_dim: int) -> None:
         super().__init__()
-        self.shape = (n_thoughts, thought_dim)
+        self.shape = (
+            whole_number("n_thoughts", n_thoughts, at_least=1),
+            whole_number("thought_dim", thought_dim, at_least=1),
+        )
 
     @abstractmethod
     def forward(self) -> TorchDistribution:
