@@ -15,7 +15,7 @@ from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.training_data import RowsOf, TrainingData
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.contract import require_model
+from ltm_pyro.models.contract import holds_numbers, require_model
 from ltm_pyro.models.doors import usable
 
 T = TypeVar("T")
@@ -126,6 +126,8 @@ def with_own_ids(batch: Batch) -> Batch:
     Raises:
         InputError: if an id is there twice: rows and noise belong to ids.
     """
+    if not holds_numbers(batch):
+        return batch
     ordered = batch.ids.sort().values
     repeated = ordered[1:] == ordered[:-1]
     if bool(repeated.any()):

@@ -86,6 +86,11 @@ def check_model(model: LatentModel, batch: Batch) -> None:
         _run(clause, model, batch)
 
 
+def holds_numbers(batch: Batch) -> bool:
+    """Whether there is something to look at: a simulation of memory computes with shapes alone."""
+    return not (isinstance(batch.mask, FakeTensor) or batch.mask.is_meta)
+
+
 _MET: WeakSet[nn.Module] = WeakSet()
 
 
@@ -100,8 +105,7 @@ def first_use(model: LatentModel, batch: Batch) -> None:
         ContractError: for a second latent site, another name, or a `log_likelihood` that is not
             the program's.
     """
-    # A simulation of memory computes with shapes alone.
-    if model in _MET or isinstance(batch.mask, FakeTensor) or batch.mask.is_meta:
+    if model in _MET or not holds_numbers(batch):
         return
     rows = batch.select(slice(0, 2))
     for clause in (_prior_has_a_shape, _program):
