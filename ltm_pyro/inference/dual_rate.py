@@ -158,13 +158,13 @@ class DualRateSVI:
         self.clock.retune(slow)
         self._slow = slow
 
-    @door
     def __repr__(self) -> str:
         return (
             f"DualRateSVI({self.guide.family}, {describe(self.elbo)}: {self.fast.steps} fast steps "
             f"per slow step, {self.slow_step} slow steps done)"
         )
 
+    @door
     def infer(
         self,
         batch: Sequences,
