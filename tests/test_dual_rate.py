@@ -437,3 +437,18 @@ def test_an_infinite_slow_gradient_stops_before_any_weight_changes() -> None:
         svi.step(make_tokens(2))
     assert_same(weights(svi), before)
     assert all(p.grad is None for p in svi.model.parameters())
+
+
+def test_new_settings_of_both_clocks_are_obeyed_whole_and_others_refused() -> None:
+    oracle = LearnedOracle(make_oracle())
+    svi = DualRateSVI(oracle, "mean_field", Fast(steps=2))
+    svi.step(oracle.simulate(3))
+    svi.fast = Fast(steps=3, lr=0.02)
+    svi.slow = Slow(lr=0.03, schedule="constant", betas=(0.5, 0.6), weight_decay=0.2)
+    row = svi.step(oracle.simulate(3))
+    assert row["lr_slow"] == 0.03
+    assert row["lr_fast"] == pytest.approx(0.02)
+    assert all(group["betas"] == (0.5, 0.6) for group in svi.clock.optimizer.param_groups)
+    for name, wrong in (("fast", 3), ("slow", Fast()), ("slow", {"lr": 1.0})):
+        with pytest.raises(InputError, match=f"{name} is "):
+            setattr(svi, name, wrong)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import ContractError, InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import (
     LocalGuide,
@@ -239,3 +239,22 @@ def test_a_point_mass_has_no_elbo() -> None:
     assert not post.has_density
     assert bool(post.kl().isposinf().all())
     assert bool(torch.from_numpy(evaluate(oracle, post, batch)["elbo"].values).isneginf().all())
+
+
+class NoBatchAxis(MeanField):
+    def posterior(self) -> TorchDistribution:
+        return dist.Normal(self.local["loc"], 1.0).to_event(3)
+
+
+def test_a_broken_guide_is_told_with_what_was_found_and_a_class_how_to_be_checked() -> None:
+    oracle = make_oracle()
+    register_guide("no_batch_axis")(NoBatchAxis)
+    try:
+        with pytest.raises(ContractError, match="'no_batch_axis' breaks 'shapes'") as caught:
+            check_guide("no_batch_axis", oracle, oracle.simulate(4))
+    finally:
+        GUIDES.remove("no_batch_axis")
+    assert "batch shape () and event shape (4, 2, 2)" in str(caught.value)
+    assert "rows is 4" in str(caught.value)
+    with pytest.raises(InputError, match="register_guide"):
+        check_guide(MeanField, oracle, oracle.simulate(4))  # type: ignore[arg-type]

@@ -13,6 +13,8 @@ family reaches on the oracle depends on the family: `LinearGaussian` has the exa
 from __future__ import annotations
 
 import math
+import re
+import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,10 +22,11 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import ContractError, InputError, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
@@ -53,17 +56,62 @@ def check_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -
         **options: Options of the family.
 
     Raises:
-        AssertionError: where a clause is broken; its name is in the message's notes.
+        ContractError: where a clause is broken (an `InputError` and an `AssertionError`): its name,
+            what was expected and what was found.
         InputError: if the family is unknown or the batch too small.
     """
+    if not isinstance(family, str):
+        kind = family.__name__ if isinstance(family, type) else shown(family)
+        raise InputError(
+            f"family is {kind}: must be a registered name: put @register_guide('name') on it "
+            "and give 'name'"
+        )
     if len(batch) < 3:
         raise InputError(f"{len(batch)} sequences: the contract needs at least 3 to permute")
     for name, clause in CONTRACT.items():
         try:
             clause(family, model, batch, **options)
         except AssertionError as error:
-            error.add_note(f"guide {family!r} breaks {name!r}")
-            raise
+            found = " ".join(str(error).split()) or _failed_line(error)
+            broken = ContractError(
+                f"guide {family!r} breaks {name!r} ({_meaning(clause)}): {shown_text(found)}"
+            )
+            broken.add_note(f"guide {family!r} breaks {name!r}")
+            raise broken from error
+
+
+def _meaning(clause: Clause) -> str:
+    """What a clause asks for, in a line."""
+    return " ".join((clause.__doc__ or "").split()).rstrip(".")
+
+
+def _failed_line(error: AssertionError) -> str:
+    """The expectation that did not hold, with what was found for each name in it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    known = {} if frame is None else frame.tb_frame.f_locals
+    line = (last.line or "").removeprefix("assert ")
+    named = [word for word in dict.fromkeys(re.findall(r"[a-zA-Z_]+", line)) if word in known]
+    values = ", ".join(f"{word} is {_brief(known[word])}" for word in named)
+    return f"expected {line}" + (f"; {values}" if values else "")
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Distribution):
+        return (
+            f"a distribution of batch shape {tuple(value.batch_shape)} and event shape "
+            f"{tuple(value.event_shape)}"
+        )
+    return shown(value)
+
+
+def shown_text(text: str, longest: int = 400) -> str:
+    """A long comparison, cut."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _clause(check: Clause) -> Clause:
