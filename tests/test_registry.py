@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltm_pyro.cli import main
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides import MeanField, build_guide, register_guide
 from ltm_pyro.inference.guides.base import GUIDES, LocalGuide
@@ -141,3 +142,21 @@ def test_modules_with_families_of_one_s_own(
     with pytest.raises(InputError, match=r"'not_there' .*PYTHONPATH"):
         load_plugins(("not_there",))
     assert torch.is_grad_enabled()
+
+
+def test_commands_know_families_of_an_imported_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_command_guides.py").write_text(
+        "import ltm_pyro as ltm\n"
+        "from ltm_pyro.inference.guides import MeanField\n"
+        "@ltm.register_guide('by_option')\n"
+        "class Mine(MeanField): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["fit", "--import", "my_command_guides", "--no_such_option", "1"]) == 2
+    assert "by_option" in GUIDES
+    assert main(["fit", "--import"]) == 2
+    assert "--import needs the name of a module" in capsys.readouterr().err
+    assert main(["fit", "--import=no.such.module"]) == 2
+    assert "cannot be imported" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from ltm_pyro.errors import (
     ToldElsewhereError,
     unknown_name,
 )
+from ltm_pyro.registry import load_plugins
 
 COMMANDS = {
     "fit": "fit a model to text, score it, and write some",
@@ -45,6 +46,7 @@ commands:
 {chr(10).join(f"  {name:<10}{what}" for name, what in COMMANDS.items())}
 
   ltm-pyro COMMAND --help   options and examples of a command
+  ltm-pyro COMMAND --import MODULE ...   with guides, priors and objectives of one's own
   ltm-pyro --version        the version
 
 examples:
@@ -125,9 +127,28 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     processes.refuse_alone(command)
+    modules, rest = _imports(rest)
+    load_plugins(modules)
     with processes.one_voice(), processes.connected():
         status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
     return status
+
+
+def _imports(rest: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The modules of `--import MODULE`, given once or more, and the other arguments."""
+    modules, others = [], []
+    words = iter(rest)
+    for word in words:
+        if word == "--import":
+            module = next(words, "")
+            if not module or module.startswith("-"):
+                raise InputError("--import needs the name of a module, e.g. --import my_guides")
+            modules.append(module)
+        elif word.startswith("--import="):
+            modules.append(word.removeprefix("--import="))
+        else:
+            others.append(word)
+    return tuple(modules), others
 
 
 def _with_notes(error: Exception, message: str = "") -> str:
