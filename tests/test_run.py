@@ -615,7 +615,7 @@ def test_the_control_counts_only_when_it_is_finished(tmp_path, config):
         ({"split": "vall"}, "did you mean 'val'"),
         ({"sequences": 0}, "must be 1 or more"),
         ({"prefix": 3}, "a prefix is for mode 'prefix'"),
-        ({"mode": "prefix", "prefix": 16}, "the longest held-out sequence has 16"),
+        ({"mode": "prefix", "prefix": 16}, "prefix is 16: .* at most 15"),
         ({"mode": "orakle"}, "did you mean 'oracle'"),
     ],
 )
