@@ -149,7 +149,7 @@ WRONG_COMMANDS = {
     "seed": (["generate", "good", "--seed", "-1"], ["seed is -1"]),
     "mode": (["evaluate", "good", "--mode", "orakle"], ["did you mean 'oracle'"]),
     "split": (["evaluate", "good", "--split", "tset"], ["did you mean 'test'"]),
-    "prefix": (["evaluate", "good", "--mode", "prefix", "--prefix", "16"], ["prefix of 16"]),
+    "prefix": (["evaluate", "good", "--mode", "prefix", "--prefix", "16"], ["prefix is 16"]),
     "draws": (["evaluate", "good", "--draws", "1"], ["draws is 1"]),
     "score seed": (["evaluate", "good", "--seed", "-1"], ["seed is -1"]),
     "export seed": (["export", "good", "--seed", "-1"], ["seed is -1"]),
