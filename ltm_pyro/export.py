@@ -70,6 +70,7 @@ def to_datatree(
 
     Returns:
         A tree with these groups, each present where what it needs was given:
+
         - `posterior`: `z` (chain, draw, sequence, thought, dim).
         - `prior`: `z` (chain, draw, thought, dim); one prior serves all sequences.
         - `posterior_predictive`: `tokens` (chain, draw, sequence, position).
@@ -86,6 +87,7 @@ def to_datatree(
         - `fit_trace`: the fit's metrics over `slow_step`, and as `fast_elbo` (of a point mass
           `fast_log_joint`), `fast_nll`, ... the fast loop's course (chain, fast_step, sequence).
         - `scores`: all of `scores`.
+
         Real-valued data (the linear-Gaussian oracle's) are named `x` instead of `tokens`.
         ArviZ's functions take the tree as it is: with ArviZ 1.x always, with 0.23 from the first
         call of this function on (see `compat_arviz.teach_trees`).

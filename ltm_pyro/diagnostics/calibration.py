@@ -75,6 +75,7 @@ def sbc(
 
     Returns:
         Dataset over `quantity`, `replication` and `bin`:
+
         - `rank` (replication, quantity): 0..L; ties are broken at random.
         - `count` (quantity, bin), `expected` (bin): the rank histogram.
         - `chi2`, `p_value` (quantity): Pearson's test that ranks are uniform.
@@ -84,6 +85,7 @@ def sbc(
           from q's centre; `scale_ratio` (quantity): q's scale over the truth's. Both from normal
           scores of the ranks, so they are exact where q is normal, and at most about 3 in size.
         - `reading` (quantity): the shape in words.
+
         Attributes: `p_value`, of all quantities together: 1 - (1 - p)^m for the smallest p of m,
         the chance of one as small among m independent ones (Sidak 1967). Ranks of one replication
         lean on each other, which makes it a little too large. `smallest_p_value` and `tests`
@@ -148,7 +150,7 @@ def vsbc(
     The test is the greatest distance between the distribution functions of p and 1 - p. These two
     samples are one another's mirror image and not independent, for which the two-sample table of
     Kolmogorov and Smirnov is too small; the limit used here is Butler's (1969), that of the largest
-    |Brownian motion| on [0, 1].
+    absolute value of Brownian motion on [0, 1].
 
     Args:
         model: Writes the data, and gives the prior that thoughts come from.

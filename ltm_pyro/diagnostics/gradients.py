@@ -69,7 +69,7 @@ def gradient_noise(
 
     Returns:
         Dataset over `objective` and `sequence` (coordinate: stable ids), of the loss' gradient
-        in nats by the local parameters: `gradient_variance`; `gradient_signal`, |E g|^2 corrected
+        in nats by the local parameters: `gradient_variance`; `gradient_signal`, `|E g|^2` corrected
         for the noise of its own estimate, so that it may fall below 0 and its average over
         sequences is unbiased; `gradient_norm`, its root; and `snr`, NaN where neither signal nor
         noise is left. Each with its standard error `_se`. With `slow`, the same over `objective`

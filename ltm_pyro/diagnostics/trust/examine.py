@@ -58,6 +58,7 @@ def diagnose(
     """Looks for evidence that q(z_i) is not p(z_i | x_i).
 
     Five sources, none of which needs the truth:
+
     - `weights`: k-hat of p(x, z) / q(z), the gap between ELBO and importance-weighted bound, and
       q's moments against the weighted ones where k-hat allows. Blind to modes that q misses; a q
       that is too wide has a small k-hat.
@@ -71,11 +72,13 @@ def diagnose(
 
     An estimate is flagged where it is off by more than a tolerance and its error together. The
     tolerances, of each sequence and of the mean over sequences:
+
     - of a dimension: 0.15 scales for its mean, 0.2 for its variance's ratio less 1, a pair's
       correlation 0.2;
     - of all dimensions together: 0.1 nats for the gap, 0.25 nats for the change of log p(x, z) in
       the drift, twice the draws in the tail, 0.15 nats of missed mass, 1 nat for another sequence;
     - none for k-hat: it is flagged above `khat_threshold(draws)`.
+
     A fit within all of them is let pass but for one call in a hundred. Small errors of many
     dimensions add up in the second kind: scales of 0.9 are within the first, and in 8 dimensions
     q's draws are then 0.76 nats too typical, which drift flags.
