@@ -103,8 +103,7 @@ class Workload:
             fast=fast,
             slow=slow,
             seed=case.seed,
-            compile=case.compile,
-            precision=case.precision,
+            execution=ltm.Execution(compile=case.compile, precision=case.precision),
         )
         self.loops: dict[str, Loop] = {
             "a": PublishedLoop(self.model, fast, slow, case.seed),

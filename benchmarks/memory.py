@@ -100,10 +100,12 @@ def train(config: FitConfig) -> int:
         ltm.build_guide(config.guide, model),
         fast=replace(config.fast, steps=FAST_STEPS),
         slow=config.slow,
-        compile=config.compile,
-        precision=config.precision,
-        micro_batch=config.micro_batch or None,
-        checkpointing=config.checkpointing,
+        execution=ltm.Execution(
+            compile=config.compile,
+            precision=config.precision,
+            micro_batch=config.micro_batch or None,
+            checkpointing=config.checkpointing,
+        ),
     )
     shape = (config.batch_size, config.model.seq_len)
     for _ in range(STEPS):

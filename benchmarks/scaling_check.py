@@ -26,7 +26,7 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast, FitConfig, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.cost import cost_report
-from ltm_pyro.inference.parallel import Parallel, join, leave
+from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SEED = 0
@@ -52,7 +52,9 @@ class Fitting:
         model = LatentThoughtModel(config.model)
         guide = ltm.build_guide("mean_field", model)
         slow = replace(config.slow, thoughts_start=0.0)
-        self.svi = ltm.DualRateSVI(model, guide, config.fast, slow, parallel=parallel)
+        self.svi = ltm.DualRateSVI(
+            model, guide, config.fast, slow, execution=ltm.Execution(parallel=parallel)
+        )
         shape = (config.batch_size, config.model.seq_len)
         whole = Batch(torch.randint(config.model.vocab_size, shape))
         self.batch = whole.select(parallel.rows(len(whole)))

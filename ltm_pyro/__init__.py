@@ -19,6 +19,7 @@ _HOME = {
     "FitConfig": "ltm_pyro.config",
     "Fast": "ltm_pyro.config",
     "Slow": "ltm_pyro.config",
+    "Execution": "ltm_pyro.engine.execution",
     "InputError": "ltm_pyro.errors",
     "NonFiniteError": "ltm_pyro.errors",
     "exclusively": "ltm_pyro.exclusive",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.gradients import gradient_noise as gradient_noise
     from ltm_pyro.diagnostics.information import information_by_block as information_by_block
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
+    from ltm_pyro.engine.execution import Execution as Execution
     from ltm_pyro.errors import InputError as InputError
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
     from ltm_pyro.exclusive import exclusively as exclusively

@@ -16,10 +16,10 @@ from known_models import TINY, LearnedOracle, make_language_model, make_oracle, 
 from torch import Tensor
 
 import ltm_pyro as ltm
+from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.inference.parallel import Parallel, join, leave
 from ltm_pyro.inference.training_data import RowsOf
 
 Answer = dict[str, Any]
@@ -55,7 +55,7 @@ class Fit:
             slow=ltm.Slow(**self.slow),
             elbo=build_objective(self.objective, **self.objective_options),
             persistent=self.persistent,
-            parallel=parallel,
+            execution=ltm.Execution(parallel=parallel),
         )
         svi.fit(RowsOf(make_tokens(ROWS)), self.steps, BATCH, progress=False)
         shared = [p.detach() for p in guide.shared_parameters()]
@@ -82,7 +82,7 @@ def metrics(rows: list[dict[str, float]]) -> Tensor:
 def control(parallel: Parallel) -> Answer:
     """Ten slow steps of the control."""
     model = make_language_model()
-    fit = AutoregressiveFit(model, ltm.Slow(), parallel=parallel)
+    fit = AutoregressiveFit(model, ltm.Slow(), execution=ltm.Execution(parallel=parallel))
     rows: list[dict[str, float]] = []
     fit.fit(RowsOf(make_tokens(ROWS)), 10, BATCH, progress=False, on_step=rows.append)
     return {"weights": flat(list(model.state_dict().values())), "metrics": metrics(rows)}
@@ -94,7 +94,9 @@ def scores(parallel: Parallel) -> Answer:
     out: Answer = {}
     for name in ("mean_field", "mixture"):
         guide = ltm.build_guide(name, model)
-        svi = ltm.DualRateSVI(model, guide, fast=ltm.Fast(steps=4), parallel=parallel)
+        svi = ltm.DualRateSVI(
+            model, guide, fast=ltm.Fast(steps=4), execution=ltm.Execution(parallel=parallel)
+        )
         post = svi.infer(batch)
         assert post.trace is not None
         out[f"{name}.mean"], out[f"{name}.trace"] = post.mean, post.trace.elbo
@@ -111,7 +113,9 @@ def nan_in_one(parallel: Parallel) -> Answer:
     broken = batch.observed.clone()
     broken[3] = 1e200
     model = LearnedOracle(make_oracle())
-    svi = ltm.DualRateSVI(model, ltm.build_guide("mean_field", model), parallel=parallel)
+    svi = ltm.DualRateSVI(
+        model, ltm.build_guide("mean_field", model), execution=ltm.Execution(parallel=parallel)
+    )
     mine = parallel.rows(4)
     svi.step(batch.select(mine))
     before = model.bias.detach().clone()
@@ -126,7 +130,9 @@ def nan_in_one(parallel: Parallel) -> Answer:
 def stop_in_one(parallel: Parallel) -> Answer:
     """The last process asks to stop at its third step; the others are not asked."""
     model = make_language_model()
-    svi = ltm.DualRateSVI(model, ltm.build_guide("mean_field", model), parallel=parallel)
+    svi = ltm.DualRateSVI(
+        model, ltm.build_guide("mean_field", model), execution=ltm.Execution(parallel=parallel)
+    )
     last = parallel.rank == parallel.size - 1
     parallel.asks_to_stop = lambda: last and svi.slow_step == 2
     stopped = []

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import ltm_pyro as ltm
 from ltm_pyro.config import PRESETS, Fast, FitConfig, ModelConfig, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics import cost
@@ -20,6 +21,7 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.models.doors import meet
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SMALL = ModelConfig(
@@ -65,10 +67,12 @@ def counted(config: FitConfig) -> float:
         fast=config.fast,
         slow=config.slow,
         elbo=build_objective(config.objective, **config.objective_options),
-        micro_batch=config.micro_batch or None,
-        checkpointing=config.checkpointing,
+        execution=ltm.Execution(
+            micro_batch=config.micro_batch or None, checkpointing=config.checkpointing
+        ),
     )
     batch = batch_for(config.model, config.batch_size)
+    meet(model, batch)  # holds a new model to its contract
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         svi.step(batch)
     return counter.get_total_flops() / (config.batch_size * config.model.seq_len)

@@ -13,6 +13,7 @@ from reference_decoder import ReferenceModel
 from tolerances import EXACT
 from torch import Tensor
 
+import ltm_pyro as ltm
 from ltm_pyro.config import Fast, ModelConfig, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
@@ -21,11 +22,13 @@ from ltm_pyro.inference.fast_loop import frozen
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.compiled import SHORTEST, bucket_length, bucket_rows
+from ltm_pyro.models.doors import meet
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.scoring import PreparedBatch
 
 FAST, SLOW = Fast(steps=3), Slow(lr=0.01, kl_start=0.1)
 STEPS, ROWS = 3, 5
+KINDS = ("compile", "precision", "micro_batch", "checkpointing")
 
 
 def trained(**options: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], DualRateSVI]:
@@ -34,6 +37,8 @@ def trained(**options: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], 
     model = make_language_model()
     with seeded(1, torch.device("cpu")):
         q = build_guide(guide, model)
+    how = {name: options.pop(name) for name in KINDS if name in options}
+    options["execution"] = ltm.Execution(**how)
     svi = DualRateSVI(model, q, **{"fast": FAST, "slow": SLOW, **options})
     svi.horizon = STEPS
     # The same sequences come twice, so that a store has something to give back.
@@ -97,6 +102,7 @@ def test_layers_computed_again_give_the_same_fit(guide: str) -> None:
 
 def test_layers_are_computed_again_in_the_slow_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_language_model()
+    meet(model, make_tokens(2))  # holds a new model to its contract
     last = model.decoder.layers[-1]
     forward, calls = last.forward, []
     monkeypatch.setattr(last, "forward", lambda *a: calls.append(1) or forward(*a))
@@ -104,7 +110,11 @@ def test_layers_are_computed_again_in_the_slow_step_alone(monkeypatch: pytest.Mo
     for checkpointing, expected in ((False, 3 + 1), (True, 3 + 2)):
         calls.clear()
         svi = DualRateSVI(
-            model, build_guide("mean_field", model), FAST, SLOW, checkpointing=checkpointing
+            model,
+            build_guide("mean_field", model),
+            FAST,
+            SLOW,
+            execution=ltm.Execution(checkpointing=checkpointing),
         )
         svi.step(make_tokens(2))
         assert len(calls) == expected
@@ -113,6 +123,7 @@ def test_layers_are_computed_again_in_the_slow_step_alone(monkeypatch: pytest.Mo
 
 def test_parts_without_word_dropout_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_language_model()
+    meet(model, make_tokens(4))  # holds a new model to its contract
     score, calls = model.decoder.score, []
 
     def spy(*inputs: torch.Tensor) -> torch.Tensor:
@@ -120,7 +131,9 @@ def test_parts_without_word_dropout_are_scored_once(monkeypatch: pytest.MonkeyPa
         return score(*inputs)
 
     monkeypatch.setattr(model.decoder, "score", spy)
-    svi = DualRateSVI(model, build_guide("mean_field", model), FAST, SLOW, micro_batch=2)
+    svi = DualRateSVI(
+        model, build_guide("mean_field", model), FAST, SLOW, execution=ltm.Execution(micro_batch=2)
+    )
     svi.step(make_tokens(4))
     assert calls == 2 * (["fast"] * FAST.steps + ["slow"])  # two parts
 
@@ -146,7 +159,9 @@ def test_bf16_stays_near_single_precision_and_away_from_q() -> None:
     model = single()
     guide = build_guide("mean_field", model)
     plain = DualRateSVI(model, guide, Fast(steps=20)).infer(batch)
-    half = DualRateSVI(model, guide, Fast(steps=20), precision="bf16").infer(batch)
+    half = DualRateSVI(
+        model, guide, Fast(steps=20), execution=ltm.Execution(precision="bf16")
+    ).infer(batch)
     assert not torch.equal(half.mean, plain.mean)
     deviation = plain.distribution.variance.sqrt()
     assert ((half.mean - plain.mean).abs() / deviation).mean() < 0.2
@@ -171,7 +186,7 @@ def test_no_bf16_reaches_prior_kl_or_optimiser(monkeypatch: pytest.MonkeyPatch) 
         return value
 
     monkeypatch.setattr(type(guide), "kl", spy)
-    svi = DualRateSVI(model, guide, FAST, SLOW, precision="bf16")
+    svi = DualRateSVI(model, guide, FAST, SLOW, execution=ltm.Execution(precision="bf16"))
     svi.step(make_tokens(3, WIDE))
     moments = [m for s in svi.clock.optimizer.state.values() for m in s.values()]
     seen |= {t.dtype for t in (*model.parameters(), *guide.rows().values(), *moments)}
@@ -182,7 +197,13 @@ def test_scores_are_in_single_precision_after_a_fit_in_bf16() -> None:
     model, batch = single(), make_tokens(2, WIDE)
     z = torch.randn(2, *model.thought_shape)
     expected = model.log_likelihood(z, batch)
-    svi = DualRateSVI(model, build_guide("mean_field", model), FAST, SLOW, precision="bf16")
+    svi = DualRateSVI(
+        model,
+        build_guide("mean_field", model),
+        FAST,
+        SLOW,
+        execution=ltm.Execution(precision="bf16"),
+    )
     svi.infer(batch)
     assert torch.equal(model.log_likelihood(z, batch), expected)
 
@@ -193,7 +214,7 @@ def test_scores_are_in_single_precision_after_a_fit_in_bf16() -> None:
 def test_a_model_without_a_decoder_has_one_way_to_compute(options: dict[str, Any]) -> None:
     oracle = make_oracle()
     with pytest.raises(InputError, match="LinearGaussian has no decoder") as caught:
-        DualRateSVI(oracle, build_guide("mean_field", oracle), **options)
+        DualRateSVI(oracle, build_guide("mean_field", oracle), execution=ltm.Execution(**options))
     assert "\n" not in str(caught.value)
 
 
@@ -201,7 +222,7 @@ def test_a_model_without_a_decoder_has_one_way_to_compute(options: dict[str, Any
     ("options", "message"),
     [
         ({"precision": "fp16"}, "fp16"),
-        ({"micro_batch": 0}, "micro_batch is 0: must be a whole number above 0"),
+        ({"micro_batch": 0}, "micro_batch is 0: must be a whole number"),
         ({"micro_batch": -1}, "micro_batch is -1"),
         ({"micro_batch": True}, "micro_batch is True"),
         ({"micro_batch": 1.5}, "micro_batch is 1.5"),
@@ -209,9 +230,8 @@ def test_a_model_without_a_decoder_has_one_way_to_compute(options: dict[str, Any
     ids=str,
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    model = make_language_model()
     with pytest.raises(InputError, match=message):
-        DualRateSVI(model, build_guide("mean_field", model), **options)
+        ltm.Execution(**options)
 
 
 def test_buckets_are_few_and_hold_what_they_are_for() -> None:
@@ -251,7 +271,7 @@ def test_compiled_ragged_batches_equal_eager_ones(precision: Any) -> None:
     """Two shapes; in bf16 the compiler keeps more digits between operations."""
     model = single(seq_len=40)
     guide = build_guide("mean_field", model)
-    eager = DualRateSVI(model, guide, Fast(steps=2), precision=precision)
+    eager = DualRateSVI(model, guide, Fast(steps=2), execution=ltm.Execution(precision=precision))
     batches = []
     for rows, longest in ((3, 9), (17, 40)):
         lengths = torch.randint(1, longest + 1, (rows,))
@@ -259,7 +279,9 @@ def test_compiled_ragged_batches_equal_eager_ones(precision: Any) -> None:
         mask = torch.arange(40) < lengths[:, None]
         batches.append(Batch(torch.randint(WIDE.vocab_size, (rows, 40)), mask))
     expected = [eager.infer(batch) for batch in batches]
-    compiled = DualRateSVI(model, guide, Fast(steps=2), precision=precision, compile=True)
+    compiled = DualRateSVI(
+        model, guide, Fast(steps=2), execution=ltm.Execution(precision=precision, compile=True)
+    )
     for batch, plain in zip(batches, expected, strict=True):
         post = compiled.infer(batch)
         assert post.trace is not None

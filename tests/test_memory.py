@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ltm_pyro as ltm
 from ltm_pyro.cli import main
 from ltm_pyro.config import PRESETS, Fast, FitConfig, ModelConfig, Slow
 from ltm_pyro.data.batches import Batch
@@ -45,9 +46,11 @@ def svi_for(config: FitConfig) -> DualRateSVI:
         fast=config.fast,
         slow=config.slow,
         elbo=build_objective(config.objective, **config.objective_options),
-        precision=config.precision,
-        micro_batch=config.micro_batch or None,
-        checkpointing=config.checkpointing,
+        execution=ltm.Execution(
+            precision=config.precision,
+            micro_batch=config.micro_batch or None,
+            checkpointing=config.checkpointing,
+        ),
     )
 
 
@@ -137,7 +140,7 @@ KEEPING = """
 import ctypes
 import resource
 import torch
-from ltm_pyro.inference.freed import keep_freed
+from ltm_pyro.engine.allocator import keep_freed
 
 ctypes.CDLL(None).mallopt(-3, 2**20)  # glibc may have moved its limit; this one gives 8 MB back
 
@@ -176,7 +179,7 @@ def test_freed_memory_waits_for_the_next_tensors(told: dict[str, str]) -> None:
 
 FREEING = """
 import torch
-from ltm_pyro.inference.freed import give_back_freed, keep_freed
+from ltm_pyro.engine.allocator import give_back_freed, keep_freed
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -204,7 +207,7 @@ def test_freed_memory_goes_back_to_the_system() -> None:
 AFTERWARDS = """
 import ctypes
 import os
-from ltm_pyro.inference.freed import give_back_freed, keep_freed
+from ltm_pyro.engine.allocator import give_back_freed, keep_freed
 
 library = ctypes.CDLL(None)
 library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

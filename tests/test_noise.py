@@ -205,7 +205,9 @@ def test_parts_of_a_batch_get_what_the_batch_gets() -> None:
     model, batch = make_language_model(), make_tokens(7)
     whole = DualRateSVI(model, build_guide("mean_field", model), Fast(steps=5)).infer(batch)
     guide = build_guide("mean_field", model)
-    parts = DualRateSVI(model, guide, Fast(steps=5), micro_batch=3).infer(batch)
+    parts = DualRateSVI(model, guide, Fast(steps=5), execution=ltm.Execution(micro_batch=3)).infer(
+        batch
+    )
     EXACT.assert_close(parts.mean, whole.mean)
 
 

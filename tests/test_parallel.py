@@ -18,13 +18,13 @@ from parallel_worker import SCENARIOS
 from tolerances import EXACT
 
 from ltm_pyro.cli import main
-from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
-from ltm_pyro.inference.parallel import (
+from ltm_pyro.engine.processes import (
     Parallel,
     group,
     join,
     refuse_unequal,
 )
+from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
 from ltm_pyro.run import load_run
 
 PROCESSES = 2

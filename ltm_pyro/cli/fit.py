@@ -24,7 +24,7 @@ from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
     from ltm_pyro.data.base import Corpus
-    from ltm_pyro.inference.parallel import Parallel
+    from ltm_pyro.engine.processes import Parallel
     from ltm_pyro.run import Run
 
 _DESCRIPTION = """\
@@ -74,7 +74,7 @@ def _share(
     """The same in many processes: the first one opens the run, and gives it to all."""
     config = build_config(given)
     from ltm_pyro.cli.printing import default_folder
-    from ltm_pyro.inference.parallel import join, refuse_unequal, started
+    from ltm_pyro.engine.processes import join, refuse_unequal, started
     from ltm_pyro.run.opening import recorded_config, share_run
 
     folder = as_path("out", default_folder(config) if out is None else out)
@@ -279,7 +279,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     from ltm_pyro.cli.artefacts import list_files, write_artefacts
     from ltm_pyro.cli.printing import format_scores, printable
     from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.inference.freed import give_back_freed
+    from ltm_pyro.engine.allocator import give_back_freed
     from ltm_pyro.run import load_run
     from ltm_pyro.run.scoring import score_run, summary
 

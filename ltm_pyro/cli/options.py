@@ -34,7 +34,7 @@ def add_scoring(parser: Parser) -> None:
 
 def open_run(folder: str, device: str | None) -> Run:
     """The run in `folder`, in every process that `torchrun` started."""
-    from ltm_pyro.inference.parallel import join
+    from ltm_pyro.engine.processes import join
     from ltm_pyro.run import load_run
     from ltm_pyro.run.opening import recorded_config
 

@@ -60,7 +60,7 @@ def connected() -> Iterator[None]:
         done = True
     finally:
         if many():
-            from ltm_pyro.inference.parallel import leave
+            from ltm_pyro.engine.processes import leave
 
             leave(together=done)
 

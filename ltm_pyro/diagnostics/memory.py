@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ltm_pyro.config import FitConfig
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.live_tensors import LiveTensors
+from ltm_pyro.engine.execution import Execution
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
@@ -130,9 +131,11 @@ def _without_values(config: FitConfig, shapes: FakeTensorMode) -> DualRateSVI:
         fast=replace(config.fast, steps=min(config.fast.steps, _FAST_STEPS)),
         slow=config.slow,
         elbo=build_objective(config.objective, **config.objective_options),
-        precision=config.precision,
-        micro_batch=config.micro_batch or None,
-        checkpointing=config.checkpointing,
+        execution=Execution(
+            precision=config.precision,
+            micro_batch=config.micro_batch or None,
+            checkpointing=config.checkpointing,
+        ),
     )
 
 

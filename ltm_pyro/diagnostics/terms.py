@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.random import Noise, Stream, derive_seed

@@ -15,10 +15,9 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import Execution
 from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.course import Metrics
-from ltm_pyro.inference.engine import Engine
-from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.slow_clock import SlowClock, StepSums, embedding_weights
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.models.latent_thought import LatentThoughtModel
@@ -37,8 +36,7 @@ class AutoregressiveFit:
         model: A freshly initialised model; trained in place.
         slow: The slow clock of the fit that this is the control of.
         seed: Of the order of batches.
-        parallel: The processes that share the fit; this one alone by default.
-        engine: How it is computed; as the fit that this is the control of.
+        execution: How it is computed; as the fit that this is the control of.
     """
 
     def __init__(
@@ -46,16 +44,15 @@ class AutoregressiveFit:
         model: LatentThoughtModel,
         slow: Slow,
         seed: int = 0,
-        parallel: Parallel | None = None,
-        engine: Engine | None = None,
+        execution: Execution | None = None,
     ) -> None:
-        self.engine = engine or Engine()
+        self.execution = execution or Execution()
         self.model = model
         self.seed = seed
         self.slow_step = 0
         self.whole = True
         self.horizon: int | None = None
-        self.parallel = parallel or Parallel()
+        self.parallel = self.execution.parallel
         self.clock = SlowClock(model.parameters(), slow, embedding_weights(model), self.parallel)
 
     def step(self, batch: Batch) -> Metrics:
@@ -76,9 +73,9 @@ class AutoregressiveFit:
         self.model.check(batch)
         parts = []
         self.clock.discard()  # what a step that failed has left
-        for rows in self.engine.parts(len(batch)):
+        for rows in self.execution.parts(len(batch)):
             part = batch.select(rows)
-            with self.engine.computing(self.model):
+            with self.execution.computing(self.model):
                 nll = -autoregressive_log_likelihood(self.model, part)
             bad = ~nll.detach().isfinite()
             if bool(bad.any()):

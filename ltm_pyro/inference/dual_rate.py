@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from operator import index
 
@@ -22,15 +22,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.checks import whole_number
-from ltm_pyro.config import Fast, Precision, Slow
+from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError, shown
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.infer import fit_shared
 from ltm_pyro.inference.clocks.slow import SlowLoss, SlowObjective
 from ltm_pyro.inference.course import Course, Metrics
-from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.inputs import (
     Sequences,
@@ -49,8 +50,6 @@ from ltm_pyro.inference.objectives import (
     describe,
     kl_estimator,
 )
-from ltm_pyro.inference.parallel import Parallel
-from ltm_pyro.inference.parallel.inferring import fit_shared
 from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
 from ltm_pyro.inference.row_adam import RowAdam
@@ -77,13 +76,7 @@ class DualRateSVI:
         seed: Of all random numbers.
         persistent: Keep local parameters per sequence id, in memory, and start each visit from
             them; a run folder keeps them on disk (`RowDatabase`).
-        parallel: The processes that share the fit, each with its rows of every batch; this one
-            alone by default.
-        compile: Compile the likelihood of the fast loop (tens of seconds, once per shape; kept in
-            the cache folder), with a warning where no compiler works.
-        precision: `fp32`, or `bf16` for the decoder's matrix products.
-        micro_batch: Rows that both clocks take at a time, to save memory; all by default.
-        checkpointing: Compute layers again in the slow step's backward pass, to save memory.
+        execution: How it is computed, and in which processes: precision, compilation, parts.
 
     Attributes:
         metrics: One row per slow step; see `step`.
@@ -102,20 +95,11 @@ class DualRateSVI:
         elbo: ELBO | str | None = None,
         seed: int = 0,
         persistent: bool = False,
-        parallel: Parallel | None = None,
-        compile: bool = False,
-        precision: Precision = "fp32",
-        micro_batch: int | None = None,
-        checkpointing: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         guide, elbo = guide_for(guide, model), objective_name(elbo)
-        self.engine = Engine(
-            compile=compile,
-            precision=precision,
-            micro_batch=micro_batch,
-            checkpointing=checkpointing,
-        )
-        self.engine.prepare(model)
+        self.execution = settings("execution", execution, Execution, "compile=True")
+        self.execution.prepare(model)
         self.model = model
         self.guide = guide
         self._fast, self._slow = settings("fast", fast, Fast), settings("slow", slow, Slow)
@@ -123,7 +107,7 @@ class DualRateSVI:
         self.slow_objective = SlowObjective(model, guide, self.elbo)
         self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer: Tokenizer | None = None
-        self.parallel = settings("parallel", parallel, Parallel)
+        self.parallel = self.execution.parallel
         self.store: RowStore | None = MemoryRows() if persistent else None
         self.slow_step = 0
         self.whole = True
@@ -205,8 +189,8 @@ class DualRateSVI:
         def fit(rows: Batch) -> FastResult:
             return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
 
-        with self.engine.computing(self.model):
-            result = fit_shared(self.parallel, self.guide, batch, fit, self.engine)
+        with self.execution.computing(self.model):
+            result = fit_shared(self.execution, self.guide, batch, fit)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
         with numbers_out_of_range(self.guide, batch, step=-1):
@@ -259,10 +243,10 @@ class DualRateSVI:
         weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
         read = self.word_dropout(batch, now)
         thinks = total is None or thoughts_joined(self.slow, now, total)
-        parts = self.engine.parts(len(batch))
+        parts = self.execution.parts(len(batch))
         self.clock.discard()  # what a step that failed has left
         try:
-            with self.engine.computing(self.model):
+            with self.execution.computing(self.model):
                 done = [self._part(batch, read, rows, weight, thinks) for rows in parts]
         except NonFiniteError as error:
             raise self.clock.report(error, now) from None
@@ -393,8 +377,7 @@ class DualRateSVI:
                 elbo=self.elbo,
                 seed=self.seed,
                 persistent=self.store is not None,
-                parallel=self.parallel,
-                **asdict(self.engine),
+                execution=self.execution,
             )
             return alone.fit(source, steps, batch_size, progress=progress)
 

@@ -49,8 +49,8 @@ def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
     return guide
 
 
-def settings(name: str, given: object, kind: type[T]) -> T:
-    """Settings of a clock, its defaults for `None`.
+def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:
+    """Settings of a kind, its defaults for `None`.
 
     Raises:
         InputError: if they are of another kind.
@@ -60,7 +60,7 @@ def settings(name: str, given: object, kind: type[T]) -> T:
     if not isinstance(given, kind):
         raise InputError(
             f"{name} is {shown(given)}: must be ltm_pyro.{kind.__name__}(...), e.g. "
-            f"{kind.__name__}(lr=0.01)"
+            f"{kind.__name__}({example})"
         )
     return given
 

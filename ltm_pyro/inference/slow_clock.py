@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ltm_pyro.config import Slow
+from ltm_pyro.engine.processes.group import Parallel
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.parallel.group import Parallel
 from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.models.priors.base import ThoughtPrior
 

@@ -8,7 +8,7 @@ import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import chosen_rows
-from ltm_pyro.inference.parallel import Parallel
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.random import Stream, derive_seed
 
 

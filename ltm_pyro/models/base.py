@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -12,7 +11,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ltm_pyro.checks import whole_number
-from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively
@@ -34,23 +32,6 @@ def sequences(batch: Batch) -> pyro.plate:
         PLATE, len(batch), subsample=batch.indices, dim=-1, device=device
     )
     return plate
-
-
-@runtime_checkable
-class Computes(Protocol):
-    """A model whose likelihood can be computed in several ways; the language model's can."""
-
-    def computing(
-        self,
-        precision: Precision = "fp32",
-        checkpointing: bool = False,
-    ) -> AbstractContextManager[None]:
-        """Inside the block the likelihood is computed in this way."""
-        ...
-
-    def compile_fast_loop(self) -> None:
-        """Compiles the likelihood that the fast loop calls."""
-        ...
 
 
 class Program(nn.Module):

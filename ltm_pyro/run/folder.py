@@ -22,13 +22,14 @@ from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.reading import damaged
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
@@ -87,10 +88,12 @@ class Run:
             elbo=build_objective(config.objective, **config.objective_options),
             seed=config.seed,
             persistent=config.persistent,
-            precision=config.precision,
-            micro_batch=config.micro_batch or rows,
-            checkpointing=config.checkpointing,
-            parallel=self.parallel,
+            execution=Execution(
+                precision=config.precision,
+                micro_batch=config.micro_batch or rows,
+                checkpointing=config.checkpointing,
+                parallel=self.parallel,
+            ),
         )
         self.svi.horizon = config.steps
         self._mark = ""
@@ -314,7 +317,7 @@ class Run:
         """
         config = self.config
         model = initial_model(config, str(self.model.device))
-        fit = AutoregressiveFit(model, config.slow, config.seed, self.parallel, self.svi.engine)
+        fit = AutoregressiveFit(model, config.slow, config.seed, self.svi.execution)
         fit.horizon = config.steps
         saved = share_checkpoint(self.parallel, self._control_checkpoint)
         if saved is not None:

@@ -18,9 +18,9 @@ from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
-from ltm_pyro.inference.parallel import Parallel
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.engine import Engine
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.parallel.group import Parallel
 
 if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.fast import FastResult
 
 
 def fit_shared(
-    parallel: Parallel,
+    execution: Execution,
     guide: LocalGuide,
     batch: Batch,
     fit: Callable[[Batch], FastResult],
-    engine: Engine,
 ) -> FastResult:
     """Fits the guide to a batch, each process its rows; in the end every process holds all rows.
 
@@ -31,20 +30,19 @@ def fit_shared(
     process that takes the batch at once.
 
     Args:
-        parallel: The processes.
+        execution: Processes, and how many rows are fitted at a time.
         guide: Holds the B rows of `batch` afterwards.
         batch: The sequences, the same ones in every process.
         fit: Resets the guide for some rows and fits them.
-        engine: How many rows are fitted at a time.
 
     Raises:
         NonFiniteError: in all processes, if there was NaN in one.
         ProcessLostError: if a process is gone.
     """
-    total = len(batch)
+    parallel, total = execution.parallel, len(batch)
     alone = parallel.size == 1 or total < parallel.size
     mine = slice(0, total) if alone else parallel.share(total)
-    parts = engine.parts(mine.stop - mine.start)
+    parts = execution.parts(mine.stop - mine.start)
     if alone and len(parts) == 1:
         return fit(batch)
     failed: NonFiniteError | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _NEVER_TRIMMED = -1
@@ -15,14 +16,13 @@ _VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHO
 _TUNABLES = ("mmap_threshold", "mmap_max", "trim_threshold")
 
 
-@cache
 def keep_freed() -> None:
     """From now on the memory of freed tensors waits for the next ones, whatever their size.
 
     Every fast step makes and frees the same tensors. To begin with glibc returns such memory, and
     the system hands it out again as pages of zeros: a tenth to a fifth of a step's time. It learns
     to keep tensors of up to 32 MB and no larger ones, so all are taken from the one heap, which
-    is never cut. Done once in a process, so that `give_back_freed` is not undone.
+    is never cut.
     """
     _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_TRIMMED})
 
@@ -35,6 +35,24 @@ def give_back_freed() -> None:
     """
     if _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: _LARGE}):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+_blocks = 0
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside the block `keep_freed`; after the outermost of such blocks `give_back_freed`."""
+    global _blocks
+    if _blocks == 0:
+        keep_freed()
+    _blocks += 1
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if _blocks == 0:
+            give_back_freed()
 
 
 def _set(options: dict[int, int]) -> bool:

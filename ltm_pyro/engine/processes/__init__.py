@@ -1,6 +1,6 @@
 """Many processes for one fit: who they are, and what they exchange."""
 
-from ltm_pyro.inference.parallel.group import Parallel, join, leave, refuse_unequal, started
+from ltm_pyro.engine.processes.group import Parallel, join, leave, refuse_unequal, started
 
 __all__ = [
     "Parallel",

@@ -1,0 +1,96 @@
+"""The seam between the idea and the engine: how a fit is computed, and not what.
+
+Compiled or not, in which precision, how many rows at a time, what is computed again to save memory,
+in which processes. Choices here change what a step costs, and its result only in the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from ltm_pyro.checks import whole_number
+from ltm_pyro.config import PRECISIONS, Precision
+from ltm_pyro.engine.allocator import freed_memory_kept
+from ltm_pyro.engine.processes import Parallel
+from ltm_pyro.errors import InputError, shown, unknown_name
+
+
+@runtime_checkable
+class Computes(Protocol):
+    """A model whose likelihood can be computed in several ways; the language model's can."""
+
+    def computing(
+        self, precision: Precision = "fp32", checkpointing: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside the block the likelihood is computed in this way."""
+        ...
+
+    def compile_fast_loop(self) -> None:
+        """Compiles the likelihood that the fast loop calls."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a fit is computed.
+
+    Attributes:
+        compile: Compile the likelihood of both clocks (tens of seconds, once per shape; kept in the
+            cache folder), with a warning where no compiler works.
+        precision: `fp32`, or `bf16` for the decoder's matrix products.
+        micro_batch: Rows that both clocks take at a time, to save memory; the whole batch by
+            default. Slow gradients add up over the parts.
+        checkpointing: Compute layers again in the slow step's backward pass, to save memory.
+        parallel: The processes that share the fit, each with its rows of every batch; this one
+            alone by default.
+    """
+
+    compile: bool = False
+    precision: Precision = "fp32"
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    parallel: Parallel = field(default_factory=Parallel)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", str(self.precision), PRECISIONS)
+        if self.micro_batch is not None:
+            whole_number("micro_batch", self.micro_batch, at_least=1)
+        if not isinstance(self.parallel, Parallel):
+            raise InputError(
+                f"parallel is {shown(self.parallel)}: must be the processes that share the fit, "
+                "ltm_pyro.engine.processes.join(...)"
+            )
+
+    def prepare(self, model: Any) -> None:
+        """Compiles what is to be compiled.
+
+        Raises:
+            InputError: if the model knows one way to compute alone and another is asked for.
+        """
+        if not isinstance(model, Computes):
+            if self.compile or self.checkpointing or self.precision != "fp32":
+                raise InputError(
+                    f"{type(model).__name__} has no decoder to compile, checkpoint or compute in "
+                    "bf16: leave compile, checkpointing and precision at their defaults"
+                )
+        elif self.compile:
+            model.compile_fast_loop()
+
+    @contextmanager
+    def computing(self, model: Any) -> Iterator[None]:
+        """Inside the block the model's likelihood is computed in this way."""
+        with ExitStack() as stack:
+            if model.device.type == "cpu":
+                stack.enter_context(freed_memory_kept())
+            if isinstance(model, Computes):
+                stack.enter_context(model.computing(self.precision, self.checkpointing))
+            yield
+
+    def parts(self, rows: int) -> list[slice]:
+        """The batch's `rows` in parts of `micro_batch`."""
+        size = rows if self.micro_batch is None else self.micro_batch
+        return [slice(i, min(i + size, rows)) for i in range(0, rows, max(size, 1))]
