@@ -39,10 +39,11 @@ from ltm_pyro.run.files import json_bytes, write_atomic
 
 T = TypeVar("T")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-SHAPES = {"nano": (8, 256), "tiny": (8, 256), "ltm-small": (1, 256)}
-"""Batch size and length; `ltm-small` on a short batch, or it would take an hour."""
+SHAPES = {"nano": (8, 256), "tiny": (8, 256), "ltm-small": (1, 256), "ltm-large": (1, 256)}
+"""Batch size and length; the paper's on a short batch, or they would take hours on a CPU."""
+USUAL = ("nano", "tiny", "ltm-small")
 SHORT_LOOP = 4
-"""T_fast of `ltm-small`, and of all presets in a quick run."""
+"""T_fast of the paper's presets, and of all in a quick run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="a torch device")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and noise")
-    parser.add_argument("--batch-size", type=int, help="B; default 8, of ltm-small 1")
+    parser.add_argument("--batch-size", type=int, help="B; default 8, of the paper's presets 1")
     parser.add_argument("--length", type=int, help="T; default 256")
     parser.add_argument("--fast-steps", type=int, help="T_fast; default the preset's")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -101,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, default=ROOT / FIGURE, help="of --scaling")
     args = parser.parse_args(arguments)
     args.command = command(sys.argv[1:] if arguments is None else arguments)
-    presets = ["tiny"] if args.scaling else ["nano", "tiny"] if args.quick else list(SHAPES)
+    presets = ["tiny"] if args.scaling else ["nano", "tiny"] if args.quick else list(USUAL)
     args.presets = args.presets or presets
     one = args.quick or args.scaling
     args.precision = args.precision or (["fp32"] if one else list(PRECISIONS))
@@ -120,7 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def case(args: argparse.Namespace, name: str, precision: Precision) -> Case:
     """What the options ask for, for one preset and precision."""
     batch_size, length = (2, 128) if args.quick else SHAPES[name]
-    short = args.quick or name == "ltm-small"
+    short = args.quick or name.startswith("ltm-")
     return Case(
         preset=name,
         precision=precision,

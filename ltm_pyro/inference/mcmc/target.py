@@ -13,7 +13,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.fast_loop import frozen
@@ -190,12 +189,11 @@ def check_start(start: Posterior | None, batch: Batch) -> None:
 
 
 def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Refuses a count that is too small, or that nobody can mean.
+    """Refuses a count that is too small.
 
     Raises:
         InputError: saying why.
     """
-    whole_number(name, value, at_most=MOST_COUNT)
     if value < least:
         raise InputError(f"{name} is {value}: must be {least} or more, {why}")
 
