@@ -209,7 +209,7 @@ def test_shuffled_thoughts_come_from_another_document(oracle: ltm.LinearGaussian
     x = two + 1e-3 * torch.randn(two.shape, generator=torch.Generator().manual_seed(0))
     unknown = ltm.Batch(x)
     known = ltm.Batch(x, documents=torch.tensor([0, 0, 0, 1, 1, 1]))
-    one = ltm.Batch(x[:3], documents=torch.zeros(3))
+    one = ltm.Batch(x[:3], documents=torch.zeros(3, dtype=torch.long))
     penalty = {
         name: (scores["nll_shuffled"] - scores["nll_given_z"]).values
         for name, batch in (("unknown", unknown), ("known", known), ("one", one))

@@ -185,7 +185,7 @@ def test_errors_are_over_documents_and_one_document_is_not_judged() -> None:
     # Four equal pieces are one: their error is twice that of as many independent ones, and more.
     assert clustered.kl_se > 1.9 * alone.kl_se
     assert "32 sequences of 8 documents" in format_panel(clustered)
-    one = Batch(pieces, documents=torch.zeros(32))
+    one = Batch(pieces, documents=torch.zeros(32, dtype=torch.long))
     panel = panel_of(model, exactly(model, one, model.posterior(one)), one)
     assert math.isnan(panel.penalty_shuffled)
     assert not panel.uses_thoughts
