@@ -228,6 +228,16 @@ WRONG_BYTES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp437"])
+def test_random_bytes_are_no_text_in_an_encoding_that_takes_any(
+    tmp_path: Path, encoding: str
+) -> None:
+    file = tmp_path / "noise.txt"
+    file.write_bytes(np.random.default_rng(0).bytes(4000))
+    with pytest.raises(InputError, match=r"noise\.txt.* is no text .*control characters"):
+        load_corpus(file, seq_len=32, encoding=encoding)
+
+
 @pytest.mark.parametrize("name", WRONG_BYTES)
 def test_what_is_no_text_is_named_and_never_offered_as_latin_1(tmp_path: Path, name: str) -> None:
     data, message = WRONG_BYTES[name]

@@ -57,6 +57,9 @@ _OTHER_KINDS = (
     (b"SQLite format 3\x00", "a database"),
 )
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
+_NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+_MOST_CONTROLS = 0.05
+"""Share of a text's characters; random bytes read as Latin-1 have a quarter."""
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
@@ -157,7 +160,7 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Itera
         while True:
             consumed += len(chunk)
             try:
-                yield text.decode(chunk, final=not chunk)
+                decoded = text.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise _not_text(path, encoding, error, consumed) from None
             except UnicodeError as error:  # e.g. UTF-16 without its byte order mark
@@ -165,6 +168,8 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Itera
                     f"{name_of(path)} is not {encoding}: {error}; name its encoding, e.g. "
                     "--encoding utf-8"
                 ) from None
+            _refuse_controls(path, encoding, decoded)
+            yield decoded
             if not chunk:
                 return
             chunk = stream.read(CHUNK_BYTES)
@@ -267,6 +272,18 @@ def _refuse_other_kinds(path: Path, first: bytes) -> None:
             raise InputError(f"{name_of(path)} is {kind}, not text: give the text that is in it")
     if _BZIP2.match(first):
         raise InputError(f"{name_of(path)} is packed by bzip2, not text: unpack it")
+
+
+def _refuse_controls(path: Path, encoding: str, decoded: str) -> None:
+    # Encodings of one byte a character take anything, random bytes too; Unicode's refuse those.
+    if encoding.startswith("utf"):
+        return
+    controls = len(_NO_TEXT.findall(decoded))
+    if controls > _MOST_CONTROLS * len(decoded):
+        raise InputError(
+            f"{name_of(path)} is no text in {encoding}: {controls / len(decoded):.0%} of its "
+            "characters are control characters; give text, or name its encoding"
+        )
 
 
 def _not_text(path: Path, encoding: str, error: UnicodeDecodeError, consumed: int) -> InputError:
