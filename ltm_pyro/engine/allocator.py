@@ -12,6 +12,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _NEVER_TRIMMED = -1
 _DEFAULT_MMAP_MAX = 2**16
 _LARGE = 2**22
+_GIVEN_BACK = {_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: _LARGE}
 _VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 _TUNABLES = ("mmap_threshold", "mmap_max", "trim_threshold")
 
@@ -33,7 +34,7 @@ def give_back_freed() -> None:
     A fit leaves hundreds of megabytes in pieces that are too small for the tensors of what comes
     next. For when speed no longer counts.
     """
-    if _set({_MMAP_MAX: _DEFAULT_MMAP_MAX, _MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: _LARGE}):
+    if _set(_GIVEN_BACK):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -42,7 +43,11 @@ _blocks = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside the block `keep_freed`; after the outermost of such blocks `give_back_freed`."""
+    """Inside the block `keep_freed`; after the outermost of such blocks glibc's way once more.
+
+    What was freed inside goes back as glibc sees fit: a cut of the whole heap at each call of a
+    clock would be felt by the next one.
+    """
     global _blocks
     if _blocks == 0:
         keep_freed()
@@ -52,7 +57,7 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         _blocks -= 1
         if _blocks == 0:
-            give_back_freed()
+            _set(_GIVEN_BACK)
 
 
 def _set(options: dict[int, int]) -> bool:

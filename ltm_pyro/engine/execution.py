@@ -7,7 +7,7 @@ in which processes. Choices here change what a step costs, and its result only i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,12 +80,15 @@ class Execution:
         elif self.compile:
             model.compile_fast_loop()
 
+    def memory(self, model: Any) -> AbstractContextManager[None]:
+        """Inside the block freed tensors' memory waits for the next ones, on the CPU."""
+        return freed_memory_kept() if model.device.type == "cpu" else nullcontext()
+
     @contextmanager
     def computing(self, model: Any) -> Iterator[None]:
         """Inside the block the model's likelihood is computed in this way."""
         with ExitStack() as stack:
-            if model.device.type == "cpu":
-                stack.enter_context(freed_memory_kept())
+            stack.enter_context(self.memory(model))
             if isinstance(model, Computes):
                 stack.enter_context(model.computing(self.precision, self.checkpointing))
             yield

@@ -317,7 +317,8 @@ class DualRateSVI:
         if self.horizon is None:
             self.horizon = self.slow_step + steps
         first = len(self.metrics)
-        with tqdm(total=steps, disable=not progress, desc="fit", unit="step") as bar:
+        bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
+        with bar, self.execution.memory(self.model):
             for _ in range(steps):
                 row = self.step(
                     rows_of_step(
