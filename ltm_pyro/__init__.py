@@ -32,7 +32,7 @@ _HOME = {
     "register_guide": "ltm_pyro.inference.guides",
     "guide_families": "ltm_pyro.inference.guides",
     "check_guide": "ltm_pyro.inference.guides.contract",
-    "DualRateSVI": "ltm_pyro.inference.dual_rate",
+    "DualRateSVI": "ltm_pyro.inference.clocks.svi",
     "Posterior": "ltm_pyro.inference.posterior",
     "generate": "ltm_pyro.inference.generation",
     "evaluate": "ltm_pyro.diagnostics.bounds",
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
     from ltm_pyro.exclusive import exclusively as exclusively
     from ltm_pyro.export import to_datatree as to_datatree
-    from ltm_pyro.inference.dual_rate import DualRateSVI as DualRateSVI
+    from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI
     from ltm_pyro.inference.generation import generate as generate
     from ltm_pyro.inference.guides import LocalGuide as LocalGuide
     from ltm_pyro.inference.guides import build_guide as build_guide

@@ -28,10 +28,10 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import FastTrace, Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import SITE_Z, LatentModel
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.priors import ThoughtPrior
+from ltm_pyro.random import Stream, derive_seed, seeded
 from ltm_pyro.run.files import write_atomic
 
 Variable = tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]

@@ -35,7 +35,7 @@ from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, f
 from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door

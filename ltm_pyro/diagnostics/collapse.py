@@ -33,7 +33,7 @@ from ltm_pyro.diagnostics.sampling_error import (
 )
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 ACTIVE_VARIANCE = 0.01
 """A dimension of z is active if its posterior mean varies over sequences by at least this

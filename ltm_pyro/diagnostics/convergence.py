@@ -26,13 +26,13 @@ from torch import Tensor
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
-from ltm_pyro.inference.fast_loop import local_optimizer
+from ltm_pyro.inference.clocks.fast import local_optimizer
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 Floats = NDArray[np.float64]
 

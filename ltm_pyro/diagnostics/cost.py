@@ -13,12 +13,12 @@ import torch
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
 from ltm_pyro.diagnostics.memory import MemoryReport
+from ltm_pyro.inference.clocks.schedules import fast_reach, kl_floor_per_sequence
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.inference.random import seeded
-from ltm_pyro.inference.schedules import fast_reach, kl_floor_per_sequence
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.layers import block_shape, fused
+from ltm_pyro.random import seeded
 
 KL_FLOOR_WARNING = 0.05
 """Nats per token above which the fast schedule, and not the text, decides the ELBO."""

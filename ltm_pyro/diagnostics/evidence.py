@@ -30,10 +30,10 @@ from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import Simulated
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 SCHEDULES = ("adaptive", "sigmoid", "linear")
 WIDE = 1.0

@@ -40,7 +40,7 @@ from ltm_pyro.diagnostics.convergence import (
 )
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.posterior import Posterior

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import ltm_pyro
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.fast_loop import frozen
+from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
     as_objective,
@@ -34,9 +34,9 @@ from ltm_pyro.inference.objectives import (
     describe,
     kl_estimator,
 )
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 BLOCKS = 10
 """Draws are cut into so many blocks; standard errors come from leaving each out (jackknife)."""

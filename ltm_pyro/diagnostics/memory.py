@@ -24,11 +24,11 @@ from ltm_pyro.config import FitConfig
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.live_tensors import LiveTensors
 from ltm_pyro.engine.execution import Execution
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.random import seeded
 
 PROCESS_BYTES = 380_000_000
 """Python, torch and Pyro, 340 MB after a step of a model of a few weights, and 40 MB of work space

@@ -17,8 +17,8 @@ from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.clocks.slow import SlowClock, StepSums, embedding_weights
 from ltm_pyro.inference.course import Metrics
-from ltm_pyro.inference.slow_clock import SlowClock, StepSums, embedding_weights
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 

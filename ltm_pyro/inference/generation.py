@@ -11,7 +11,7 @@ from ltm_pyro.capacity import count
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.drawing import draw

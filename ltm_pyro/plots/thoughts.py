@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import seeded
 from ltm_pyro.plots.style import BLUE, GREY, INK, Floats, house_figure
+from ltm_pyro.random import seeded
 
 _DRAWS = 1_000  # at least, per sequence
 _FLOATS_AT_ONCE = 10**7

@@ -15,8 +15,8 @@ from ltm_pyro.data.finding import absolute_path
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides import LocalGuide, build_guide
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 _OWN_SETTING = {"seq_len": "model.seq_len", "cache_dir": "the environment's LTM_PYRO_CACHE"}
 """Arguments of `load_corpus` that other settings give."""

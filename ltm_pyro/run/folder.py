@@ -26,9 +26,9 @@ from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.course import Course, Metrics
-from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.reading import damaged
 from ltm_pyro.run import checkpoint as checkpoints

@@ -26,11 +26,11 @@ from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel, exact_evidence
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 QUIET_SECONDS = 3.0
 """A comparison that is done sooner shows no progress bar."""

@@ -16,13 +16,13 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.compare.budget import Plan, plan_budget
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide
 from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed
 from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.random import Stream, derive_seed
 
 SCORES = ("elbo", "elbo_se", "iw_bound", "iw_bound_se", "khat", "kl", "nll_given_z", "log_joint")
 BETWEEN_FITS = ("elbo", "iw_bound")

@@ -13,7 +13,7 @@ from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
 from ltm_pyro.errors import unknown_name
 from ltm_pyro.inference.mcmc import MCMCDraws
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 MOMENT_DRAWS = 1000
 """Draws of q for its moments: their error, 3 % of a scale, is below what is worth telling."""

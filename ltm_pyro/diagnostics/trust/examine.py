@@ -23,9 +23,9 @@ from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
 from ltm_pyro.diagnostics.trust.weights import weight_flags
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 FALSE_ALARM_RATE = 0.01
 """Chance that the exact posterior is flagged by anything, over all sequences and questions."""

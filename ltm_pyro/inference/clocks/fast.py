@@ -14,12 +14,12 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.store import RowStore
 from ltm_pyro.errors import NonFiniteError
+from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import Objective, Terms
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.row_adam import RowAdam
-from ltm_pyro.inference.schedules import learning_rate
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.random import Noise

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.schedules import learning_rate, slow_kl_weight
 from ltm_pyro.models.base import SITE_Z, LatentModel
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.random import Noise, Stream, derive_seed

@@ -1,19 +1,30 @@
-"""What the slow clock descends: the objective at the fitted q, on fresh draws."""
+"""The slow clock: AdamW on decoder, prior and shared guide parameters.
+
+What it descends is the objective at the fitted q, on fresh draws (`SlowObjective`); what it does
+with the gradient, in one process or many, is `SlowClock`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.processes import Parallel
+from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.clocks.fast import frozen
+from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.drawing import Drawing
+from ltm_pyro.models.priors.base import ThoughtPrior
 from ltm_pyro.random import Noise
 
 
@@ -86,3 +97,218 @@ class SlowObjective:
     def _nll(self, z: Tensor, batch: Batch) -> Tensor:
         """-log p(x | z) per sequence, (B,), mean over draws (S, B, K, D)."""
         return -torch.stack([self.model.log_likelihood(each, batch) for each in z]).mean(0)
+
+
+def embedding_weights(*parts: object) -> list[nn.Parameter]:
+    """The embeddings in these modules: decay would make them forget rare tokens.
+
+    And what a learned prior spares itself, see `ThoughtPrior.undecayed_parameters`.
+    """
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    embeddings = [p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()]
+    priors = [p for m in modules if isinstance(m, ThoughtPrior) for p in m.undecayed_parameters()]
+    return embeddings + priors
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a slow step reports, summed over sequences: of a part of a batch, or of all processes.
+
+    Attributes:
+        nll: Nats.
+        kl: Nats.
+        grad_norm: The last local gradients' norms.
+        objective: What was descended, nats.
+        gain: Rise of the objective over the fast loop, nats.
+        n_tokens: Scored positions.
+        n_sequences: How many.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    grad_norm: Tensor
+    objective: Tensor
+    gain: Tensor
+    n_tokens: Tensor
+    n_sequences: Tensor
+
+    @staticmethod
+    def of(parts: list[StepSums]) -> StepSums:
+        """The sums of a batch from those of its parts, in double precision, (,) each."""
+        numbers = [torch.stack([v.double() for v in astuple(part)]) for part in parts]
+        return StepSums(*torch.stack(numbers).sum(0).unbind())
+
+
+def astuple(sums: StepSums) -> list[Tensor]:
+    """The numbers in the order of the fields."""
+    return [getattr(sums, field.name) for field in fields(StepSums)]
+
+
+def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
+    """AdamW that decays the one and spares the other, in one pass over the weights."""
+    groups = [
+        {"params": decayed, "weight_decay": slow.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],
+        lr=slow.lr,
+        betas=slow.betas,
+        fused=all(p.device.type in ("cpu", "cuda") for p in [*decayed, *rest]),
+    )
+
+
+class SlowClock:
+    """AdamW with its schedule and gradient clipping.
+
+    Args:
+        parameters: The slow parameters. Matrices of linear maps decay; gains, vectors and
+            embeddings do not.
+        slow: Settings.
+        spare: Matrices that do not decay all the same; see `embedding_weights`.
+        parallel: The processes, each with the same weights, gradients and moments; this one alone
+            by default.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        slow: Slow,
+        spare: Iterable[nn.Parameter] = (),
+        parallel: Parallel | None = None,
+    ) -> None:
+        self.slow = slow
+        self.parallel = parallel or Parallel()
+        self.parameters = list(parameters)
+        spared = {id(p) for p in spare}
+        self.decays = [p.dim() >= 2 and id(p) not in spared for p in self.parameters]
+        pairs = list(zip(self.parameters, self.decays, strict=True))
+        self.optimizer = adamw([p for p, d in pairs if d], [p for p, d in pairs if not d], slow)
+
+    def retune(self, slow: Slow) -> None:
+        """Goes on with other settings, and with the moments that it has."""
+        decayed = {id(p) for p, d in zip(self.parameters, self.decays, strict=True) if d}
+        for group in self.optimizer.param_groups:
+            group["betas"] = slow.betas
+            decays = any(id(p) in decayed for p in group["params"])
+            group["weight_decay"] = slow.weight_decay if decays else 0.0
+        self.slow = slow
+
+    def add_gradient(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`, summed over sequences, to what is written in `.grad`."""
+        if not self.parameters:
+            return
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for p, g in zip(self.parameters, gradients, strict=True):
+            # Laid out as the weight is: torch's fused AdamW on the CPU reads by place in memory.
+            g = None if g is None else g.contiguous()
+            p.grad = g if p.grad is None or g is None else p.grad + g
+
+    def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
+        """Ends the gradient's collection: the sums of the whole batch, and the gradient's norm.
+
+        Two messages between processes: a few numbers in double precision, which also say whether
+        one has met NaN or wants to stop, and then the gradient. So all step, fail and stop
+        together, and none waits for another that will not come. What is written in the end is of
+        the loss per token, and clipped; the norm is that before.
+
+        Args:
+            sums: Of this process's rows.
+            step: Slow steps done, for the error.
+
+        Raises:
+            NonFiniteError: in all processes, on NaN in one; nothing is written any more then.
+            ProcessLostError: if a process is gone.
+        """
+        numbers = astuple(sums)
+        total = self._message(numbers, [], step)
+        if total is not None:
+            numbers = list(total.unbind())
+            self._sum_gradients()
+        sums = StepSums(*numbers)
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.div_(sums.n_tokens)
+        norm = self.clip()
+        if not bool(norm.isfinite()):
+            self.discard()
+            raise NonFiniteError([], step)
+        return sums, norm
+
+    def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
+        """Tells the others of NaN in this process; the error that all processes then raise."""
+        self.discard()
+        try:
+            self._message(None, error.ids, step)
+        except NonFiniteError as of_all:
+            return of_all
+        return error
+
+    def _message(self, numbers: list[Tensor] | None, ids: list[int], step: int) -> Tensor | None:
+        """The numbers summed over processes; `None` where there is one process alone."""
+        parallel = self.parallel
+        if parallel.size == 1:
+            return None
+        flags = [float(numbers is None), float(parallel.asks_to_stop())]
+        mine = [0.0] * len(fields(StepSums)) if numbers is None else [float(v) for v in numbers]
+        message = torch.tensor([*mine, *flags], dtype=torch.float64, device=parallel.device)
+        total = parallel.sum(message)
+        if bool(total[-2] > 0):
+            self.discard()
+            raise NonFiniteError([i for some in parallel.gather(ids) for i in some], step)
+        parallel.stopping = bool(total[-1] > 0)
+        return total[:-2]
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        """The gradients of all processes, added up in one message."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if not gradients:
+            return
+        flat = self.parallel.sum(torch.cat([g.flatten() for g in gradients]))
+        parts = flat.split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            if p.grad is not None:
+                p.grad = part.view_as(p).to(p.dtype)
+
+    def clip(self) -> Tensor:
+        """Shortens the written gradient to its largest norm; returns the norm before."""
+        if not self.parameters:
+            return torch.zeros(())
+        longest = self.slow.clip_norm
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # Asked first: a factor of 1 would be another pass over all gradients.
+        if bool(norm + 1e-6 > longest):
+            nn.utils.clip_grads_with_norm_(self.parameters, longest, norm)
+        return norm
+
+    def step(self, step: int, total: int) -> float:
+        """One step of AdamW along the written gradient; returns the learning rate."""
+        lr = learning_rate(self.slow, step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+        return lr
+
+    def discard(self) -> None:
+        """Forgets the written gradient."""
+        for p in self.parameters:
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts as flat names to tensors."""
+        index = {id(p): i for i, p in enumerate(self.parameters)}
+        return {
+            f"{index[id(p)]}.{name}": value
+            for p, moments in self.optimizer.state.items()
+            for name, value in moments.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` returned."""
+        for key, value in state.items():
+            number, name = key.split(".", 1)
+            p = self.parameters[int(number)]
+            moments: dict[str, Any] = self.optimizer.state[p]
+            moments[name] = value.to(p.device).clone() if name == "step" else value.to(p).clone()

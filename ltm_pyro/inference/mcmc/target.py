@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.fast_loop import frozen
+from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 

@@ -1,0 +1,101 @@
+"""Schedules of the two clocks: pure functions of the step.
+
+A schedule answers for step 0, 1, ..., total - 1, so nothing has to be saved to resume one.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ltm_pyro.config import Fast, Slow
+
+
+def constant(step: int, total: int) -> float:
+    """1 at every step."""
+    return 1.0
+
+
+def cosine(step: int, total: int, final_fraction: float = 0.0) -> float:
+    """Half a cosine from 1 at the first step to `final_fraction` at the last.
+
+    Args:
+        step: Counted from 0; steps beyond the last keep the last value.
+        total: Number of steps.
+        final_fraction: Value at the last step.
+    """
+    share = min(step / max(total - 1, 1), 1.0)
+    return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def warmup_cosine(
+    step: int, total: int, warmup: float = 0.05, final_fraction: float = 0.0
+) -> float:
+    """Rises linearly over the first `warmup` share of the steps, then falls as `cosine`.
+
+    The first step already moves: with a rise of n steps its factor is 1/n.
+    """
+    rise = round(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    return cosine(step - rise, total - rise, final_fraction)
+
+
+def kl_weight(step: int, total: int, start: float, hold: float, full: float) -> float:
+    """Weight of the KL term: `start` until the share `hold`, then linear to 1 at the share `full`.
+
+    Args:
+        step: Slow step, counted from 0.
+        total: Number of slow steps.
+        start: First weight, from 0 to 1.
+        hold: Share of the steps that keep the first weight.
+        full: Share of the steps after which the weight is 1.
+    """
+    share = step / total
+    if share >= full:
+        return 1.0
+    if share < hold:
+        return start
+    return start + (1.0 - start) * (share - hold) / (full - hold)
+
+
+def learning_rate(clock: Fast | Slow, step: int, total: int) -> float:
+    """The learning rate of one clock at `step` of `total`."""
+    if callable(clock.schedule):
+        factor = clock.schedule(step, total)
+    elif clock.schedule == "constant":
+        factor = constant(step, total)
+    elif clock.schedule == "cosine":
+        factor = cosine(step, total, clock.final_fraction)
+    else:
+        factor = warmup_cosine(step, total, clock.warmup, clock.final_fraction)
+    return clock.lr * factor
+
+
+def slow_kl_weight(slow: Slow, step: int, total: int) -> float:
+    """The KL weight of the slow clock at `step` of `total`."""
+    return kl_weight(step, total, slow.kl_start, slow.kl_hold, slow.kl_full)
+
+
+def thoughts_joined(slow: Slow, step: int, total: int) -> bool:
+    """Whether the slow step `step` of `total` uses thoughts."""
+    return step >= round(slow.thoughts_start * total)
+
+
+def fast_reach(fast: Fast) -> float:
+    """R: the sum of the fast learning rates, about the farthest that Adam moves a parameter."""
+    return sum(learning_rate(fast, step, fast.steps) for step in range(fast.steps))
+
+
+def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.0) -> float:
+    """KL in nats that the fast schedule cannot undo, whatever the text.
+
+    Adam moves a log variance by at most about R. Started at l0, even a dimension that carries
+    nothing ends at distance max(|l0| - R, 0) from the prior and costs (e^l - 1 - l) / 2 nats.
+
+    Args:
+        fast: The fast clock.
+        n_dims: K * D.
+        init_log_variance: l0, where the guide starts its log variances.
+    """
+    left = math.copysign(max(abs(init_log_variance) - fast_reach(fast), 0.0), init_log_variance)
+    return n_dims * 0.5 * (math.exp(left) - 1.0 - left)

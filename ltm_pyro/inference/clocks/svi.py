@@ -1,0 +1,451 @@
+"""Dual-rate variational Bayes: fast steps fit q(z_i) per sequence, slow steps fit the decoder.
+
+    for each batch:
+        fast:  T_fast steps on phi_i   of  ELBO(phi_i; beta)        beta frozen
+        slow:  one step on beta        of  ELBO(phi_i; beta)        at the fitted q, on fresh draws
+
+Kong et al. (2025), algorithm 1. Every random number is a function of (seed, slow step), so a fit
+that was interrupted goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from operator import index
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ltm_pyro.checks import whole_number
+from ltm_pyro.config import Fast, Slow
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.rows.store import MemoryRows, RowStore
+from ltm_pyro.errors import InputError, NonFiniteError, shown
+from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.infer import fit_shared
+from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
+from ltm_pyro.inference.clocks.slow import (
+    SlowClock,
+    SlowLoss,
+    SlowObjective,
+    StepSums,
+    embedding_weights,
+)
+from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.inputs import (
+    Sequences,
+    batch_of,
+    guide_for,
+    objective_name,
+    settings,
+    tokenizer_of,
+    training_data,
+    with_own_ids,
+)
+from ltm_pyro.inference.non_finite import numbers_out_of_range
+from ltm_pyro.inference.objectives import (
+    as_objective,
+    build_objective,
+    describe,
+    kl_estimator,
+)
+from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
+from ltm_pyro.inference.posterior import Posterior, fitted_posterior
+from ltm_pyro.inference.row_adam import RowAdam
+from ltm_pyro.inference.training_data import TrainingData, rows_of_step
+from ltm_pyro.inference.word_dropout import WordDropout
+from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.doors import door, meet
+from ltm_pyro.models.priors import ThoughtPrior
+from ltm_pyro.random import Stream, derive_seed
+
+
+class DualRateSVI:
+    """Stochastic variational inference with two clocks.
+
+    Args:
+        model: Prior and likelihood, a Pyro program over a plate of sequences.
+        guide: The local posterior family: a guide for this model, or a family's name.
+        fast: The fast clock.
+        slow: The slow clock.
+        elbo: The objective: a name of `build_objective`, what that returns, or any Pyro ELBO
+            object. By default `elbo`, which uses the KL in closed form where the guide has one.
+        seed: Of all random numbers.
+        persistent: Keep local parameters per sequence id, in memory, and start each visit from
+            them; a run folder keeps them on disk (`RowDatabase`).
+        execution: How it is computed, and in which processes: precision, compilation, parts.
+
+    Attributes:
+        metrics: One row per slow step; see `step`.
+        slow_step: Slow steps done.
+        whole: Whether everything is as `slow_step` left it; not so while a step changes weights.
+        horizon: Slow steps over which the slow schedules run; set by the first `fit`.
+        tokenizer: By which `infer` reads text: that of the corpus it was fitted on last.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        guide: LocalGuide | str,
+        fast: Fast | None = None,
+        slow: Slow | None = None,
+        elbo: ELBO | str | None = None,
+        seed: int = 0,
+        persistent: bool = False,
+        execution: Execution | None = None,
+    ) -> None:
+        guide, elbo = guide_for(guide, model), objective_name(elbo)
+        self.execution = settings("execution", execution, Execution, "compile=True")
+        self.execution.prepare(model)
+        self.model = model
+        self.guide = guide
+        self._fast, self._slow = settings("fast", fast, Fast), settings("slow", slow, Slow)
+        self.elbo = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
+        self.slow_objective = SlowObjective(model, guide, self.elbo)
+        self.seed = whole_number("seed", seed, at_least=0)
+        self.tokenizer: Tokenizer | None = None
+        self.parallel = self.execution.parallel
+        self.store: RowStore | None = MemoryRows() if persistent else None
+        self.slow_step = 0
+        self.whole = True
+        self.horizon: int | None = None
+        self.metrics = Course()
+        slow_parameters = [*model.parameters(), *guide.shared_parameters()]
+        # What the caller has frozen stays frozen.
+        parameters = [p for p in slow_parameters if p.requires_grad]
+        spare = embedding_weights(model, guide)
+        self.clock = SlowClock(parameters, self.slow, spare, self.parallel)
+        self.fast_loop = FastLoop(model, guide, self.elbo, self.clock.parameters)
+        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
+
+    @property
+    def fast(self) -> Fast:
+        """The fast clock's settings; may be replaced at any time."""
+        return self._fast
+
+    @fast.setter
+    def fast(self, fast: Fast) -> None:
+        self._fast = settings("fast", fast, Fast)
+
+    @property
+    def slow(self) -> Slow:
+        """The slow clock's settings; may be replaced between slow steps, all of them."""
+        return self._slow
+
+    @slow.setter
+    def slow(self, slow: Slow) -> None:
+        slow = settings("slow", slow, Slow)
+        self.word_dropout = WordDropout(self.model, slow.word_dropout, self.seed)
+        self.clock.retune(slow)
+        self._slow = slow
+
+    def __repr__(self) -> str:
+        return (
+            f"DualRateSVI({self.guide.family}, {describe(self.elbo)}: {self.fast.steps} fast steps "
+            f"per slow step, {self.slow_step} slow steps done)"
+        )
+
+    @door
+    def infer(
+        self,
+        batch: Sequences,
+        steps: int | None = None,
+        *,
+        seed: int | None = None,
+        warm_start: bool = False,
+    ) -> Posterior:
+        """The fast loop alone: q(z_i) for each sequence, model and clocks untouched.
+
+        Noise belongs to a sequence's id: its posterior is the same in any batch.
+
+        Args:
+            batch: The sequences: a batch, a split of a corpus, a text, or a list of texts (which
+                `tokenizer` reads, and which get the ids 0, 1, ...).
+            steps: T_fast; the fast clock's own by default. The schedule runs over these steps.
+            seed: Of the noise; the fit's own by default, so the answer is reproducible.
+            warm_start: Start from the stored local parameters of known ids (persistent fits).
+
+        Raises:
+            InputError: if the model cannot score the batch, or `steps` is negative.
+            NonFiniteError: if local parameters became NaN or infinite.
+        """
+        batch = batch_of(batch, self.tokenizer)
+        if steps is not None and steps < 0:
+            raise InputError(f"steps is {steps}: must be 0 or more")
+        if warm_start and self.parallel.size > 1:
+            raise InputError(
+                "infer(warm_start=True) needs stored rows, and each process has its own alone: "
+                "load the run in one process"
+            )
+        batch = batch.to(self.model.device)
+        meet(self.model, batch)
+        noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
+        fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
+        store = self.store if warm_start else None
+
+        def fit(rows: Batch) -> FastResult:
+            return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
+
+        with self.execution.computing(self.model):
+            result = fit_shared(self.execution, self.guide, batch, fit)
+        with torch.no_grad():  # a learned prior as it stands now
+            prior = self.model.prior()
+        with numbers_out_of_range(self.guide, batch, step=-1):
+            return fitted_posterior(
+                self.guide,
+                prior,
+                batch,
+                trace=result.trace,
+                own_draw_elbo=result.own_draw_elbo,
+                objective=describe(self.elbo),
+                objective_kl=self._kl_estimator,
+            )
+
+    @cached_property
+    def _kl_estimator(self) -> str:
+        """How the objective gets its KL; asked for while the guide holds rows."""
+        return kl_estimator(self.elbo, self.model, self.guide)
+
+    @door
+    def step(self, batch: Batch) -> Metrics:
+        """A fast loop, then one slow step on fresh draws.
+
+        Before thoughts join (`Slow.thoughts_start`), z is 0 and the fast loop is left out; `elbo`
+        is then log p(x | z = 0), exact as long as cross-attention is at its zero start.
+
+        Args:
+            batch: B sequences; this process's rows of them where processes share the fit.
+
+        Returns:
+            `elbo`, `nll`, `kl` (nats per sequence, batch mean, fresh draws, KL weight 1, no word
+            dropout: the plain ELBO, whatever is descended), `elbo_per_token` (for a point mass
+            `log_joint`, `nll`, `log_prior`, `log_joint_per_token`), `objective` (what was
+            descended, with its KL weight and word dropout, nats per sequence), `kl_weight`,
+            `lr_fast` (of the first fast step; 0 without a fast loop), `lr_slow`, `grad_norm_fast`,
+            `grad_norm_slow` (of the loss per token, before clipping), `fast_gain` (rise of the
+            objective over the fast loop, nats per sequence), `tokens_per_second`, `seconds`, and
+            `step`.
+
+        Raises:
+            InputError: if the model cannot score the batch, or a point mass would teach a prior.
+            NonFiniteError: on NaN in any process, before any weight has changed.
+            ProcessLostError: if another process is gone, before any weight has changed.
+        """
+        began = time.perf_counter()
+        with_own_ids(batch)
+        refuse_runaway(self.model, self.guide)
+        batch = batch.to(self.model.device)
+        meet(self.model, batch)
+        now, total = self.slow_step, self.horizon
+        weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
+        read = self.word_dropout(batch, now)
+        thinks = total is None or thoughts_joined(self.slow, now, total)
+        parts = self.execution.parts(len(batch))
+        self.clock.discard()  # what a step that failed has left
+        try:
+            with self.execution.computing(self.model):
+                done = [self._part(batch, read, rows, weight, thinks) for rows in parts]
+        except NonFiniteError as error:
+            raise self.clock.report(error, now) from None
+        sums, norm = self.clock.exchange(StepSums.of([part for part, _, _ in done]), now)
+        self._observe([z for _, _, z in done if z is not None])
+        # Nothing of this step is kept, local rows included, before both clocks are known finite.
+        self.whole = False
+        lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
+        if self.store is not None and thinks and self.guide.local_parameters():
+            fitted = [rows for _, rows, _ in done]
+            self.store.scatter(batch.ids, {k: torch.cat([r[k] for r in fitted]) for k in fitted[0]})
+        self.slow_step += 1
+        self.whole = True
+        seconds = time.perf_counter() - began
+        rows, n = float(sums.n_sequences), float(sums.n_tokens)
+        row = {
+            "step": float(self.slow_step),
+            **metric_terms(self.guide, float(sums.nll) / rows, float(sums.kl) / rows, n / rows),
+            "objective": -float(sums.objective) / rows,
+            "kl_weight": weight,
+            "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if thinks else 0.0,
+            "lr_slow": lr,
+            "grad_norm_fast": float(sums.grad_norm) / rows,
+            "grad_norm_slow": float(norm),
+            "fast_gain": float(sums.gain) / rows,
+            "tokens_per_second": n / seconds,
+            "seconds": seconds,
+        }
+        self.metrics.append(row)
+        return row
+
+    @door
+    def fit(
+        self,
+        data: TrainingData | Batch,
+        steps: int,
+        batch_size: int = 16,
+        *,
+        progress: bool = True,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> Course:
+        """`steps` slow steps over the training set.
+
+        The first call sets the horizon of the slow schedules to `steps`; a later call goes on from
+        where the last ended, at the schedules' last values.
+
+        Args:
+            data: The training sequences, e.g. `corpus.train`; of a single `Batch`, random rows are
+                taken.
+            steps: Slow steps to do now.
+            batch_size: B, of all processes together.
+            progress: Show a progress bar on stderr.
+            on_step: Called with the metrics after each slow step, e.g. to save.
+
+        Returns:
+            The metrics of these steps.
+
+        Raises:
+            InputError: if `steps` or `batch_size` is not above 0.
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step is {shown(on_step)}: must be a function of the metrics")
+        if steps <= 0 or batch_size <= 0:
+            raise InputError(f"steps={steps}, batch_size={batch_size}: both must be above 0")
+        self.tokenizer = tokenizer_of(data, self.tokenizer)
+        data = training_data(data)
+        if self.horizon is None:
+            self.horizon = self.slow_step + steps
+        first = len(self.metrics)
+        bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
+        with bar, self.execution.memory(self.model):
+            for _ in range(steps):
+                row = self.step(
+                    rows_of_step(
+                        data,
+                        self.slow_step,
+                        batch_size,
+                        self.seed,
+                        self.parallel,
+                        lanes=self.store is not None,
+                    )
+                )
+                bar.update()
+                bar.set_postfix(headline(row))
+                if on_step is not None:
+                    on_step(row)
+        return Course(self.metrics[first:])
+
+    @door
+    def fit_guide(
+        self,
+        data: TrainingData | Batch,
+        steps: int,
+        batch_size: int = 16,
+        *,
+        progress: bool = True,
+    ) -> Course:
+        """Slow steps on the guide's shared parameters alone: an encoder's, a flow's network.
+
+        Model, clocks and metrics stay as they are; the slow schedules run over these steps, with
+        KL weight 1. A persistent fit keeps local parameters from visit to visit here too, in a
+        store of their own. Does nothing for a family that shares no parameters.
+
+        Args:
+            data: Sequences to fit on; of a single `Batch`, random rows are taken.
+            steps: Slow steps.
+            batch_size: B.
+            progress: Show a progress bar on stderr.
+
+        Returns:
+            The metrics of these steps.
+
+        Raises:
+            InputError: if `steps` or `batch_size` is not above 0.
+            NonFiniteError: on NaN, before any weight has changed.
+        """
+        if not self.guide.shared_parameters():
+            return Course()
+        source = training_data(data)
+        slow = replace(self.slow, thoughts_start=0.0, kl_start=1.0, word_dropout=0.0)
+        with frozen(self.model.parameters()):
+            # With the model frozen, a clock of its own finds the guide's parameters alone.
+            alone = DualRateSVI(
+                self.model,
+                self.guide,
+                self.fast,
+                slow,
+                elbo=self.elbo,
+                seed=self.seed,
+                persistent=self.store is not None,
+                execution=self.execution,
+            )
+            return alone.fit(source, steps, batch_size, progress=progress)
+
+    def _part(
+        self, batch: Batch, read: Batch, rows: slice, weight: float, thinks: bool
+    ) -> tuple[StepSums, dict[str, Tensor], Tensor | None]:
+        """Both clocks on some rows of the batch: adds to the slow gradient.
+
+        Returns:
+            What they add to the batch's sums; their local parameters and moments, for a store; the
+            slow step's draws, (S, B, K, D).
+        """
+        n = len(batch)
+        if rows != slice(0, n):
+            part = batch.select(rows)
+            # One object where no word is dropped, so that the slow step scores once.
+            batch, read = part, part if read is batch else read.select(rows)
+        result, fitted = FastResult(*torch.zeros(3, device=batch.device)), {}
+        if thinks:
+            result, moments = self._fit(read, weight)
+            draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
+            with numbers_out_of_range(self.guide, batch, self.slow_step):
+                loss = self.slow_objective.at_fitted(batch, read, weight, draws)
+            if self.store is not None:
+                fitted = {**self.guide.rows(), **moments.state()}
+        else:
+            loss = self.slow_objective.without_thoughts(batch, read)
+        self._slow_gradient(batch, loss)
+        sums = StepSums(
+            nll=loss.nll.sum(),
+            kl=loss.kl.sum(),
+            grad_norm=result.grad_norm * len(batch),
+            objective=loss.objective.detach(),
+            gain=result.first - result.last,
+            n_tokens=batch.n_tokens.sum(),
+            n_sequences=torch.tensor(len(batch), device=batch.device),
+        )
+        return sums, fitted, loss.z
+
+    def _observe(self, draws: list[Tensor]) -> None:
+        """Shows the slow step's draws, of all processes, to a prior that learns."""
+        prior = getattr(self.model, "thought_prior", None)
+        if not draws or not isinstance(prior, ThoughtPrior):
+            return
+        if any(p.requires_grad for p in prior.parameters()):
+            prior.observe(self.parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
+
+    def _fit(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
+        """The fast loop of a slow step, from the store where there is one."""
+        noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
+        try:
+            return self.fast_loop(batch, self.fast, noise, weight=weight, store=self.store)
+        except NonFiniteError as error:
+            raise NonFiniteError(error.ids, self.slow_step, error.reason) from None
+
+    def _slow_gradient(self, batch: Batch, loss: SlowLoss) -> None:
+        """Adds the slow gradient of the loss.
+
+        Raises:
+            NonFiniteError: if a sequence's objective is not finite.
+        """
+        bad = ~(loss.nll + loss.kl).isfinite()
+        if bool(bad.any()):
+            raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
+        self.clock.add_gradient(loss.descended)
