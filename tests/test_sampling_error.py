@@ -71,6 +71,7 @@ def test_few_documents_are_said_to_be_few() -> None:
     one = clustered_mean([1.0, 2.0, 3.0], [7, 7, 7])
     assert math.isnan(one.se)
     assert one.documents == 1
+    assert "one document:" in str(few_documents_note(one))
     assert not one.differs()
     # A hundred pieces, but nearly all of one document.
     lopsided = clustered_mean(np.arange(100.0), [0] * 90 + list(range(1, 11)))

@@ -262,6 +262,8 @@ def format_panel(panel: CollapsePanel) -> str:
 def _about_information(panel: CollapsePanel) -> str:
     """What the mutual information is, and how far it can be trusted."""
     cap = f"{panel.n_sequences} sequences cap it at {panel.mutual_information_cap:.2f}"
+    if math.isnan(panel.mutual_information):
+        return "not known: q has no density"
     if panel.mutual_information_is != "at least":
         return f"its part that tells texts apart; {cap}"
     upper = panel.mutual_information_upper

@@ -169,7 +169,7 @@ def mutual_information(
     _check_again(post, again)
     n_thoughts, n, texts = post.prior.event_shape[0], len(post), _texts(post)
     share = torch.bincount(texts).double() / n
-    cap = float(-(share * share.log()).sum())
+    cap = max(0.0, -float((share * share.log()).sum()))  # one text: 0, not -0
     if not post.has_density:
         unknown = torch.full((1 + n_thoughts + len(layers),), torch.nan)
         found = Information(unknown, unknown, unknown, unknown)

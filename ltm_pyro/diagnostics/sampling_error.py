@@ -119,7 +119,8 @@ def few_documents_note(estimate: Estimate) -> str | None:
     """
     if not estimate.few:
         return None
-    return (
-        f"{estimate.documents} documents, which count as {estimate.effective:.1f} of equal length: "
-        "too few to trust any sampling error; score more documents"
-    )
+    documents = "one document"
+    if estimate.documents != 1:
+        equal = f"{estimate.effective:.1f} of equal length"
+        documents = f"{estimate.documents} documents, which count as {equal}"
+    return f"{documents}: too few to trust any sampling error; score more documents"
