@@ -384,9 +384,8 @@ def test_bad_requests_are_one_clear_line() -> None:
         arguments = {"guides": ["mean_field", "delta"], "budget": 2, "gaps": False, **change}
         with pytest.raises(InputError, match=message):
             compare(oracle, batch, **arguments)  # type: ignore[arg-type]
-    for few in (oracle.simulate(1), batch.select(slice(0, 0))):
-        with pytest.raises(InputError, match=r"batch holds [01] sequences"):
-            compare(oracle, few, ["mean_field", "delta"])
+    with pytest.raises(InputError, match="batch holds 1 sequence"):
+        compare(oracle, oracle.simulate(1), ["mean_field", "delta"])
     for name, given in (("batch", (oracle, None)), ("batch", (oracle, "x")), ("model", (3, batch))):
         with pytest.raises(InputError, match=f"{name} is"):
             compare(*given, ["mean_field", "delta"])  # type: ignore[arg-type]

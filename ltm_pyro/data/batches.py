@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -159,11 +159,10 @@ class Batch:
             ) from error
         return self._each(lambda value: value.to(place))
 
-    def select(self, index: Tensor | slice) -> Batch:
+    def select(self, index: Tensor | slice | Sequence[int]) -> Batch:
         """The rows at `index`, in that order."""
-        if not isinstance(index, Tensor | slice):
-            raise InputError(f"index is {shown(index)}: must be a slice or a tensor of row numbers")
-        return self._each(lambda value: value[index])
+        rows = index if isinstance(index, slice) else whole_numbers("index", index)
+        return self._each(lambda value: value[rows])
 
     def unobserved(self) -> Batch:
         """The same sequences with `x` left open: the model then generates them."""
@@ -242,7 +241,7 @@ def as_tensor(name: str, value: object) -> Tensor:
     """`value` as a tensor of numbers.
 
     Raises:
-        InputError: if it is none, or on the meta device.
+        InputError: if it is none.
     """
     try:
         tensor = torch.as_tensor(value)
@@ -252,10 +251,6 @@ def as_tensor(name: str, value: object) -> Tensor:
         ) from error
     if tensor.is_complex():
         raise InputError(f"{name} is complex: must be whole or real numbers")
-    if tensor.is_meta:
-        raise InputError(
-            f"{name} is on the meta device, which holds no numbers: make it on another"
-        )
     return tensor
 
 

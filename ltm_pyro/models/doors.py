@@ -109,7 +109,13 @@ def _described(value: object) -> str:
 
 
 def usable(batch: Batch) -> Batch:
-    """The batch as ordinary tensors: those of `torch.inference_mode()` are copied."""
+    """The batch as ordinary tensors: those of `torch.inference_mode()` are copied.
+
+    Raises:
+        InputError: if it is on the meta device.
+    """
+    if batch.mask.is_meta:
+        raise InputError("batch is on the meta device, which holds no numbers: make it on another")
     tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor) and v.is_inference()}
     if not tensors or torch.is_inference_mode_enabled():
         return batch
