@@ -31,8 +31,8 @@ from torch import Tensor
 from ltm_pyro.config import preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.database import RowDatabase, new_store_files
-from ltm_pyro.inference.dual_rate import DualRateSVI
-from ltm_pyro.inference.fast_loop import local_optimizer
+from ltm_pyro.inference.clocks.fast import local_optimizer
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 

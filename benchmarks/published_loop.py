@@ -31,7 +31,7 @@ from lean_loop import noise_of
 from torch import Tensor, nn
 
 import ltm_pyro as ltm
-from ltm_pyro.inference.schedules import learning_rate
+from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.layers import (
     CrossAttention,

@@ -18,7 +18,7 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import ContractError, InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.models.base import LatentModel, sequences
 from ltm_pyro.models.contract import check_model
 from ltm_pyro.models.latent_thought import LatentThoughtModel

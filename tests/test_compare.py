@@ -25,7 +25,7 @@ from ltm_pyro.diagnostics.compare.budget import plan_budget
 from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words, paired_difference
 from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, register_guide
 from ltm_pyro.inference.guides.amortized import Amortized
 from ltm_pyro.inference.guides.base import GUIDES

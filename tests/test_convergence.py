@@ -24,7 +24,7 @@ from ltm_pyro.diagnostics.convergence import (
     objective_draws,
 )
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.guides.mean_field import MeanField

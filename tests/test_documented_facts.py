@@ -11,7 +11,7 @@ from known_models import exact_elbo
 from test_convergence import RefinedEncoder, setting
 
 from ltm_pyro.config import Fast
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.linear_gaussian import LinearGaussian

@@ -20,9 +20,9 @@ from torch import Tensor
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.schedules import slow_kl_weight
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.schedules import slow_kl_weight
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 FAST = Fast(steps=4)

@@ -17,14 +17,14 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast, ModelConfig, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
-from ltm_pyro.inference.fast_loop import frozen
+from ltm_pyro.inference.clocks.fast import frozen
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
-from ltm_pyro.inference.random import seeded
 from ltm_pyro.models.compiled import SHORTEST, bucket_length, bucket_rows
 from ltm_pyro.models.doors import meet
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.scoring import PreparedBatch
+from ltm_pyro.random import seeded
 
 FAST, SLOW = Fast(steps=3), Slow(lr=0.01, kl_start=0.1)
 STEPS, ROWS = 3, 5

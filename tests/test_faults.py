@@ -21,8 +21,8 @@ from ltm_pyro.cli import main
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.export import load_datatree
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import AutoregressiveFit
-from ltm_pyro.inference.dual_rate import DualRateSVI
 from ltm_pyro.inference.guides import guide_families
 from ltm_pyro.run import Run, create_run, load_run, train, train_control
 from ltm_pyro.run.building import open_corpus

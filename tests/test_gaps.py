@@ -12,7 +12,7 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.gaps import format_gaps, gap_decomposition, gap_means
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 from ltm_pyro.plots import gap_bars

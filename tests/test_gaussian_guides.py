@@ -18,7 +18,7 @@ from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides import LocalGuide, build_guide, full_rank
 from ltm_pyro.inference.objectives import build_objective

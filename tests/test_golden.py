@@ -17,7 +17,7 @@ import torch
 from known_models import make_language_model, make_tokens
 
 from ltm_pyro.config import Fast
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, guide_families
 from ltm_pyro.inference.objectives import OBJECTIVES, build_objective
 

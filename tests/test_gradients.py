@@ -26,7 +26,7 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.gradients import BLOCKS, efficiency, gradient_noise
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.objectives import Objective, build_objective
 from ltm_pyro.models.drawing import Drawing

@@ -23,7 +23,7 @@ from ltm_pyro.diagnostics.cost import cost_report
 from ltm_pyro.diagnostics.live_tensors import LiveTensors
 from ltm_pyro.diagnostics.memory import COMPILER_BYTES, memory_report
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, guide_families
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.cross_entropy import TILE_COLUMNS

@@ -17,7 +17,7 @@ from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import ByteTokenizer
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.guides.contract import moved_guide
 from ltm_pyro.inference.word_dropout import WordDropout

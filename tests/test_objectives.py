@@ -28,7 +28,7 @@ from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.objectives import (
     OBJECTIVES,

@@ -14,7 +14,7 @@ from tolerances import EXACT, MC
 from ltm_pyro.config import Fast
 from ltm_pyro.diagnostics.bounds import evaluate, score_on_own_draws
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.linear_gaussian import LinearGaussian

@@ -17,7 +17,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.linear_gaussian import LinearGaussian

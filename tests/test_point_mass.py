@@ -16,7 +16,7 @@ from ltm_pyro.config import Fast, Slow
 from ltm_pyro.diagnostics.bounds import score_on_own_draws
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 

@@ -32,10 +32,10 @@ from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.cost import cost_report, format_cost
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.slow import SlowClock, embedding_weights
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.generation import generate
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.slow_clock import SlowClock, embedding_weights
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.priors import (
     MixturePrior,

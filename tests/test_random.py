@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltm_pyro.inference.random import Stream, derive_seed, seeded
+from ltm_pyro.random import Stream, derive_seed, seeded
 
 CPU = torch.device("cpu")
 

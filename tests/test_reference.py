@@ -9,7 +9,7 @@ from tolerances import EXACT
 
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.inference.clocks.reference import fit_reference
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 

@@ -9,9 +9,7 @@ import torch
 from tolerances import EXACT
 
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.inference.dual_rate import DualRateSVI
-from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.schedules import (
+from ltm_pyro.inference.clocks.schedules import (
     constant,
     cosine,
     fast_reach,
@@ -21,6 +19,8 @@ from ltm_pyro.inference.schedules import (
     slow_kl_weight,
     warmup_cosine,
 )
+from ltm_pyro.inference.clocks.svi import DualRateSVI
+from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 
 

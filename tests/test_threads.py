@@ -20,8 +20,8 @@ from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.tokenizer import ByteTokenizer
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError, ToldElsewhereError
 from ltm_pyro.exclusive import exclusive, exclusively
-from ltm_pyro.inference.dual_rate import DualRateSVI
-from ltm_pyro.inference.random import seeded
+from ltm_pyro.inference.clocks.svi import DualRateSVI
+from ltm_pyro.random import seeded
 
 THREADS, CALLS = 8, 16
 FAST = Fast(steps=3)

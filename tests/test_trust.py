@@ -27,7 +27,7 @@ from ltm_pyro.diagnostics.trust.other_side import BETTER, MISSED
 from ltm_pyro.diagnostics.trust.score import CORRELATION, SHIFT, VARIANCE, score_moments
 from ltm_pyro.diagnostics.trust.weights import GAP
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.dual_rate import DualRateSVI
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.full_normal import FullNormal
