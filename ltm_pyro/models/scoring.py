@@ -8,7 +8,7 @@ Both may be compiled, each as a graph of its own; scores and simulations stay un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -48,7 +48,7 @@ class HiddenInputs(Batch):
         """The same batch on another device."""
         return self._with(super().to(device), self.hidden.to(device))
 
-    def select(self, index: Tensor | slice) -> HiddenInputs:
+    def select(self, index: Tensor | slice | Sequence[int]) -> HiddenInputs:
         """The rows at `index`, in that order."""
         return self._with(super().select(index), self.hidden[index])
 
