@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from numbers import Real
 
 import numpy as np
 
-from ltm_pyro.errors import InputError, shown
+from ltm_pyro.errors import InputError, shown, unknown_name
 
 MOST_COUNT = 10**7
 """Steps, draws or evaluations that anyone can mean; memory may set a lower limit."""
+
+MOST_SEED = 2**63 - 1
+"""What torch's generators take."""
 
 MEMORY_SHARE = 0.5
 """Of the machine's memory that the draws of one call may take."""
@@ -36,6 +40,28 @@ def whole_number(
             bounds = f" from {at_least} to {at_most}" if at_least is not None else f" to {at_most}"
         raise InputError(f"{name} is {shown(value)}: must be a whole number{bounds}")
     return int(value)  # type: ignore[call-overload]
+
+
+def switch(name: str, value: object) -> bool:
+    """`value` as a `bool`, known to be True or False.
+
+    Raises:
+        InputError: if it is neither, naming `name`.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {shown(value)}: must be True or False")
+    return bool(value)
+
+
+def one_of(kind: str, value: object, known: Iterable[str]) -> str:
+    """`value`, known to be one of some names.
+
+    Raises:
+        InputError: if it is not, with the nearest name.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise unknown_name(kind, value, known)
+    return value
 
 
 def real_number(name: str, value: object) -> float:

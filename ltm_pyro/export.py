@@ -10,9 +10,11 @@ the right one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyro
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro import compat_arviz
+from ltm_pyro.checks import fits_memory, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError, shown
@@ -107,7 +110,7 @@ def to_datatree(
         "variational_params": _parameters(chains),
         "sample_stats": {},
         "constant_data": {},
-        "fit_trace": {**_metrics(fit_trace or ()), **_fast_course(chains)},
+        "fit_trace": {**_metrics(fit_trace), **_fast_course(chains)},
     }
     if batch is not None:
         groups["observed_data"] = _observed(batch)
@@ -184,11 +187,10 @@ def _check(
 ) -> None:
     if not chains:
         raise InputError("to_datatree needs at least one posterior")
-    if draws < 1 or not predictive_draws >= 0:
-        raise InputError(
-            f"draws={draws}, predictive_draws={predictive_draws}: must not be negative"
-        )
     first = chains[0]
+    whole_number("draws", draws, at_least=1)
+    whole_number("predictive_draws", predictive_draws, at_least=0)
+    fits_memory("draws", draws, 8 * len(chains) * len(first) * math.prod(first.prior.event_shape))
     for other in chains[1:]:
         if other.family != first.family:
             raise InputError(
@@ -304,10 +306,23 @@ def _predictive(
     return {_data_name(written[0]): (dims, _stack(written), {})}
 
 
-def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, Variable]:
-    names = [name for name in (rows[0] if rows else ()) if name != "step"]
+def _metrics(rows: object) -> dict[str, Variable]:
+    """Columns of rows that may differ in their names: NaN where a row lacks one."""
+    if rows is None:
+        return {}
+    known = isinstance(rows, Sequence) and all(
+        isinstance(row, Mapping) and all(isinstance(v, Real) for v in row.values()) for row in rows
+    )
+    if not known:
+        raise InputError(f"fit_trace is {shown(rows)}: must be svi.metrics, or rows like its own")
+    given = cast("Sequence[Mapping[str, float]]", rows)
+    names = dict.fromkeys(name for row in given for name in row if name != "step")
     return {
-        name: (("slow_step",), np.array([row[name] for row in rows]), _metric_units(name))
+        name: (
+            ("slow_step",),
+            np.array([row.get(name, math.nan) for row in given]),
+            _metric_units(name),
+        )
         for name in names
     }
 

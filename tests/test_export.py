@@ -207,7 +207,7 @@ def test_what_does_not_belong_together_is_refused(
         to_datatree([post, svi_for(model, "delta").infer(batch)])
     with pytest.raises(InputError, match="at least one"):
         to_datatree([])
-    with pytest.raises(InputError, match="draws=0"):
+    with pytest.raises(InputError, match="draws is 0"):
         to_datatree(post, draws=0)
 
 

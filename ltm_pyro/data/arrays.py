@@ -35,6 +35,8 @@ class ArraySource:
     files = ("",)
 
     def __init__(self, data: object, tokenizer: Tokenizer, seq_len: int, name: str) -> None:
+        if getattr(data, "is_meta", False):
+            raise InputError("an array on the meta device has no token ids: give one that has")
         array = np.asarray(data.detach().cpu() if hasattr(data, "detach") else data)
         if array.ndim not in (1, 2) or array.dtype.kind not in "iu" or not array.size:
             raise InputError(

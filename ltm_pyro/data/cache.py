@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
 
 ENVIRONMENT_VARIABLE = "LTM_PYRO_CACHE"
 _FORMAT = 2  # part of every key: raise it when the layout or a text's extraction changes
@@ -196,9 +196,18 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "ltm_pyro"
 
 
-def _expanded(folder: str | os.PathLike[str]) -> Path:
+def _expanded(folder: object) -> Path:
+    """A folder's path; an `InputError` where it cannot be one."""
+    try:
+        name = os.fspath(folder)  # type: ignore[call-overload]
+        name = name if isinstance(name, str) else ""
+        usable = bool(name) and b"\0" not in os.fsencode(name)
+    except (TypeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        raise InputError(f"cache folder is {shown(folder)}: must be the path of a folder")
     # Unlike `Path.expanduser`, this leaves the home folder of an unknown user as it is written.
-    return Path(os.path.expanduser(folder))
+    return Path(os.path.expanduser(name))
 
 
 def digest_of(value: object) -> str:

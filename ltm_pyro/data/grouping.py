@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.checks import one_of
+from ltm_pyro.errors import InputError, shown
 
 if TYPE_CHECKING:
     from ltm_pyro.data.metadata import DocumentTable
@@ -29,8 +30,7 @@ def check_split(split: str | None, split_by: str | None, is_dict: bool) -> Split
     """
     if split is None:
         split = "group" if split_by is not None else "given" if is_dict else "document"
-    if split not in SPLIT_KINDS:
-        raise unknown_name("split", shown(split)[1:-1], SPLIT_KINDS)
+    one_of("split", split, SPLIT_KINDS)
     if split == "group" and (not isinstance(split_by, str) or not split_by):
         raise InputError(
             f'split="group" needs split_by, and it is {shown(split_by)}: name a field, or the '

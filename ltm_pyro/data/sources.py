@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ltm_pyro.checks import one_of
 from ltm_pyro.data.blocks import block_size, blocks
 from ltm_pyro.data.files import (
     NEWLINES,
@@ -35,7 +36,7 @@ from ltm_pyro.data.readers import (
 )
 from ltm_pyro.data.records import Document, TextField, joined_names
 from ltm_pyro.data.split import SPLIT_NAMES
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 
 PATTERN = re.compile(r"[*?\[]")
 _WORDS = re.compile(r"[^a-z0-9]+")
@@ -73,8 +74,7 @@ class FileSource:
         field: TextField | None = None,
         given: bool = False,
     ) -> None:
-        if newlines not in NEWLINES:
-            raise unknown_name("newlines", str(newlines), NEWLINES)
+        one_of("newlines", newlines, NEWLINES)
         self.encoding = check_encoding(encoding)
         self.newlines: Newlines = newlines
         self.field = field or TextField()

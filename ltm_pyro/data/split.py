@@ -169,12 +169,12 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
     """
     try:
         train, val, test = (float(share) for share in fractions)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         train = val = test = math.nan
     if not (min(train, val, test) > 0 and math.isclose(train + val + test, 1, abs_tol=1e-6)):
         raise InputError(
-            f"fractions are {fractions!r}: must be three numbers above 0 with sum 1, the shares of "
-            "train, val and test"
+            f"fractions are {shown(fractions)}: must be three numbers above 0 with sum 1, the "
+            "shares of train, val and test"
         )
     return train, val, test
 

@@ -209,7 +209,7 @@ def register_tokenizer(name: str, *, override: bool = False) -> Callable[[K], K]
         register(cls)
         return cls
 
-    if name in _DEFERRED:
+    if isinstance(name, str) and name in _DEFERRED:
         raise InputError(f"tokenizer {name!r} is built in: choose another name")
     register = TOKENIZERS.register(name, override=override)
     return add

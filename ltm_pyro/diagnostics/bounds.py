@@ -25,6 +25,7 @@ from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro.capacity import count
+from ltm_pyro.checks import one_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean
@@ -34,7 +35,7 @@ from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
 from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
 from ltm_pyro.engine.processes import Parallel
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
@@ -101,8 +102,7 @@ def evaluate(
     Raises:
         InputError: if the batch does not fit the model or the posterior.
     """
-    if mode not in MODES:
-        raise unknown_name("mode", mode, MODES)
+    one_of("mode", mode, MODES)
     # A standard error needs two.
     each = 4 * len(batch) * math.prod(model.thought_shape)
     count("draws", draws, at_least=2, bytes_each=each)

@@ -24,6 +24,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 import ltm_pyro
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import frozen
@@ -80,6 +81,7 @@ def gradient_noise(
         InputError: if there are too few draws, no objective, nothing to differentiate, or the
             guide holds other rows.
     """
+    whole_number("draws", draws, at_most=MOST_COUNT)
     if draws < 2 * BLOCKS:
         raise InputError(f"draws is {draws}: must be {2 * BLOCKS} or more, for standard errors")
     if not objectives:

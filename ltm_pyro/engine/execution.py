@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
 from ltm_pyro.engine.allocator import freed_memory_kept
 from ltm_pyro.engine.processes import Parallel
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 
 
 @runtime_checkable
@@ -55,8 +55,9 @@ class Execution:
     parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", str(self.precision), PRECISIONS)
+        for name in ("compile", "checkpointing"):
+            switch(name, getattr(self, name))
+        one_of("precision", self.precision, PRECISIONS)
         if self.micro_batch is not None:
             whole_number("micro_batch", self.micro_batch, at_least=1)
         if not isinstance(self.parallel, Parallel):

@@ -123,7 +123,9 @@ def _thoughts(
     """(P * n, K, D), prompt by prompt."""
     rows = n * (1 if given is None else len(given))
     if z is not None:
-        z = torch.as_tensor(z).to(model.decoder.bos)
+        if z.is_meta:
+            raise InputError("z lies on the meta device, without numbers: give thoughts")
+        z = z.to(model.decoder.bos)
         shape = (rows, *model.thought_shape)
         if z.shape not in (shape, shape[1:]):
             raise InputError(f"z is {tuple(z.shape)}: must be {shape[1:]} or {shape}")

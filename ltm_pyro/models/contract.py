@@ -75,6 +75,8 @@ def check_model(model: LatentModel, batch: Batch) -> None:
         InputError: if this is no model, or it cannot score the batch.
     """
     require_model(model)
+    if not isinstance(batch, Batch):
+        raise InputError(f"batch is {shown(batch)}: must be a Batch, ltm_pyro.Batch(x)")
     if len(batch) < 2:
         raise InputError(f"{len(batch)} row: check_model needs at least 2 rows to tell them apart")
     batch = batch.to(model.device)

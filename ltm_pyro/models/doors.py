@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.checks import real_number, whole_number
+from ltm_pyro.capacity import MOST
+from ltm_pyro.checks import MOST_SEED, real_number, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively, usual_modes
@@ -95,7 +96,9 @@ def _checked(name: str, value: Any, classes: tuple[type, ...]) -> Any:
     if numbers and str not in classes:
         if float in classes:
             return real_number(name, value)
-        return whole_number(name, value, at_least=0 if name == "seed" else None)
+        if name == "seed":
+            return whole_number(name, value, at_least=0, at_most=MOST_SEED)
+        return whole_number(name, value, at_most=MOST)
     if isinstance(value, bool) or not isinstance(value, classes):
         how = " or ".join(_HOW.get(c.__name__, f"a {c.__name__}") for c in classes)
         raise InputError(f"{name} is {_described(value)}: must be {how}")

@@ -239,6 +239,8 @@ def _floats(name: str, value: Tensor | ArrayLike, like: Tensor | None = None) ->
         raise InputError(f"{name} cannot be read as an array of numbers: {error}") from None
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype())
+    if tensor.is_meta:
+        raise InputError(f"{name} lies on the meta device, without numbers: give one that has some")
     if not bool(tensor.isfinite().all()):
         raise InputError(f"{name} holds NaN or infinity: every number must be finite")
     return tensor.clone()

@@ -9,8 +9,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.errors import InputError
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
 from ltm_pyro.models.doors import door
 
@@ -41,8 +41,7 @@ def simulate(model: LatentModel, n: int, seed: int = 0) -> Simulated:
     Raises:
         InputError: if `n` is not above 0.
     """
-    if n < 1:
-        raise InputError(f"n is {n}: must be 1 or more")
+    whole_number("n", n, 1, MOST_COUNT)
     program: Any = poutine.trace(model)
     devices = [] if model.device.type in ("cpu", "meta") else [model.device]
     with torch.random.fork_rng(devices=devices, device_type=model.device.type):

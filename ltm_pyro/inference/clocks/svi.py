@@ -21,7 +21,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import switch, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ class DualRateSVI:
         self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer: Tokenizer | None = None
         self.parallel = self.execution.parallel
-        self.store: RowStore | None = MemoryRows() if persistent else None
+        self.store: RowStore | None = MemoryRows() if switch("persistent", persistent) else None
         self.slow_step = 0
         self.whole = True
         self.horizon: int | None = None

@@ -66,6 +66,8 @@ def check_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -
             f"family is {kind}: must be a registered name: put @register_guide('name') on it "
             "and give 'name'"
         )
+    if not isinstance(batch, Batch):
+        raise InputError(f"batch is {shown(batch)}: must be a Batch, ltm_pyro.Batch(x)")
     if len(batch) < 3:
         raise InputError(f"{len(batch)} sequences: the contract needs at least 3 to permute")
     for name, clause in CONTRACT.items():

@@ -13,6 +13,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import frozen
@@ -189,11 +190,12 @@ def check_start(start: Posterior | None, batch: Batch) -> None:
 
 
 def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Refuses a count that is too small.
+    """Refuses a count that is too small, or that nobody can mean.
 
     Raises:
         InputError: saying why.
     """
+    whole_number(name, value, at_most=MOST_COUNT)
     if value < least:
         raise InputError(f"{name} is {value}: must be {least} or more, {why}")
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from ltm_pyro.capacity import MOST
 from ltm_pyro.checks import whole_number
 from ltm_pyro.registry import Registry
 
@@ -103,5 +104,7 @@ def build_prior(name: str, n_thoughts: int, thought_dim: int, /, **options: Any)
         InputError: for an unknown family or option (the nearest name is offered), or a value out
             of range.
     """
+    for size, value in (("n_thoughts", n_thoughts), ("thought_dim", thought_dim)):
+        whole_number(size, value, at_least=1, at_most=MOST)
     prior: ThoughtPrior = PRIORS.build(name, n_thoughts, thought_dim, options=options)
     return prior
