@@ -79,7 +79,7 @@ def table(frame: pd.DataFrame) -> list[str]:
 
 
 def _error(row: Any, name: str, digits: int) -> str:
-    mean, error = float(row[name]), float(row[f"{name}_se"])
+    mean, error = float(row[name]), float(row[f"{name}_error"])
     if not math.isfinite(mean) or (mean == 0 and error == 0):
         return "-"
     return f"{mean:+.{digits}f} ± {error:.{digits}f}"
