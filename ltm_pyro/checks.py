@@ -14,6 +14,9 @@ from ltm_pyro.errors import InputError, shown, unknown_name
 MOST_COUNT = 10**7
 """Steps, draws or evaluations that anyone can mean; memory may set a lower limit."""
 
+QUIET_SECONDS = 3.0
+"""Work that takes longer shows a progress bar."""
+
 MOST_SEED = 2**63 - 1
 """What torch's generators take."""
 

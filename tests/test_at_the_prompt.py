@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from known_models import make_oracle
 
@@ -49,6 +50,20 @@ def test_a_posteriors_sd_is_that_of_its_draws() -> None:
         draws = post.sample(4_000, seed=0)
         # 4,000 draws tell an sd to 1.1 %; a flow's own is from draws too.
         assert torch.allclose(post.sd, draws.std(0), rtol=0.08, atol=1e-6), family
+
+
+def test_a_long_inference_shows_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    oracle = make_oracle()
+    svi = ltm.DualRateSVI(oracle, "mean_field", ltm.Fast(steps=50))
+    svi.infer(oracle.simulate(4))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("ltm_pyro.inference.clocks.svi.QUIET_SECONDS", 0.0)
+    svi.infer(oracle.simulate(4))
+    assert "infer" in capsys.readouterr().err
+    svi.infer(oracle.simulate(4), progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_batch_by_hand_tells_its_shape() -> None:

@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 import ltm_pyro
-from ltm_pyro.checks import fits_memory, whole_number
+from ltm_pyro.checks import QUIET_SECONDS, fits_memory, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock, fit_and_score
@@ -31,9 +31,6 @@ from ltm_pyro.models.base import LatentModel, exact_evidence
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed, seeded
-
-QUIET_SECONDS = 3.0
-"""A comparison that is done sooner shows no progress bar."""
 
 
 @door

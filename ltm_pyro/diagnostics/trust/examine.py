@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 import ltm_pyro
-from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
+from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, fits_memory, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
@@ -37,9 +37,6 @@ LEAST_DRAWS = 100
 
 COPIES = 8
 """Of the draws, gradients and moments of them included, that are in memory together."""
-
-QUIET_SECONDS = 3.0
-"""A diagnosis that is done sooner shows no progress bar."""
 
 
 @door

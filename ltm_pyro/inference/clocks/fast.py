@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -101,6 +101,7 @@ class FastLoop:
         weight: float = 1.0,
         store: RowStore | None = None,
         record: bool = False,
+        after_step: Callable[[], object] | None = None,
     ) -> tuple[FastResult, RowAdam]:
         """A fast loop on rows as `store` knows them, fresh ones where it does not.
 
@@ -111,6 +112,7 @@ class FastLoop:
             weight: Of the KL.
             store: Rows and moments by sequence id; read alone.
             record: Keep the course of every sequence.
+            after_step: Called after each fast step, to show progress.
 
         Returns:
             What the loop reports, and the optimiser with the rows' moments.
@@ -129,7 +131,7 @@ class FastLoop:
             numbers_out_of_range(self.guide, batch, step=-1),
         ):
             calls = _Calls(self, batch, fast, seed, weight)
-            return self._run(calls, optimizer, record), optimizer
+            return self._run(calls, optimizer, record, after_step), optimizer
 
     def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowAdam:
         self.guide.reset(batch)
@@ -142,7 +144,13 @@ class FastLoop:
             optimizer.load(stored)
         return optimizer
 
-    def _run(self, calls: _Calls, optimizer: RowAdam, record: bool) -> FastResult:
+    def _run(
+        self,
+        calls: _Calls,
+        optimizer: RowAdam,
+        record: bool,
+        after_step: Callable[[], object] | None,
+    ) -> FastResult:
         fast, batch = calls.fast, calls.batch
         params: dict[str, Tensor] = dict(self.guide.local_parameters())
         course = _Course()
@@ -163,6 +171,8 @@ class FastLoop:
                 course.add(*_mean_report(terms), norms, lr)
             optimizer.step(gradients, lr)
             tail.add(step)
+            if after_step is not None:
+                after_step()
         if fast.steps:
             # Once, because asking waits for the device; NaN does not go away by itself.
             _refuse_non_finite(params, _mean_report(terms), batch)

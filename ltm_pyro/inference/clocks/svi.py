@@ -21,7 +21,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ltm_pyro.checks import switch, whole_number
+from ltm_pyro.checks import QUIET_SECONDS, switch, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -161,6 +161,7 @@ class DualRateSVI:
         *,
         seed: int | None = None,
         warm_start: bool = False,
+        progress: bool = True,
     ) -> Posterior:
         """The fast loop alone: q(z_i) for each sequence, model and clocks untouched.
 
@@ -172,6 +173,7 @@ class DualRateSVI:
             steps: T_fast; the fast clock's own by default. The schedule runs over these steps.
             seed: Of the noise; the fit's own by default, so the answer is reproducible.
             warm_start: Start from the stored local parameters of known ids (persistent fits).
+            progress: Show a progress bar on stderr, if it takes longer than a few seconds.
 
         Raises:
             InputError: if the model cannot score the batch, or `steps` is negative.
@@ -192,9 +194,17 @@ class DualRateSVI:
         store = self.store if warm_start else None
 
         def fit(rows: Batch) -> FastResult:
-            return self.fast_loop(rows, fast, noise, store=store, record=True)[0]
+            return self.fast_loop(
+                rows, fast, noise, store=store, record=True, after_step=bar.update
+            )[0]
 
-        with self.execution.computing(self.model):
+        shown = progress and self.parallel.first
+        total = fast.steps * len(self.execution.parts(len(batch)))
+        bar = tqdm(
+            total=total, desc="infer", unit="step", delay=QUIET_SECONDS, leave=False,
+            disable=not shown,
+        )  # fmt: skip
+        with bar, self.execution.computing(self.model):
             result = fit_shared(self.execution, self.guide, batch, fit)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
