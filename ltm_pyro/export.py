@@ -33,6 +33,7 @@ from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.models.base import SITE_Z, LatentModel
 from ltm_pyro.models.doors import door
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed, seeded
 from ltm_pyro.run.files import write_atomic
@@ -76,7 +77,8 @@ def to_datatree(
 
         - `posterior`: `z` (chain, draw, sequence, thought, dim).
         - `prior`: `z` (chain, draw, thought, dim); one prior serves all sequences.
-        - `posterior_predictive`: `tokens` (chain, draw, sequence, position).
+        - `posterior_predictive`: `tokens` (chain, draw, sequence, position), at the masks and
+          covariates of the sequences.
         - `log_likelihood`: `x` (chain, draw, sequence), log p(x_i | z) of whole sequences in nats.
         - `observed_data`: `tokens` (sequence, position).
         - `constant_data`: `mask` (sequence, position), true where a position is data and not
@@ -91,7 +93,10 @@ def to_datatree(
           `fast_log_joint`), `fast_nll`, ... the fast loop's course (chain, fast_step, sequence).
         - `scores`: all of `scores`.
 
-        Real-valued data (the linear-Gaussian oracle's) are named `x` instead of `tokens`.
+        Data that are no tokens (real numbers, or those of a `model` that is no language model)
+        are named `x` instead of `tokens`; where one x has more than one dimension they are called
+        `x_dim_0`, `x_dim_1`, ... instead of `position`. Covariates are in `constant_data` as
+        `covariate_` and their name.
         ArviZ's functions take the tree as it is: with ArviZ 1.x always, with 0.23 from the first
         call of this function on (see `compat_arviz.teach_trees`).
 
@@ -113,11 +118,11 @@ def to_datatree(
         "fit_trace": {**_metrics(fit_trace), **_fast_course(chains)},
     }
     if batch is not None:
-        groups["observed_data"] = _observed(batch)
+        groups["observed_data"] = _observed(model, batch)
         groups["constant_data"]["n_tokens"] = (
             ("sequence",), batch.n_tokens.cpu().numpy(), {"units": "tokens"},
         )  # fmt: skip
-        groups["constant_data"]["mask"] = (("sequence", "position"), batch.mask.cpu().numpy(), {})
+        groups["constant_data"].update(_constant(batch))
         if model is not None:
             groups["log_likelihood"], groups["sample_stats"] = _densities(model, chains, z, batch)
     prior = getattr(model, "thought_prior", None)
@@ -245,13 +250,30 @@ def _parameters(chains: list[Posterior]) -> dict[str, Variable]:
     return out
 
 
-def _observed(batch: Batch) -> dict[str, Variable]:
+def _observed(model: LatentModel | None, batch: Batch) -> dict[str, Variable]:
     x = batch.observed
-    return {_data_name(x): (("sequence", "position"), x.cpu().numpy(), {})}
+    return {_data_name(model, x): (_data_dims(x), x.cpu().numpy(), {})}
 
 
-def _data_name(x: Tensor) -> str:
-    return "x" if x.is_floating_point() else "tokens"
+def _constant(batch: Batch) -> dict[str, Variable]:
+    """The mask and the covariates."""
+    out: dict[str, Variable] = {"mask": (_data_dims(batch.mask), batch.mask.cpu().numpy(), {})}
+    for name, value in batch.covariates.items():
+        own = tuple(f"covariate_{name}_dim_{i}" for i in range(value.dim() - 1))
+        out[f"covariate_{name}"] = (("sequence", *own), value.cpu().numpy(), {})
+    return out
+
+
+def _data_name(model: LatentModel | None, x: Tensor) -> str:
+    tokens = not x.is_floating_point() and (model is None or isinstance(model, LatentThoughtModel))
+    return "tokens" if tokens else "x"
+
+
+def _data_dims(x: Tensor) -> tuple[str, ...]:
+    """Of x or its mask, (B, ...)."""
+    inner = x.dim() - 1
+    names = ("position",) if inner == 1 else tuple(f"x_dim_{i}" for i in range(inner))
+    return ("sequence", *names)
 
 
 def _densities(
@@ -290,7 +312,7 @@ def _predictive(
     model: LatentModel, post: Posterior, z: list[Tensor], draws: int, seed: int
 ) -> dict[str, Variable]:
     """New sequences from the model's own program, run forward at thoughts drawn from q."""
-    unobserved = Batch(None, post.mask, post.ids).to(model.device)
+    unobserved = Batch(None, post.mask, post.ids, covariates=post.covariates).to(model.device)
     at_once = max(1, _ROWS_AT_ONCE // len(post))
     written = []
     for chain, thoughts in enumerate(z):
@@ -302,8 +324,8 @@ def _predictive(
             ]
         x = torch.cat(parts)
         written.append(x if x.is_floating_point() else x.int())
-    dims = ("chain", "draw", "sequence", "position")
-    return {_data_name(written[0]): (dims, _stack(written), {})}
+    dims = ("chain", "draw", *_data_dims(post.mask))
+    return {_data_name(model, written[0]): (dims, _stack(written), {})}
 
 
 def _metrics(rows: object) -> dict[str, Variable]:

@@ -109,7 +109,7 @@ def evaluate(
     batch = batch.to(model.device)
     model.check(batch)
     scored = _scored_part(batch, post, mode)
-    rows = torch.nonzero(scored.mask.any(1))[:, 0] if mode == "prefix" else batch.indices
+    rows = torch.nonzero(scored.n_tokens)[:, 0] if mode == "prefix" else batch.indices
     scored = scored.select(rows)
     prior = model.prior()
     post = None if mode == "prior" else post

@@ -62,6 +62,7 @@ def sbc(
     draws: int = 199,
     statistics: Mapping[str, Statistic] | None = None,
     seed: int = 0,
+    like: Batch | None = None,
 ) -> xr.Dataset:
     """Simulation-based calibration: are ranks of the truth among q's draws uniform?
 
@@ -73,6 +74,7 @@ def sbc(
         statistics: Further quantities by name, beside every dimension of z, log p(x | z) and
             log p(x, z).
         seed: Of data, draws and ties.
+        like: Rows whose masks and covariates the written ones have, as in `simulate`.
 
     Returns:
         Dataset over `quantity`, `replication` and `bin`:
@@ -96,7 +98,7 @@ def sbc(
         InputError: if there are too few replications or draws, or a statistic gives a wrong shape.
     """
     _check_counts(replications, draws)
-    names, ranks = _ranks(model, infer, replications, draws, statistics or {}, seed)
+    names, ranks = _ranks(model, infer, replications, draws, statistics or {}, seed, like)
     bins = min(_BINS, max(2, replications // _LEAST_EXPECTED), draws + 1)
     counts, expected = _histogram(ranks, draws, bins)
     chi2 = ((counts - expected) ** 2 / expected).sum(1)
@@ -139,7 +141,12 @@ def sbc(
 
 @door
 def vsbc(
-    model: LatentModel, infer: Infer, replications: int = 1000, draws: int = 199, seed: int = 0
+    model: LatentModel,
+    infer: Infer,
+    replications: int = 1000,
+    draws: int = 199,
+    seed: int = 0,
+    like: Batch | None = None,
 ) -> xr.Dataset:
     """Is q centred? Variational SBC: are the p_d = Q(z_d < z*_d) symmetric about 1/2?
 
@@ -159,6 +166,7 @@ def vsbc(
         replications: N, sequences written and inferred.
         draws: L, posterior draws per sequence, from which p_d is counted.
         seed: Of data, draws and ties.
+        like: Rows whose masks and covariates the written ones have, as in `simulate`.
 
     Returns:
         Dataset over `quantity` (dimensions of z) and `replication`: `probability` (replication,
@@ -170,7 +178,7 @@ def vsbc(
         InputError: if there are too few replications or draws.
     """
     _check_counts(replications, draws)
-    names, ranks = _ranks(model, infer, replications, draws, None, seed)
+    names, ranks = _ranks(model, infer, replications, draws, None, seed, like)
     p = (ranks + 0.5) / (draws + 1)
     distance = np.array([_asymmetry(column, draws) for column in ranks.T])
     p_value = np.array([_butler(math.sqrt(replications) * d) for d in distance])
@@ -234,9 +242,10 @@ def _ranks(
     draws: int,
     statistics: Mapping[str, Statistic] | None,
     seed: int,
+    like: Batch | None,
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Names of Q quantities and their ranks (N, Q); dimensions of z alone without `statistics`."""
-    simulated = simulate(model, replications, derive_seed(seed, Stream.CALIBRATE))
+    simulated = simulate(model, replications, derive_seed(seed, Stream.CALIBRATE), like=like)
     K, D = model.thought_shape
     names = [f"z[{k},{d}]" for k in range(K) for d in range(D)]
     if statistics is not None:

@@ -226,7 +226,9 @@ def _texts(post: Posterior) -> Tensor:
         return torch.arange(len(post), device=post.ids.device)
     mask = post.mask.to(post.x.device)
     seen = torch.where(mask, post.x, torch.zeros_like(post.x))
-    rows = torch.cat([seen, mask.to(seen)], dim=1)
+    parts = [seen, mask, *post.covariates.values()]
+    numbers = [part.to(seen.device, torch.float64).reshape(len(post), -1) for part in parts]
+    rows = torch.cat(numbers, dim=1).nan_to_num()
     return torch.unique(rows, dim=0, return_inverse=True)[1].to(post.ids.device)
 
 

@@ -72,7 +72,7 @@ class Likelihoods:
         shared = parallel is not None and len(batch) >= parallel.size
         self.parallel = parallel if parallel is not None and shared else Parallel()
         mine = self.parallel.share(len(batch))
-        size = max(1, TOKENS_AT_ONCE // batch.mask.shape[1]) if at_once is None else at_once
+        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel()) if at_once is None else at_once
         starts = range(mine.start, mine.stop, size)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
         self.draws = max(1, size // max(1, mine.stop - mine.start))

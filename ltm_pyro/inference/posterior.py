@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,6 +65,7 @@ class Posterior:
             mass, `unknown` for an ELBO object of another's making.
         corpus: Fingerprint of the corpus that the ids belong to, as in `Batch`.
         x: (B, T) the sequences that q was fitted to, where known.
+        covariates: Their covariates by name, each (B, ...).
     """
 
     distribution: TorchDistribution
@@ -80,6 +82,7 @@ class Posterior:
     objective_kl: str = "unknown"
     corpus: str | None = None
     x: Tensor | None = None
+    covariates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -171,6 +174,20 @@ class Posterior:
             raise InputError(
                 f"{name} and the batch hold other sequences under the same ids: infer on this batch"
             )
+        for covariate, value in self.covariates.items():
+            other = batch.covariates.get(covariate)
+            if other is None or not _equal(value.to(batch.device), other):
+                raise InputError(
+                    f"{name} and the batch differ in covariate {shown(covariate)}: infer on this "
+                    "batch"
+                )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def fitted_posterior(
@@ -212,4 +229,5 @@ def fitted_posterior(
             objective_kl=objective_kl,
             corpus=batch.corpus,
             x=batch.x,
+            covariates=batch.covariates,
         )

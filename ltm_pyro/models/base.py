@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import torch
@@ -79,7 +79,7 @@ class LatentModel(Program, ABC):
         ...             *z.shape[:-2], 5)).mask(batch.mask).to_event(1)
     """
 
-    x_shape: ClassVar[tuple[int, ...] | None] = None
+    x_shape: tuple[int, ...] | None = None
 
     @abstractmethod
     def prior(self) -> TorchDistribution:
@@ -112,12 +112,14 @@ class LatentModel(Program, ABC):
     def blank(self, size: int) -> Batch:
         """`size` rows still to be made.
 
+        A model that reads covariates may make some up here.
+
         Raises:
             InputError: if the model does not tell the shape of x.
         """
         if self.x_shape is None:
             raise InputError(
-                f"{type(self).__name__}() without a batch: set the class attribute x_shape, the "
+                f"{type(self).__name__}() without a batch: set the attribute x_shape, the "
                 "shape of one x, or give batch.unobserved()"
             )
         shape = (whole_number("size", size, at_least=1), *self.x_shape)
@@ -139,7 +141,8 @@ class LatentModel(Program, ABC):
         """
         x = batch.observed
         if x.is_floating_point():
-            bad = batch.ids[~(x.isfinite() | ~batch.mask).flatten(1).all(-1)].tolist()
+            fine = (x.isfinite() | ~batch.mask).reshape(len(batch), -1).all(-1)
+            bad = batch.ids[~fine].tolist()
             if bad:
                 raise InputError(f"x of sequence ids {bad[:8]} is not finite: mend or mask it")
 

@@ -110,17 +110,19 @@ class LatentThoughtModel(LatentModel):
         Returns:
             Tokens (B, T).
         """
-        if batch is None:
-            length = self.config.seq_len if length is None else length
-            shape = (
-                whole_number("size", size, at_least=1),
-                whole_number("length", length, at_least=1),
-            )
-            batch = Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
+        batch = self.blank(size, length) if batch is None else batch
         with sequences(batch):
             z = pyro.sample(SITE_Z, self.prior())
             x: Tensor = pyro.sample(SITE_X, self.likelihood(z, batch), obs=batch.x)
         return x
+
+    def blank(self, size: int, length: int | None = None) -> Batch:
+        """`size` sequences still to be written, each `length` tokens (T by default)."""
+        shape = (
+            whole_number("size", size, at_least=1),
+            whole_number("length", self.config.seq_len if length is None else length, at_least=1),
+        )
+        return Batch(None, torch.ones(shape, dtype=torch.bool, device=self.device))
 
     def likelihood(self, z: Tensor, batch: Batch) -> TokenSequence:
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""

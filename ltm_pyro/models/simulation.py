@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Simulated:
     """Sequences whose thoughts are known, because the model wrote them.
 
     Attributes:
-        batch: n sequences, ids 0..n-1.
+        batch: n sequences, ids 0..n-1, with the covariates that they were made at.
         z: (n, K, D) the thoughts each was made from: one exact draw from each p(z_i | x_i).
     """
 
@@ -30,13 +30,15 @@ class Simulated:
 
 @door
 @torch.no_grad()
-def simulate(model: LatentModel, n: int, seed: int = 0) -> Simulated:
+def simulate(model: LatentModel, n: int, seed: int = 0, *, like: Batch | None = None) -> Simulated:
     """`n` sequences from the prior predictive, with their thoughts.
 
     Args:
         model: Any model; a language model writes sequences of its full length.
         n: Sequences.
         seed: The same seed gives the same data; torch's global generator is left alone.
+        like: Rows whose masks and covariates the new ones have, in turn; by default the model
+            makes them up (`model.blank`).
 
     Raises:
         InputError: if `n` is not above 0.
@@ -46,5 +48,17 @@ def simulate(model: LatentModel, n: int, seed: int = 0) -> Simulated:
     devices = [] if model.device.type in ("cpu", "meta") else [model.device]
     with torch.random.fork_rng(devices=devices, device_type=model.device.type):
         torch.manual_seed(seed)
-        trace = program.get_trace(size=n)
-    return Simulated(Batch(trace.nodes[SITE_X]["value"]), trace.nodes[SITE_Z]["value"])
+        if like is not None:
+            blank = _repeated(like.to(model.device), n)
+        else:  # a program of one's own need not derive from `LatentModel`
+            blank = model.blank(n) if isinstance(model, LatentModel) else None
+        trace = program.get_trace(size=n) if blank is None else program.get_trace(blank)
+    x = trace.nodes[SITE_X]["value"]
+    batch = Batch(x) if blank is None else replace(blank, x=x)
+    return Simulated(batch, trace.nodes[SITE_Z]["value"])
+
+
+def _repeated(like: Batch, n: int) -> Batch:
+    """`n` rows still to be made, with the masks and covariates of `like`'s in turn."""
+    rows = like.select(torch.arange(n, device=like.device) % len(like))
+    return Batch(None, rows.mask, covariates=rows.covariates)
