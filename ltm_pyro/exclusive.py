@@ -51,6 +51,11 @@ def exclusively() -> Iterator[bool]:
             _depth -= 1
 
 
+def nested() -> bool:
+    """Whether a public function has been called from within another one."""
+    return _depth > 1
+
+
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator of a public function: other threads wait, and torch computes in its usual modes.
 

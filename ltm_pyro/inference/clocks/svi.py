@@ -28,6 +28,7 @@ from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError, shown
+from ltm_pyro.exclusive import nested
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.infer import fit_shared
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
@@ -198,7 +199,8 @@ class DualRateSVI:
                 rows, fast, noise, store=store, record=True, after_step=bar.update
             )[0]
 
-        shown = progress and self.parallel.first
+        # Within another public function, that one's bar is the one to watch.
+        shown = progress and self.parallel.first and not nested()
         total = fast.steps * len(self.execution.parts(len(batch)))
         bar = tqdm(
             total=total, desc="infer", unit="step", delay=QUIET_SECONDS, leave=False,
