@@ -13,7 +13,7 @@ demo: $(STAMP)  ## install, then fit the nano preset, score it and print some te
 	$(BIN)/ltm-pyro fit --preset nano --out runs/demo --overwrite
 
 test: $(STAMP)  ## all but the slow tests, with coverage, and the notebooks
-	$(BIN)/python -m pytest -m "not slow" --cov --nbmake --nbmake-timeout=300 tests notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --cov --nbmake --nbmake-timeout=300 tests notebooks
 
 test-slow: $(STAMP)  ## the slow, statistical tests
 	$(BIN)/python -m pytest -m slow tests

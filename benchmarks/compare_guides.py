@@ -67,7 +67,7 @@ def table(frame: pd.DataFrame) -> list[str]:
             _error(row, "elbo_difference_per_sequence", 2),
             _error(row, "elbo_difference_per_token", 4),
             _error(row, "truncation_gap_per_sequence", 2),
-            f"{row['khat_median']:.2f} ({row['khat_share_unreliable']:.0%})",
+            _khat(row),
             f"{row['reference_mean_error_median']:.2f}",
             f"{row['reference_scale_ratio_median']:.2f}",
             f"{row['decoder_evaluations']:.0f} ({row['training_evaluations']:.0f})",
@@ -76,6 +76,12 @@ def table(frame: pd.DataFrame) -> list[str]:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _khat(row: Any) -> str:
+    median = float(row["khat_median"])
+    share = float(row["khat_share_unreliable"])
+    return "not judged" if math.isnan(median) else f"{median:.2f} ({share:.0%})"
 
 
 def _error(row: Any, name: str, digits: int) -> str:

@@ -345,9 +345,9 @@ REFUSED = {
     "prefix": (["evaluate", "good", "--mode", "prefix", "--prefix", "1e20"], ["prefix"]),
     "long prefix": (
         ["evaluate", "good", "--mode", "prefix", "--prefix", str(10**20)],
-        ["prefix", "at most 15"],
+        ["prefix", "whole number"],
     ),
-    "scored draws": (["evaluate", "good", "--draws", str(10**30)], ["draws", "at most"]),
+    "scored draws": (["evaluate", "good", "--draws", str(10**30)], ["draws", "whole number"]),
     "texts": (["generate", "good", "--n", "1000000"], ["n is 1000000", "at most"]),
     "length": (["generate", "good", "--length", str(10**20)], ["length"]),
     "name": ([*NEW, "--guide_options.name", "x"], ["'name'", "init_log_variance"]),
