@@ -9,13 +9,19 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyro
 import pytest
 from cli_helpers import MICRO, write_text
 
 import ltm_pyro as ltm
 from ltm_pyro.cli import COMMANDS, main
 from ltm_pyro.config import PRESETS
+from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.objectives import OBJECTIVES
+from ltm_pyro.models.priors.base import PRIORS
+from ltm_pyro.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +56,7 @@ def commands() -> list[str]:
             if "ltm_pyro" in words and words[0] == "torchrun":
                 words = words[words.index("ltm_pyro") :]
             whole = len(words) > 2 and words[0] in ("ltm-pyro", "ltm_pyro") and words[1] in COMMANDS
-            if whole and "..." not in line:
+            if whole and "..." not in line and "--import" not in words:
                 found[shlex.join(words[1:])] = None
     return list(found)
 
@@ -134,6 +140,38 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     exec(compile(small, "README.md", "exec"), names)
     assert names["scores"].sizes["sequence"] == 4  # type: ignore[attr-defined]
     assert len(names["texts"]) == 2  # type: ignore[arg-type]
+
+
+def own_blocks() -> list[str]:
+    """The Python of docs/your_own.md, each block complete in itself."""
+    text = (ROOT / "docs" / "your_own.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", own_blocks(), ids=["model", "guide", "prior", "objective", "svi"])
+def test_your_own_runs_as_printed(block: str) -> None:
+    known: list[Registry[Any]] = [GUIDES, PRIORS, OBJECTIVES]
+    before = [set(registry) for registry in known]
+    with pyro.get_param_store().scope():
+        exec(compile(block, "your_own.md", "exec"), {"__name__": "your_own"})
+    for registry, names in zip(known, before, strict=True):
+        for name in set(registry) - names:
+            registry.remove(name)
+
+
+def test_a_module_of_your_own_is_known_to_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = next(block for block in own_blocks() if "register_guide" in block)
+    (tmp_path / "my_module.py").write_text(guide[: guide.index("oracle =")])
+    monkeypatch.syspath_prepend(tmp_path)
+    text = write_text(tmp_path / "book.txt")
+    given = ["--import", "my_module", "--guide", "laplace_tails", "--corpus", str(text)]
+    try:
+        done = main(["fit", *given, "--out", str(tmp_path / "mine"), *SMALL["fit"]])
+        assert done == 0, capsys.readouterr().err
+    finally:
+        GUIDES.remove("laplace_tails")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
