@@ -355,6 +355,9 @@ def test_help_has_examples(command, capsys):
     told = capsys.readouterr().out
     assert told.startswith(f"usage: ltm-pyro {command}")
     assert f"  ltm-pyro {command} " in told.partition("examples:")[2]
+    if command == "fit":
+        assert r"turn_separator TURN_SEPARATOR" in told
+        assert r"(default: \n)" in told
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]])

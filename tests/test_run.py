@@ -307,6 +307,10 @@ DAMAGES = {
         lambda r: _edit(r / "config.json", lambda c: c["config"].update(stepz=3)),
         "did you mean 'config.steps'",
     ),
+    "config of an older version": (
+        lambda r: _edit(r / "config.json", lambda c: c["config"].update(shard=False)),
+        "was written by an older version",
+    ),
     "config without format": (
         lambda r: _edit(r / "config.json", lambda c: c.pop("format")),
         "format is missing",
@@ -528,7 +532,7 @@ def test_paths_are_made_absolute(tmp_path, config, monkeypatch):
     assert absolute_paths(FitConfig()).corpus.name == "pydoc"
 
 
-@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta"])
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta", "cpu:9"])
 def test_an_absent_device_is_refused(name):
     with pytest.raises(InputError, match=f"device '{name}' is absent: this machine has cpu"):
         open_device(name)

@@ -106,6 +106,9 @@ def test_sentences_say_how_wrong(diagnoses: dict[str, Diagnosis]) -> None:
     assert "z[3,1]" in sentence("one dimension frozen", "score", "frozen")
     assert "another mode" in sentence("one of two modes", "annealing", "missed mass")
     assert "z[0,0] and z[0,1]" in sentence("correlation of 0.95 ignored", "score", "correlation")
+    moved = sentence("scale halved", "drift", "narrow")
+    assert "after a few steps towards the posterior" in moved
+    assert "drift, of moved draws" in str(diagnoses["scale halved"])
     assert "tails are cut" in sentence("heavy tails cut", "drift", "tails")
     assert "out of order" in sentence("wrong sequence", "rows", "other sequence")
 

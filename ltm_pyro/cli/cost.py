@@ -40,7 +40,10 @@ def run(arguments: list[str]) -> int:
 
     from ltm_pyro.diagnostics.cost import cost_report, format_cost
     from ltm_pyro.diagnostics.memory import memory_report
+    from ltm_pyro.run.building import check_corpus_options
     from ltm_pyro.run.limits import refuse_oversize
+
+    check_corpus_options(config.corpus)
 
     # For other machines too, but not for those that there are not.
     refuse_oversize(config, most=max(memory_bytes(), _LARGEST_MACHINE))

@@ -122,4 +122,6 @@ class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpF
         told, default = action.help or "", action.default
         if default is False or default in (None, argparse.SUPPRESS, {}):
             return told
+        if isinstance(default, str) and not default.isprintable():
+            default = ascii(default).strip("'")
         return f"{told} (default: {'true' if default is True else default})"

@@ -153,6 +153,8 @@ class Batch:
         """The same batch on another device."""
         try:
             place = torch.device(device)
+            if place.type == "cpu" and place.index:  # torch takes any number for the one CPU
+                raise RuntimeError
         except (RuntimeError, TypeError) as error:
             raise InputError(
                 f"device is {shown(device)}: must be e.g. 'cpu' or 'cuda:0'"

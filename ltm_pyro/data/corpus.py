@@ -279,8 +279,7 @@ def _tokenizer_name(tokenizer: Given) -> dict[str, str]:
 def _mixture(
     seq_len: int, tokenizer: Given, seed: int, options: Mapping[str, Any]
 ) -> MixtureCorpus:
-    known = [o for o in inspect.signature(make_mixture).parameters if o not in ARGUMENTS]
-    _check_options("mixture", options, known)
+    check_options("mixture", options)
     corpus = make_mixture(seq_len=seq_len, seed=seed, **options)
     named = isinstance(tokenizer, str) and tokenizer in ("bytes", "symbols")
     if not named and tokenizer != corpus.tokenizer:
@@ -328,6 +327,18 @@ def _refuse_reading(name: str, reading: Reading, kind: SplitKind) -> None:
             f"corpus {name!r} has neither fields, line ends nor splits of its own: leave out "
             "text_field, turn_separator, newlines, split and split_by"
         )
+
+
+def check_options(corpus: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that no corpus called `corpus` can have, whatever it turns out to be.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    known = [*_TEXT_OPTIONS, *HUB_OPTIONS]
+    if corpus == "mixture":
+        known = [o for o in inspect.signature(make_mixture).parameters if o not in ARGUMENTS]
+    _check_options(corpus, options, known)
 
 
 def _check_options(corpus: str, options: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.data.corpus import load_corpus
+from ltm_pyro.data.corpus import check_options, load_corpus
 from ltm_pyro.data.finding import absolute_path
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
@@ -35,14 +35,8 @@ def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus
         InputError: as `load_corpus` does, and for an option that is an argument of it.
     """
     chosen = config.corpus
+    check_corpus_options(chosen)
     options: dict[str, Any] = dict(chosen.options)
-    own = [name for name in inspect.signature(load_corpus).parameters if name != "options"]
-    for option in options:
-        if option in own:
-            raise InputError(
-                f"{option} is no option of a corpus: leave it out of corpus.options"
-                + (f", {_OWN_SETTING[option]} sets it" if option in _OWN_SETTING else "")
-            )
     arguments: dict[str, Any] = {
         f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name not in ("name", "options")
     }
@@ -50,6 +44,22 @@ def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus
         arguments["tokenizer"] = tokenizer
         options.pop("vocab_size", None)  # of one that is learned
     return load_corpus(chosen.name, seq_len=config.model.seq_len, **arguments, **options)
+
+
+def check_corpus_options(chosen: CorpusConfig) -> None:
+    """Refuses options that no corpus of that name takes, without opening it.
+
+    Raises:
+        InputError: naming the setting, where another one sets it.
+    """
+    own = [name for name in inspect.signature(load_corpus).parameters if name != "options"]
+    for option in chosen.options:
+        if option in own:
+            raise InputError(
+                f"{option} is no option of a corpus: leave it out of corpus.options"
+                + (f", {_OWN_SETTING[option]} sets it" if option in _OWN_SETTING else "")
+            )
+    check_options(chosen.name, chosen.options)
 
 
 def open_device(name: str) -> torch.device:
@@ -60,8 +70,8 @@ def open_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("holds no numbers")
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("holds no numbers, or is another name of the one CPU")
         torch.zeros(1, device=device)
     except Exception:  # a backend that is not installed fails in a way of its own
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

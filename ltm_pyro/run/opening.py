@@ -49,6 +49,8 @@ from ltm_pyro.run.schemas import Facts, Heading, checked
 
 FORMAT = 1
 """Raised when a run folder's layout changes."""
+RETIRED = frozenset({"shard"})
+"""Settings that runs of older versions have."""
 
 
 @door
@@ -241,7 +243,14 @@ def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
         if (folder / name).is_symlink():
             raise damaged(label, f"{name} is a link, and a run's files lie in its own folder")
     facts = read_json(folder / CONFIG, label)
-    _check_version(checked(Heading, facts, folder / CONFIG, label), label)
+    heading = checked(Heading, facts, folder / CONFIG, label)
+    _check_version(heading, label)
+    settings = facts.get("config")
+    for name in RETIRED.intersection(settings if isinstance(settings, dict) else ()):
+        raise InputError(
+            f"{label} was written by an older version of ltm-pyro {heading.version} (it has the "
+            f"setting {name!r}, which is gone): use that version, or fit anew with --overwrite"
+        )
     return facts, checked(Facts, facts, folder / CONFIG, label).config
 
 

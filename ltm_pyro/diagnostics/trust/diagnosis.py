@@ -74,7 +74,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     ]
     for flag in diagnosis.flags:
         few = ", ".join(map(str, flag.sequences[:4])) + (", ..." if len(flag.sequences) > 4 else "")
-        lines.append(f"  {flag.problem} [{flag.diagnostic}]: {flag.sentence}")
+        source = "drift, of moved draws" if flag.diagnostic == "drift" else flag.diagnostic
+        lines.append(f"  {flag.problem} [{source}]: {flag.sentence}")
         lines.append(f"    {len(flag.sequences)} of {n} sequences: ids {few}")
     for name, reason in diagnosis.left_out.items():
         lines.append(f"  not asked [{name}]: {reason}")

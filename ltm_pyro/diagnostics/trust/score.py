@@ -13,7 +13,7 @@ have to be asked about in other ways.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -172,6 +172,11 @@ def score_flags(
     }
 
 
+PART_OF_THE_WAY = (
+    " (against q's draws after a few steps towards the posterior, itself further from q as a rule)"
+)
+
+
 def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, int]) -> list[Flag]:
     """Flags for shifts, scales and correlations that are off."""
     flags = []
@@ -182,7 +187,7 @@ def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, 
         by = f"at least {low:.2f}" if source == "weights" else f"{low:.2f} to {high:.2f}"
         sentence = (
             f"q's mean of {where} lies {by} of its scales "
-            f"{side} the {_what(source)} ({found.whose}): the fit has not converged, or q belongs "
+            f"{side} {_what(source)} ({found.whose}): the fit has not converged, or q belongs "
             "to something else; run more fast steps and check the order of the sequences"
         )
         flags.append(Flag(source, "shift", found.sequences, sentence))
@@ -196,11 +201,13 @@ def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, 
         upper = np.triu_indices(shape[0] * shape[1], 1)
         pair = [dimension_name(int(index[found.column]), shape) for index in upper]
         sentence = (
-            f"the {_what(source)} correlation of {pair[0]} and {pair[1]} less q's is "
+            f"{_what(source)} correlation of {pair[0]} and {pair[1]} less q's is "
             f"{found.low:+.2f} to {found.high:+.2f} ({found.whose}): q ignores or misstates a "
             "correlation; use a family that has one (low_rank, full_rank, flow)"
         )
         flags.append(Flag(source, "correlation", found.sequences, sentence))
+    if source == "drift":
+        flags = [replace(flag, sentence=flag.sentence + PART_OF_THE_WAY) for flag in flags]
     return flags
 
 
@@ -229,7 +236,7 @@ def _scale_flag(
     else:
         ratio = f"{low:.2f} to {high:.2f}"
     sentence = (
-        f"q's scale of {where} is {ratio} times the {_what(source)} "
+        f"q's scale of {where} is {ratio} times {_what(source)} "
         f"({found.whose}): {'too large' if wide else 'too small'}; {remedy}"
     )
     return Flag(source, problem, found.sequences, sentence)
@@ -237,4 +244,4 @@ def _scale_flag(
 
 def _what(source: str) -> str:
     """Whose moments q's are held against."""
-    return "moved draws'" if source == "drift" else "posterior's"
+    return "the moved draws'" if source == "drift" else "the posterior's"
