@@ -4,13 +4,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs format clean
+.PHONY: help demo study test test-slow lint docs format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## install, then fit the nano preset, score it and print some text (minutes)
 	$(BIN)/ltm-pyro fit --preset nano --out runs/demo --overwrite
+
+study: $(STAMP)  ## NAME=... [DATA=folder] [SMOKE=1]: run a study of studies/, or go on with it
+	$(BIN)/python -m studies $(NAME) $(if $(DATA),--data $(DATA)) $(if $(SMOKE),--smoke)
 
 test: $(STAMP)  ## all but the slow tests, with coverage, and the notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --cov --nbmake --nbmake-timeout=300 tests notebooks

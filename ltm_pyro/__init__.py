@@ -37,6 +37,7 @@ _HOME = {
     "generate": "ltm_pyro.inference.generation",
     "evaluate": "ltm_pyro.diagnostics.bounds",
     "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
+    "as_published": "ltm_pyro.diagnostics.published",
     "compare": "ltm_pyro.diagnostics.compare",
     "Comparison": "ltm_pyro.diagnostics.compare",
     "build_objective": "ltm_pyro.inference.objectives",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.gaps import gap_decomposition as gap_decomposition
     from ltm_pyro.diagnostics.gradients import gradient_noise as gradient_noise
     from ltm_pyro.diagnostics.information import information_by_block as information_by_block
+    from ltm_pyro.diagnostics.published import as_published as as_published
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
     from ltm_pyro.engine.execution import Execution as Execution
     from ltm_pyro.errors import InputError as InputError

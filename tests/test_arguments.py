@@ -116,6 +116,10 @@ def _scores(svi: Any, post: Any, batch: Any, scores: Any) -> dict[str, Call]:
                 predictive_draws=1, seed=0,
             ),
         ),
+        "as_published": (
+            ltm.as_published,
+            _of(svi=svi, batch=batch, fast_steps=1, steps=1, draws=2, seed=0),
+        ),
         "score_on_own_draws": (ltm.score_on_own_draws, _of(svi=svi, batch=batch, draws=2)),
         "information_by_block": (
             ltm.information_by_block,

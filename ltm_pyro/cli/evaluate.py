@@ -28,6 +28,7 @@ ltm-pyro evaluate runs/demo
 ltm-pyro evaluate runs/demo --split test --draws 1000
 ltm-pyro evaluate runs/demo --mode prefix --prefix 32
 ltm-pyro evaluate runs/demo --json > scores.json
+ltm-pyro evaluate runs/demo --as_published
 """
 
 
@@ -40,18 +41,42 @@ def run(arguments: list[str]) -> int:
         "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
     )
     add_scoring(parser)
+    parser.add_argument(
+        "--as_published",
+        action="store_true",
+        help="what the released procedure would print of this model, corrected step by step",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
 
-    from ltm_pyro.cli.printing import format_scores
+    if options.as_published and (options.mode != "oracle" or options.prefix is not None):
+        raise InputError(
+            "as_published scores what q saw: leave out --mode and --prefix, or --as_published"
+        )
+
+    from ltm_pyro.cli.printing import format_published, format_scores
     from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.run.scoring import score_run, summary
+    from ltm_pyro.run.scoring import published_table, score_run, summary
 
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
     with StopSignals() if many() else contextlib.nullcontext():
         fitted = open_run(options.run, options.device)
+        if options.as_published:
+            table = published_table(
+                fitted,
+                fitted.corpus(),
+                split=options.split,
+                sequences=options.sequences,
+                draws=options.draws,
+                seed=options.seed,
+            )
+            if fitted.parallel.first:
+                rows = {"as_published": table.to_dict("records")}
+                shown = json.dumps(rows) if options.json else format_published(table)
+                print(shown)
+            return 0
         held_out = score_run(
             fitted,
             fitted.corpus(),

@@ -6,10 +6,13 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.config import FitConfig
 from ltm_pyro.run import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MEANINGS = {
     "ppl_elbo": "ELBO",
@@ -35,6 +38,23 @@ def describe_fit(run: Run) -> str:
             f"{config.fast.steps} fast steps each, seed {config.seed}",
         ]
     )
+
+
+def format_published(table: pd.DataFrame) -> str:
+    """The table of `diagnostics.published.as_published` as text."""
+    lines = [
+        "What the published procedure would print of these tokens, each line correcting one thing",
+        "on top of those above it; on the right the same q on fresh draws, a valid bound.",
+        "",
+        f"{'':58}{'printed':>9}  a bound?  {'fresh draws':>17}  KL/sequence",
+    ]
+    for row in table.itertuples():
+        printed = f"{row.ppl_per_token:.3f}".rjust(9)
+        fresh = f"{row.ppl_fresh_per_token:.3f} +- {row.ppl_fresh_per_token_se:.3f}".rjust(17)
+        bound = "yes" if row.is_bound else "NO"
+        lines.append(f"{row.change:58}{printed}  {bound:8}  {fresh}  {row.kl_per_sequence:11.2f}")
+    lines += ["", "Perplexities per token; +- is the Monte Carlo error given these sequences."]
+    return "\n".join(lines)
 
 
 def format_scores(scores: Mapping[str, Any]) -> str:

@@ -269,6 +269,8 @@ def whole_numbers(name: str, value: object) -> Tensor:
 
 
 def _true_or_false(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+    if tensor.dtype == torch.bool:
+        return tensor
+    if tensor.is_meta or not bool(((tensor == 0) | (tensor == 1)).all()):
         raise InputError(f"{name} holds other numbers than 0 and 1: must be true where x counts")
     return tensor.bool()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 
@@ -21,6 +22,7 @@ from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
 from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
+from ltm_pyro.diagnostics.published import as_published
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.doors import door
@@ -110,6 +112,33 @@ def score_run(
         scored = batch.suffix(prefix)
         scored = scored.select(torch.nonzero(scored.mask.any(1))[:, 0])
     return HeldOut(split, batch, post, again, scores, _control_scores(run, scored))
+
+
+@door
+def published_table(
+    run: Run,
+    corpus: Corpus,
+    *,
+    split: str = "val",
+    sequences: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What the published procedure would print of held-out text; arguments as in `score_run`.
+
+    Returns:
+        The table of `diagnostics.published.as_published`: the published loop takes the run's own
+        T_fast, the last row its `eval_fast_steps`.
+
+    Raises:
+        InputError: if an argument is out of range.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    sequences = run.config.eval_sequences if sequences is None else sequences
+    draws = run.config.eval_draws if draws is None else draws
+    batch = spread(getattr(corpus, split), sequences)
+    return as_published(run.svi, batch, steps=run.config.eval_fast_steps, draws=draws, seed=seed)
 
 
 def spread(split: SequenceSet, count: int) -> Batch:

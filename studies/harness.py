@@ -1,0 +1,184 @@
+"""What all studies share: a grid of cells, each computed once, then a table, a figure, a paragraph.
+
+A study NAME is two files. `studies/NAME.yaml` says what is asked and what is varied:
+
+    question: Does ...?
+    grid: {fast_steps: [1, 4, 16]}      every combination, times every seed
+    seeds: [0, 1, 2]
+    fixed: {steps: 300}                 settings that all cells share
+    smoke: {grid: ..., seeds: [0], fixed: {steps: 2}}       in place of the above with --smoke
+    data: wikitext2                     a corpus of the folder --data, if one is needed
+
+`studies/NAME.py` has three functions: `cell(settings, data)` computes one row (or several, as a
+list of dicts), `figure(table)` draws the table, `paragraph(table)` says in words what comes out,
+and what does not. A finished cell is a JSON file named by the hash of its settings and of the code
+that made it: a study that was stopped goes on, and one whose script has changed starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import pyro
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+import ltm_pyro
+from ltm_pyro.errors import InputError, unknown_name
+
+HOME = Path(__file__).parent
+Settings = dict[str, Any]
+
+
+def names() -> list[str]:
+    """All studies."""
+    return sorted(path.stem for path in HOME.glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study, as its YAML describes it.
+
+    Attributes:
+        name: Of its two files.
+        question: What it asks.
+        cells: Settings of every cell, the seed among them.
+        code: The module with `cell`, `figure` and `paragraph`.
+        data: The corpora that it reads, or `None`.
+        out: Where table, figure, paragraph and finished cells go.
+        command: That makes all of it.
+    """
+
+    name: str
+    question: str
+    cells: list[Settings]
+    code: ModuleType
+    data: Path | None
+    out: Path
+    command: str
+
+    @classmethod
+    def load(
+        cls, name: str, *, smoke: bool = False, data: Path | None = None, out: Path | None = None
+    ) -> Study:
+        """Reads `studies/NAME.yaml`.
+
+        Raises:
+            InputError: if there is no such study, or it needs data that is not given.
+        """
+        if name not in names():
+            raise unknown_name("study", name, names())
+        plan = yaml.safe_load((HOME / f"{name}.yaml").read_text("utf-8"))
+        if smoke:
+            plan = {**plan, **plan["smoke"]}
+        wanted = plan.get("data")
+        if wanted is not None:
+            if data is None:
+                raise InputError(f"study {name!r} reads {wanted!r}: give --data FOLDER that has it")
+            if not (data / wanted).exists():
+                raise InputError(f"--data {str(data)!r} has no {wanted!r}: give another folder")
+        command = f"python -m studies {name}" + " --smoke" * smoke + " --data DATA" * bool(wanted)
+        return cls(
+            name=name,
+            question=plan["question"],
+            cells=_cells(plan),
+            code=importlib.import_module(f"studies.{name}"),
+            data=None if wanted is None else data / wanted,  # type: ignore[operator]
+            out=(out or HOME / "results") / (f"{name}_smoke" if smoke else name),
+            command=command,
+        )
+
+    def run(self, row: int | None = None) -> pd.DataFrame:
+        """Computes what is missing, then writes `table.csv`, `figure.png` and `README.md`.
+
+        Args:
+            row: Compute the cell that made this row of the table anew, and nothing else.
+
+        Raises:
+            InputError: if there is no such row.
+        """
+        todo = self.cells if row is None else [self._cell_of(row)]
+        if row is not None:
+            self._kept(todo[0]).unlink(missing_ok=True)
+        for settings in tqdm(todo, desc=self.name, unit="cell"):
+            self._computed(settings)
+        table = self._table()
+        self._write(table)
+        return table
+
+    def _computed(self, settings: Settings) -> list[dict[str, Any]]:
+        """The rows of one cell, computed if they are not there."""
+        path = self._kept(settings)
+        if path.exists():
+            return json.loads(path.read_text("utf-8"))["rows"]
+        pyro.set_rng_seed(settings["seed"])
+        began = time.perf_counter()
+        made = self.code.cell(settings, self.data)
+        rows = [{**settings, **row} for row in (made if isinstance(made, list) else [made])]
+        kept = {"rows": rows, "seconds": round(time.perf_counter() - began, 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(".part")
+        half.write_text(json.dumps(kept, default=float), "utf-8")
+        half.replace(path)
+        return rows
+
+    def _kept(self, settings: Settings) -> Path:
+        """Where the rows of a cell are kept."""
+        source = Path(self.code.__file__ or "").read_bytes()
+        key = json.dumps([settings, ltm_pyro.__version__], sort_keys=True).encode() + source
+        return self.out / "cells" / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
+
+    def _table(self) -> pd.DataFrame:
+        rows = [row for each in self.cells for row in self._finished(each)]
+        return pd.DataFrame(rows)
+
+    def _finished(self, settings: Settings) -> list[dict[str, Any]]:
+        return self._computed(settings) if self._kept(settings).exists() else []
+
+    def _cell_of(self, row: int) -> Settings:
+        """The cell that row `row` of the table comes from."""
+        owners = [each for each in self.cells for _ in self._finished(each)]
+        if not 0 <= row < len(owners):
+            raise InputError(f"--row {row}: the table has rows 0 to {len(owners) - 1}")
+        return owners[row]
+
+    def _write(self, table: pd.DataFrame) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        table.to_csv(self.out / "table.csv", index=False, float_format="%.6g")
+        with mpl.rc_context({"backend": "Agg"}):
+            self.code.figure(table).savefig(self.out / "figure.png", dpi=110, bbox_inches="tight")
+        kept = [self._kept(each) for each in self.cells]
+        seconds = sum(json.loads(p.read_text("utf-8"))["seconds"] for p in kept if p.exists())
+        done = sum(p.exists() for p in kept)
+        seeds = sorted({each["seed"] for each in self.cells})
+        made = (
+            f"Made by `{self.command}`: {done} of {len(kept)} cells, seeds {seeds}, "
+            f"{seconds / 60:.0f} minutes in all on {torch.get_num_threads()} thread(s) "
+            f"({platform.machine()}), ltm_pyro {ltm_pyro.__version__}, torch {torch.__version__}, "
+            f"Python {sys.version.split()[0]}."
+        )
+        text = [f"# {self.question}", self.code.paragraph(table).strip(), "![figure](figure.png)"]
+        (self.out / "README.md").write_text("\n\n".join([*text, made]) + "\n", "utf-8")
+
+
+def _cells(plan: dict[str, Any]) -> list[Settings]:
+    """Every combination of the grid with every seed, on top of what is fixed."""
+    grid = plan.get("grid") or {}
+    return [
+        {**(plan.get("fixed") or {}), **dict(zip(grid, values, strict=True)), "seed": seed}
+        for values in itertools.product(*grid.values())
+        for seed in plan["seeds"]
+    ]

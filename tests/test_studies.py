@@ -1,0 +1,104 @@
+"""Studies: what is computed is kept, and a study that was stopped goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from studies import harness
+from studies.__main__ import main
+
+TOY = """
+def cell(settings, data):
+    if settings["seed"] == STOP:
+        raise KeyboardInterrupt
+    return [{"double": 2 * settings["n"]}, {"double": 0}]
+
+def figure(table):
+    from matplotlib.figure import Figure
+    return Figure()
+
+def paragraph(table):
+    return f"{len(table)} rows"
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of its own, whose third seed stops it."""
+    plan = {"question": "Twice?", "grid": {"n": [1, 2]}, "seeds": [0, 1, 2], "fixed": {"a": 3}}
+    plan["smoke"] = {"seeds": [0]}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(harness, "HOME", tmp_path)
+    monkeypatch.setattr("studies.__path__", [str(tmp_path)])
+    import studies.toy
+
+    studies.toy.STOP = 2
+    return tmp_path
+
+
+def test_a_stopped_study_keeps_what_it_has_and_goes_on(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import studies.toy
+
+    assert main(["toy"]) == 130
+    assert "goes on" in capsys.readouterr().err
+    kept = list((toy / "results/toy/cells").glob("*.json"))
+    assert len(kept) == 2  # n = 1, seeds 0 and 1
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    studies.toy.STOP = None
+    assert main(["toy"]) == 0
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    table = (toy / "results/toy/table.csv").read_text().splitlines()
+    assert table[0] == "a,n,seed,double"
+    assert len(table) == 1 + 2 * 2 * 3
+    text = (toy / "results/toy/README.md").read_text()
+    assert "12 rows" in text
+    assert "python -m studies toy" in text
+
+
+def test_one_row_is_computed_anew(toy: Path) -> None:
+    import studies.toy
+
+    studies.toy.STOP = None
+    assert main(["toy"]) == 0
+    kept = sorted((toy / "results/toy/cells").glob("*.json"))
+    for path in kept:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
+    assert main(["toy", "--row", "3"]) == 0
+    assert sum("mark" not in json.loads(path.read_text()) for path in kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["toi"], "toi"), (["toy", "--row", "99"], "99")],
+)
+def test_what_does_not_exist_is_refused(
+    toy: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import studies.toy
+
+    studies.toy.STOP = None
+    assert main(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", harness.names())
+def test_every_study_runs(name: str, tmp_path: Path) -> None:
+    plan = yaml.safe_load((harness.HOME / f"{name}.yaml").read_text())
+    arguments = [name, "--smoke", "--out", str(tmp_path)]
+    if "data" in plan:
+        made = tmp_path / plan["data"]
+        made.mkdir()
+        words = ["one thought", "another thought", "nothing at all", "it was late", "she said so"]
+        for book in range(8):
+            text = " ".join(words[(book + i * i) % 5] for i in range(400))
+            (made / f"author{book % 3} - book{book}.md").write_text(text)
+        arguments += ["--data", str(tmp_path)]
+    assert main(arguments) == 0
+    out = tmp_path / f"{name}_smoke"
+    assert {"table.csv", "figure.png", "README.md"} <= {path.name for path in out.iterdir()}
