@@ -27,8 +27,8 @@ from torch import Tensor
 import ltm_pyro as ltm
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.run.scoring import spread
 
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 SYMBOLS = 257

@@ -33,6 +33,9 @@ _HOME = {
     "guide_families": "ltm_pyro.inference.guides",
     "check_guide": "ltm_pyro.inference.guides.contract",
     "DualRateSVI": "ltm_pyro.inference.clocks.svi",
+    "Callback": "ltm_pyro.inference.callbacks",
+    "HeldOutBound": "ltm_pyro.diagnostics.held_out",
+    "EarlyStopping": "ltm_pyro.diagnostics.held_out",
     "Posterior": "ltm_pyro.inference.posterior",
     "generate": "ltm_pyro.inference.generation",
     "evaluate": "ltm_pyro.diagnostics.bounds",
@@ -82,6 +85,8 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.evidence import importance_bound as importance_bound
     from ltm_pyro.diagnostics.gaps import gap_decomposition as gap_decomposition
     from ltm_pyro.diagnostics.gradients import gradient_noise as gradient_noise
+    from ltm_pyro.diagnostics.held_out import EarlyStopping as EarlyStopping
+    from ltm_pyro.diagnostics.held_out import HeldOutBound as HeldOutBound
     from ltm_pyro.diagnostics.information import information_by_block as information_by_block
     from ltm_pyro.diagnostics.published import as_published as as_published
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
@@ -90,6 +95,7 @@ if TYPE_CHECKING:
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
     from ltm_pyro.exclusive import exclusively as exclusively
     from ltm_pyro.export import to_datatree as to_datatree
+    from ltm_pyro.inference.callbacks import Callback as Callback
     from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI
     from ltm_pyro.inference.generation import generate as generate
     from ltm_pyro.inference.guides import LocalGuide as LocalGuide

@@ -6,7 +6,7 @@ Every public function that samples therefore holds one lock of the process, so t
 is what one thread would have got. A thread may enter again what it holds. Work that should run side
 by side belongs into processes.
 
-A callback that is called under the lock (`on_step` of a fit) must not wait for another thread that
+What is called under the lock (a fit's callbacks) must not wait for another thread that
 wants it. Code outside this package that draws from torch's global generator, or runs a Pyro
 program, in another thread at the same time, takes `exclusively` itself.
 """

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     CALIBRATE = 8
     DROPOUT = 9
     TOKENS = 10
+    HELD_OUT = 11
 
 
 def derive_seed(seed: int, stream: Stream, step: int = 0) -> int:

@@ -87,7 +87,10 @@ def _scores(svi: Any, post: Any, batch: Any, scores: Any) -> dict[str, Call]:
             _of(x=x, mask=None, ids=torch.arange(3), documents=torch.arange(3), corpus="c"),
         ),
         "infer": (svi.infer, _of(batch=batch, steps=2, seed=1, warm_start=False)),
-        "fit": (svi.fit, _of(data=batch, steps=1, batch_size=2, progress=False, on_step=None)),
+        "fit": (
+            svi.fit,
+            _of(data=batch, steps=1, batch_size=2, progress=False, callbacks=[], held_out=None),
+        ),
         "DualRateSVI": (
             ltm.DualRateSVI,
             _of(

@@ -20,6 +20,7 @@ from torch import Tensor
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
+from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.schedules import slow_kl_weight
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
@@ -270,7 +271,12 @@ def test_fit_goes_on_where_it_ended() -> None:
     halved.horizon = 6
     seen: list[float] = []
     halved.fit(Data(), steps=3, batch_size=5, progress=False)
-    halved.fit(Data(), 3, batch_size=5, progress=False, on_step=lambda r: seen.append(r["step"]))
+
+    class Seen(Callback):
+        def on_step(self, svi: DualRateSVI, row: dict[str, float]) -> None:
+            seen.append(row["step"])
+
+    halved.fit(Data(), 3, batch_size=5, progress=False, callbacks=[Seen()])
     assert seen == [4.0, 5.0, 6.0]
     assert_same(weights(halved), weights(straight))
 

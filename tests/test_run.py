@@ -20,6 +20,7 @@ from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.mixture import MixtureCorpus
 from ltm_pyro.data.tokenizer import ByteTokenizer
+from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
@@ -29,7 +30,7 @@ from ltm_pyro.run.changes import first_change
 from ltm_pyro.run.checkpoint import Checkpoint
 from ltm_pyro.run.files import new_folder, refuse_protected, write_atomic, writing
 from ltm_pyro.run.metrics import MetricsFile
-from ltm_pyro.run.scoring import json_value, per_sequence_csv, score_run, spread, summary
+from ltm_pyro.run.scoring import json_value, per_sequence_csv, score_run, summary
 
 STEPS = 4
 

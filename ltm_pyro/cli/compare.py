@@ -60,8 +60,8 @@ def run(arguments: list[str]) -> int:
 def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[Comparison, str]:
     """The comparison, and a line on each file that it was written to."""
     from ltm_pyro.diagnostics.compare import compare
+    from ltm_pyro.diagnostics.held_out import spread
     from ltm_pyro.inference.objectives import build_objective
-    from ltm_pyro.run.scoring import spread
 
     fitted = open_run(options.run, options.device)
     corpus, config = fitted.corpus(), fitted.config

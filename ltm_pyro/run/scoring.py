@@ -16,10 +16,10 @@ import xarray as xr
 from ltm_pyro.capacity import count
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
+from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
@@ -139,23 +139,6 @@ def published_table(
     draws = run.config.eval_draws if draws is None else draws
     batch = spread(getattr(corpus, split), sequences)
     return as_published(run.svi, batch, steps=run.config.eval_fast_steps, draws=draws, seed=seed)
-
-
-def spread(split: SequenceSet, count: int) -> Batch:
-    """`count` sequences drawn over the documents of a split, or all where there are fewer.
-
-    Each document gives its share, to within one: as much of the draw as it is of the split, at even
-    distances. So the draw holds as many documents as it can, and its perplexity estimates that of
-    the split.
-
-    Raises:
-        InputError: if `count` is not above 0.
-    """
-    if count < 1:
-        raise InputError(f"{count} sequences: must be 1 or more")
-    n = len(split)
-    # Sequences stand in the order of their documents, so even distances are shares of documents.
-    return split.batch(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)))
 
 
 def _refuse_long(prefix: int, batch: Batch) -> None:

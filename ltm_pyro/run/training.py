@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
+from ltm_pyro.inference.callbacks import Callback
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.course import Metrics
 from ltm_pyro.run.files import refuse_protected, writing
@@ -26,7 +28,12 @@ def go_on(row: Metrics) -> bool:
 
 
 def train(
-    run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
+    run: Run,
+    corpus: Corpus,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    after_step: AfterStep = go_on,
 ) -> None:
     """Goes on with the fit to its last step. Does nothing where it is there already.
 
@@ -34,10 +41,12 @@ def train(
         run: The run, at any step.
         corpus: Its corpus.
         progress: Show a progress bar on stderr.
+        callbacks: Follow the fit; see `DualRateSVI.fit`.
         after_step: Called with the metrics of each slow step; `True` stops the fit there.
 
     Raises:
-        Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
+        Interrupted: if `after_step` or a callback said so; the checkpoint is of the last finished
+            step.
         NonFiniteError: on NaN; the checkpoint is of the last good step.
         ProcessLostError: if another process is gone; the last checkpoint is whole.
         InputError: if the folder cannot be written, or another fit writes to it; its last
@@ -46,28 +55,36 @@ def train(
     """
     if run.svi.slow_step < run.config.steps:
         with run.writing():
-            _train(run, corpus, progress, after_step)
+            _train(run, corpus, progress, callbacks, after_step)
 
 
-def _train(run: Run, corpus: Corpus, progress: bool, after_step: AfterStep) -> None:
+def _train(
+    run: Run,
+    corpus: Corpus,
+    progress: bool,
+    callbacks: Sequence[Callback],
+    after_step: AfterStep,
+) -> None:
     svi, config = run.svi, run.config
     remaining, first = config.steps - svi.slow_step, run.parallel.first
     run.parallel.lead(lambda: _ready(run))
     if config.compile:
         run.model.compile_fast_loop()
 
-    def on_step(row: Metrics) -> None:
-        if first:
-            run.metrics_file.append(row)
-        # Saved first: what comes after may fail, e.g. to print.
-        if svi.slow_step % config.checkpoint_every == 0:
-            run.save()
-        if after_step(row) or run.parallel.stopping:
-            raise Interrupted
+    class Keeper(Callback):
+        """Writes metrics and checkpoints; before other callbacks, which may fail."""
+
+        def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
+            if first:
+                run.metrics_file.append(row)
+            if svi.slow_step % config.checkpoint_every == 0:
+                run.save()
+            return after_step(row)
 
     try:
-        svi.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
-    except (Interrupted, NonFiniteError):
+        followers = [Keeper(), *callbacks]
+        svi.fit(corpus.train, remaining, config.batch_size, progress=progress, callbacks=followers)
+    except NonFiniteError:
         run.save()
         raise
     except InputError:
@@ -80,6 +97,8 @@ def _train(run: Run, corpus: Corpus, progress: bool, after_step: AfterStep) -> N
             _save_in_spite(run.save if run.parallel.size == 1 else run.save_alone)
         raise
     run.save()
+    if svi.slow_step < config.steps:
+        raise Interrupted
 
 
 def _save_in_spite(save: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ that was interrupted goes on bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import index
@@ -27,8 +27,9 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
-from ltm_pyro.errors import InputError, NonFiniteError, shown
+from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import nested
+from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.infer import fit_shared
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
@@ -89,6 +90,7 @@ class DualRateSVI:
         slow_step: Slow steps done.
         whole: Whether everything is as `slow_step` left it; not so while a step changes weights.
         horizon: Slow steps over which the slow schedules run; set by the first `fit`.
+        batch_size: B of the last `fit`.
         tokenizer: By which `infer` reads text: that of the corpus it was fitted on last.
     """
 
@@ -118,6 +120,7 @@ class DualRateSVI:
         self.slow_step = 0
         self.whole = True
         self.horizon: int | None = None
+        self.batch_size: int | None = None
         self.metrics = Course()
         slow_parameters = [*model.parameters(), *guide.shared_parameters()]
         # What the caller has frozen stays frozen.
@@ -303,9 +306,10 @@ class DualRateSVI:
         batch_size: int = 16,
         *,
         progress: bool = True,
-        on_step: Callable[[Metrics], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        held_out: Evaluation | None = None,
     ) -> Course:
-        """`steps` slow steps over the training set.
+        """`steps` slow steps over the training set, or fewer where a callback stops it.
 
         The first call sets the horizon of the slow schedules to `steps`; a later call goes on from
         where the last ended, at the schedules' last values.
@@ -316,7 +320,8 @@ class DualRateSVI:
             steps: Slow steps to do now.
             batch_size: B, of all processes together.
             progress: Show a progress bar on stderr.
-            on_step: Called with the metrics after each slow step, e.g. to save.
+            callbacks: Follow the fit and may stop it.
+            held_out: Scores held-out text every some steps: `HeldOutBound(corpus.val, every=50)`.
 
         Returns:
             The metrics of these steps.
@@ -325,17 +330,18 @@ class DualRateSVI:
             InputError: if `steps` or `batch_size` is not above 0.
             NonFiniteError: on NaN, before any weight has changed.
         """
-        if on_step is not None and not callable(on_step):
-            raise InputError(f"on_step is {shown(on_step)}: must be a function of the metrics")
+        callbacks = followers(callbacks, held_out)
         if steps <= 0 or batch_size <= 0:
             raise InputError(f"steps={steps}, batch_size={batch_size}: both must be above 0")
         self.tokenizer = tokenizer_of(data, self.tokenizer)
         data = training_data(data)
         if self.horizon is None:
             self.horizon = self.slow_step + steps
-        first = len(self.metrics)
+        self.batch_size = batch_size
+        first, last = len(self.metrics), self.slow_step + steps
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
-        with bar, self.execution.memory(self.model):
+        following = followed(self, callbacks, held_out, last)
+        with bar, self.execution.memory(self.model), following as after:
             for _ in range(steps):
                 row = self.step(
                     rows_of_step(
@@ -349,8 +355,8 @@ class DualRateSVI:
                 )
                 bar.update()
                 bar.set_postfix(headline(row))
-                if on_step is not None:
-                    on_step(row)
+                if after(row):
+                    break
         return Course(self.metrics[first:])
 
     @door
