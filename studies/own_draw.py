@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ltm_pyro as ltm
+from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.mean_field import MeanField
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
-from ltm_pyro.run.scoring import spread
 from studies.common import config_of, fitted, over_seeds
 
 LOG_VARIANCE = -5.0
