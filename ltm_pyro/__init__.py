@@ -60,6 +60,9 @@ _HOME = {
     "gradient_noise": "ltm_pyro.diagnostics.gradients",
     "information_by_block": "ltm_pyro.diagnostics.information",
     "load_run": "ltm_pyro.run",
+    "compare_runs": "ltm_pyro.run",
+    "RunComparison": "ltm_pyro.run",
+    "sweep": "ltm_pyro.run",
     "to_datatree": "ltm_pyro.export",
 }
 
@@ -114,7 +117,10 @@ if TYPE_CHECKING:
     from ltm_pyro.models.priors import build_prior as build_prior
     from ltm_pyro.models.priors import register_prior as register_prior
     from ltm_pyro.models.simulation import simulate as simulate
+    from ltm_pyro.run import RunComparison as RunComparison
+    from ltm_pyro.run import compare_runs as compare_runs
     from ltm_pyro.run import load_run as load_run
+    from ltm_pyro.run import sweep as sweep
 
 
 def __getattr__(name: str) -> Any:

@@ -336,3 +336,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         InputError: on an unknown key (the nearest one is offered) or a value out of range.
     """
     return validated(cls, values, where)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in their places, group by group."""
+    out = dict(base)
+    for key, value in over.items():
+        mine = out.get(key)
+        if isinstance(value, Mapping) and isinstance(mine, Mapping):
+            value = merged(mine, value)
+        out[key] = value
+    return out

@@ -70,6 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the commands read: a text, and a run under each name that is read."""
     folder = tmp_path_factory.mktemp("docs")
     write_text(folder / "book.txt")
+    (folder / "grid.yaml").write_text("seed: [0, 1]")
     (folder / "novels").mkdir()
     for author in ("Austen", "Dickens", "Doyle", "Twain"):
         book = write_text(folder / "novels" / f"{author}__a_book.md")
@@ -90,13 +91,17 @@ def test_every_command_of_the_pages_runs(
     name, *given = shlex.split(RUN.sub(lambda m: m.group().replace("RUN", "runs/any"), command))
     monkeypatch.chdir(place)
     resumes = "--resume" in given
-    for read in {*given} & {g for g in given if RUN.fullmatch(g)}:
+    runs = [word for word in given if RUN.fullmatch(word)]
+    for read in runs:
         if not Path(read).exists() and (name != "fit" or resumes):
             fit_small(place, read)
     if name == "fit" and not resumes:
-        given = [*given, "--overwrite", "--device", "cpu", *SMALL["fit"]]
+        given = [*given, "--device", "cpu", *SMALL["fit"]]
+        given += [] if "--sweep" in given else ["--overwrite"]
         if "--corpus" not in given and "mixture" not in given:
             given += ["--corpus", "book.txt"]
+    elif name == "compare" and (len(runs) > 1 or not Path(runs[0], "config.json").exists()):
+        given += SMALL["evaluate"]
     elif not resumes:
         given += SMALL[name]
     assert main([name, *given]) == 0, capsys.readouterr().err

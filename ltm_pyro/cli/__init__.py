@@ -31,7 +31,7 @@ from ltm_pyro.registry import load_plugins
 COMMANDS = {
     "fit": "fit a model to text, score it, and write some",
     "evaluate": "score a fitted run on held-out text",
-    "compare": "compare guide families on a run's held-out text",
+    "compare": "compare runs, or guide families on the text of one",
     "generate": "write text with a fitted run",
     "export": "write posteriors and scores for ArviZ",
     "cost": "what a preset costs, before it is run",

@@ -38,10 +38,10 @@ def write_artefacts(run: Run, held_out: HeldOut, scores: Mapping[str, Any]) -> N
     Raises:
         InputError: if something cannot be written.
     """
-    write_atomic(run.folder / "scores.json", json_bytes(scores))
     write_atomic(run.folder / "scores.csv", per_sequence_csv(held_out).encode())
     write_posterior(run.folder / POSTERIOR, run, held_out)
     _write_figures(run, held_out)
+    write_atomic(run.folder / "scores.json", json_bytes(scores))  # the last: a sweep looks for it
 
 
 def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:

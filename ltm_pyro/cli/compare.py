@@ -1,4 +1,4 @@
-"""`ltm-pyro compare`: guide families on the held-out text of a run."""
+"""`ltm-pyro compare`: several runs on their held-out text, or guide families on that of one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,36 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import Namespace
 
-from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
+from ltm_pyro.cli.options import add_device, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
     from ltm_pyro.diagnostics.compare import Comparison
 
 _DESCRIPTION = """\
-Fit several guide families to the same held-out sequences of a run, its decoder
+Two or more run folders, or a folder of them such as fit --sweep leaves: score the
+runs on the same held-out text, and tell in one table which settings differ and what
+the errors allow: paired differences of bounds with errors clustered by document, and
+the error of training where runs differ in their seed alone. Options: --per, --csv,
+--figure and those of the scores.
+
+One run folder: fit several guide families to the same held-out sequences of a run, its decoder
 fixed, each at the same cost in decoder evaluations, and tell what the errors
 allow: which posterior is closer, by how much, and how far to trust it.
 
-Writes comparison.csv (one row per guide), comparison.nc (every sequence) and
+That writes comparison.csv (one row per guide), comparison.nc (every sequence) and
 comparison.png into the run folder.
 """
 LONGEST = 200
 """Characters of an option's value."""
+_OF_ONE = ("guides", "reference", "reference_draws", "subset", "budget", "restarts", "no_gaps")
+_OF_SEVERAL = ("per", "csv", "figure")
 
 _EXAMPLES = """\
+ltm-pyro compare runs/first runs/second --csv table.csv --figure table.png
+ltm-pyro compare runs/sweep --per byte
 ltm-pyro compare runs/demo --guides mean_field,low_rank,full_rank
 ltm-pyro compare runs/demo --guides mean_field,low_rank:rank=4,flow --reference hmc
 ltm-pyro compare runs/demo --guides amortized,semi_amortized --budget 256 --restarts 5
@@ -38,9 +49,19 @@ ltm-pyro compare runs/demo --guides amortized,semi_amortized --budget 256 --rest
 
 def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro compare`; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
+    several = len(options.run) > 1 or _holds_runs(options.run[0])
+    for name in _OF_ONE if several else _OF_SEVERAL:
+        if options[name] != parser.get_default(name):
+            whose = "one run, and several are" if several else "several runs, and one is"
+            raise InputError(f"--{name} is for {whose} given: leave it out")
+    if several:
+        return _compare_runs(options)
+    [options.run] = options.run
+    options.split = options.split or "val"
     guides = parse_guides(options.guides)
 
     from ltm_pyro.data.split import SPLITS
@@ -55,6 +76,40 @@ def run(arguments: list[str]) -> int:
     else:
         print(f"{comparison}\n\n{files}")
     return 130 if comparison.interrupted else 0
+
+
+def _holds_runs(folder: str) -> bool:
+    """Whether `folder` is none of a run, but of several."""
+    place = as_path("run folder", folder)
+    return not (place / "config.json").exists() and any(place.glob("*/config.json"))
+
+
+def _compare_runs(options: Namespace) -> int:
+    """Several runs: one table, and the files that were asked for."""
+    from ltm_pyro import plots
+    from ltm_pyro.run import compare_runs
+    from ltm_pyro.run.files import refuse_irregular, write_atomic
+    from ltm_pyro.run.scoring import json_value
+
+    for name in ("csv", "figure"):  # before the work
+        if options[name] is not None:
+            refuse_irregular(as_path(name, options[name]))
+    found = compare_runs(
+        options.run,
+        split=options.split,
+        sequences=options.sequences,
+        draws=options.draws,
+        per=options.per,
+        seed=options.seed,
+        device=options.device,
+        progress=sys.stderr.isatty(),
+    )
+    if options.csv is not None:
+        write_atomic(Path(options.csv), found.frame().to_csv().encode())
+    if options.figure is not None:
+        plots.save_figure(found.plot(), options.figure)
+    print(json.dumps(json_value(found.as_dict()), allow_nan=False) if options.json else found)
+    return 0
 
 
 def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[Comparison, str]:
@@ -142,8 +197,12 @@ def _scalar(key: str, text: str) -> str | int | float | bool | None:
 
 
 def _parser() -> Parser:
-    parser = Parser("compare", "RUN --guides A,B [OPTIONS]", _DESCRIPTION, _EXAMPLES)
-    add_run(parser)
+    parser = Parser("compare", "RUN [RUN ...] [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", type=str, nargs="+", metavar="RUN", help="run folders")
+    add_device(parser)
+    parser.add_argument("--per", type=str, help="token or byte, for several runs")
+    parser.add_argument("--csv", type=str, help="where to write the table of several runs")
+    parser.add_argument("--figure", type=str, help="where to draw several runs, as a PNG")
     parser.add_argument(
         "--guides", type=str, default="mean_field,low_rank,full_rank",
         help="families, the first is the baseline; options as low_rank:rank=4",
@@ -171,7 +230,7 @@ def _parser() -> Parser:
         action="store_true",
         help="leave out the second fits, twice as long, that tell the truncation gap",
     )
-    add_scoring(parser)
+    add_scoring(parser, split=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -43,6 +43,7 @@ ltm-pyro fit --resume --out runs/book              go on after an interruption
 ltm-pyro fit --steps 1000 --fast.steps 8 --slow.lr 1e-3
 ltm-pyro fit --corpus mixture --corpus.options.classes 4
 ltm-pyro fit --config mine.yaml --seed 1           lines like  steps: 1000
+ltm-pyro fit --sweep grid.yaml --out runs/grid     lists like  seed: [0, 1, 2]
 """
 _BROKEN_PIPE = 141
 """The exit status of a program that SIGPIPE has ended."""
@@ -55,17 +56,24 @@ def run(arguments: list[str]) -> int:
     parser = _parser(arguments)
     options: Settings = parser.parse_args(arguments, defaults=False).as_dict()
     out, file = options.pop("out", None), options.pop("config", None)
+    sweep = options.pop("sweep", None)
     resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     if out is not None and not out.strip():
         raise InputError("out is empty: name a folder")
+    if sweep is not None:
+        from ltm_pyro.cli.sweep import run_sweep
+
+        if overwrite:
+            raise InputError("--overwrite replaces one run, not a sweep's: remove their folder")
+        return run_sweep(parser, given_settings(parser, {}, file), options, sweep, out)
     given = given_settings(parser, options, file)
     with ExitStack() as held:
         if many():
             return _share(given, out, held, resume=resume, overwrite=overwrite)
         fitted, corpus, new = _open(given, out, held, resume=resume, overwrite=overwrite)
-        return _fit(fitted, corpus, new=new)
+        return fit_and_report(fitted, corpus, new=new)
 
 
 def _share(
@@ -88,13 +96,16 @@ def _share(
     fitted = share_run(parallel, None if opened is None else opened[0])
     new = parallel.say(opened is not None and opened[2])
     corpus = fitted.corpus() if opened is None else opened[1]
-    return _fit(fitted, corpus, new=new)
+    return fit_and_report(fitted, corpus, new=new)
 
 
 def _parser(arguments: list[str]) -> Parser:
     parser = Parser("fit", "[OPTIONS]", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("--out", type=str, help="the run folder (default: runs/PRESET-CORPUS)")
     parser.add_argument("--config", type=str, help="a YAML file with settings")
+    parser.add_argument(
+        "--sweep", type=str, help="a YAML file with lists of values: a fit for each of all points"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     # The help shows the defaults of the preset that stands beside it.
@@ -153,7 +164,7 @@ def _open(
     return fitted, corpus, True
 
 
-def _fit(fitted: Run, corpus: Corpus, *, new: bool) -> int:
+def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
     """Trains model and control, then reports; stops cleanly when asked to."""
     from ltm_pyro.cli.printing import describe_fit, printable, resume_line
     from ltm_pyro.run import Interrupted, train, train_control

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 def add_run(parser: Parser) -> None:
     """Which run, and where to compute."""
     parser.add_argument("run", type=str, metavar="RUN", help="a run folder, as fit leaves it")
+    add_device(parser)
+
+
+def add_device(parser: Parser) -> None:
+    """Where to compute."""
     parser.add_argument("--device", type=str, help="where to compute (default: as fitted)")
 
 
-def add_scoring(parser: Parser) -> None:
+def add_scoring(parser: Parser, split: str | None = "val") -> None:
     """Which sequences, and how many draws."""
-    parser.add_argument("--split", type=str, default="val", help="val, test or train")
+    parser.add_argument("--split", type=str, default=split, help="val, test or train")
     parser.add_argument(
         "--sequences", type=int, help="how many (default: the run's eval_sequences)"
     )

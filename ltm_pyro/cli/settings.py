@@ -11,7 +11,7 @@ import docstring_parser
 
 from ltm_pyro.cli import yaml_text
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, preset, to_dict
+from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, merged, preset, to_dict
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.reading import open_regular
 
@@ -74,7 +74,7 @@ def given_settings(parser: Parser, options: Settings, file: str | None) -> Setti
     Raises:
         InputError: if the file cannot be read or holds what is no setting.
     """
-    return _merged({} if file is None else _from_yaml(parser, Path(file)), options)
+    return merged({} if file is None else typed(parser, *read_yaml(Path(file))), options)
 
 
 def build_config(given: Settings) -> FitConfig:
@@ -89,7 +89,7 @@ def build_config(given: Settings) -> FitConfig:
     tokenizer = base["corpus"]["tokenizer"]
     if chosen.get("tokenizer", tokenizer) != tokenizer or chosen.get("name") == "mixture":
         base["corpus"]["options"] = {}
-    return from_dict(FitConfig, _merged(base, given))
+    return from_dict(FitConfig, merged(base, given))
 
 
 def _fields(
@@ -125,13 +125,18 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("`", "").replace("%", "%%").rstrip(".")
 
 
-def _from_yaml(parser: Parser, file: Path) -> Settings:
+def read_yaml(file: Path, option: str = "--config") -> tuple[Settings, str]:
+    """The values that a YAML file holds, not checked yet, and what to call it in messages.
+
+    Raises:
+        InputError: if it cannot be read or is no group of settings.
+    """
     name = shown(str(file), 200)
     try:
         with open_regular(file, links=True) as stream:
             values = yaml_text.load(stream.read(4 * yaml_text.LARGEST).decode(), name)
     except FileNotFoundError:
-        raise InputError(f"there is no file {name}: check the path after --config") from None
+        raise InputError(f"there is no file {name}: check the path after {option}") from None
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 text: save it as such") from None
     except InputError:
@@ -141,8 +146,22 @@ def _from_yaml(parser: Parser, file: Path) -> Settings:
         raise InputError(f"cannot read {name}: {why}") from None
     if not isinstance(values, dict):
         raise InputError(f"{name} holds no settings: write lines like 'steps: 300'")
+    return values, name
+
+
+def typed(parser: Parser, values: Settings, name: str) -> Settings:
+    """The values of a YAML file, known to be settings of the right types.
+
+    Args:
+        parser: Knows the types.
+        values: As they were read.
+        name: What to call the file in messages.
+
+    Raises:
+        InputError: if one is no setting, or of another type.
+    """
     if isinstance(values.get("corpus"), str):
-        values["corpus"] = {"name": values["corpus"]}
+        values = {**values, "corpus": {"name": values["corpus"]}}
     try:
         _check_keys(FitConfig, values)
         parsed: Settings = parser.parse_object(values, defaults=False).as_dict()
@@ -164,14 +183,3 @@ def _check_keys(cls: type[Any], values: Mapping[Any, Any], prefix: str = "") -> 
             raise InputError(f"{prefix}{key} is {shown(value)}: must be a group of settings")
         if group:
             _check_keys(get_type_hints(cls)[key], value, f"{key}.")
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
-    """`base` with the values of `over` in their places."""
-    out = dict(base)
-    for key, value in over.items():
-        mine = out.get(key)
-        if isinstance(value, Mapping) and isinstance(mine, Mapping):
-            value = _merged(mine, value)
-        out[key] = value
-    return out

@@ -25,6 +25,8 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+Values = NDArray[np.float64]
+
 FEW_DOCUMENTS = 5.0
 """Effective documents below which an error is too uncertain itself to rest a claim on."""
 
@@ -103,6 +105,29 @@ def clustered_ratio(
         return Estimate(value, math.nan, groups, effective)
     left_out = np.bincount(place, weights=y - value * t) / (1.0 - share)
     se = math.sqrt((groups - 1) / groups * float(np.square(left_out).sum())) / whole
+    return Estimate(value, se, groups, effective)
+
+
+def clustered_contrast(totals: Values, sizes: Values, weights: Values) -> Estimate:
+    """A weighted sum of the rates of several scores of the same documents, by the same jackknife.
+
+    A document is left out of all scores at once, so what they share of it cancels in a difference.
+    They may cut the documents in different ways: only what belongs to which document is used.
+
+    Args:
+        totals: (R, G) per score and document, e.g. nats.
+        sizes: (R, G) what they are divided by, 0 or more; some of each score above 0.
+        weights: (R,) e.g. 1 and -1 for a difference.
+    """
+    total, size = totals.sum(1, keepdims=True), sizes.sum(1, keepdims=True)
+    value = float(weights @ (total / size)[:, 0])
+    share = (sizes / size).mean(0)
+    groups, effective = int((share > 0).sum()), float(1.0 / np.square(share).sum())
+    if groups < 2 or not math.isfinite(value):
+        return Estimate(value, math.nan, groups, effective)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a score that one document is all of
+        left_out = weights @ (total / size - (total - totals) / (size - sizes))
+    se = math.sqrt((groups - 1) / groups * float(np.square(left_out).sum()))
     return Estimate(value, se, groups, effective)
 
 

@@ -10,6 +10,7 @@ from ltm_pyro.plots.calibration import rank_plot
 from ltm_pyro.plots.comparison import guide_comparison
 from ltm_pyro.plots.fit import fast_loop_traces, two_clock_curves
 from ltm_pyro.plots.gaps import convergence_curves, gap_bars
+from ltm_pyro.plots.runs import run_comparison
 from ltm_pyro.plots.scores import score_panel
 from ltm_pyro.plots.style import save_figure
 from ltm_pyro.plots.thoughts import thought_intervals
@@ -20,6 +21,7 @@ __all__ = [
     "gap_bars",
     "guide_comparison",
     "rank_plot",
+    "run_comparison",
     "save_figure",
     "score_panel",
     "thought_intervals",

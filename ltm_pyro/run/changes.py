@@ -59,6 +59,17 @@ def first_change(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | N
     return None
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, those within groups and options too."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
 def _same_items(mine: object, other: object) -> bool:
     """Whether two sequences hold the same: JSON turns a tuple into a list."""
     if isinstance(mine, list | tuple) and isinstance(other, list | tuple):

@@ -111,7 +111,7 @@ def score_run(
     if mode == "prefix" and prefix is not None:
         scored = batch.suffix(prefix)
         scored = scored.select(torch.nonzero(scored.mask.any(1))[:, 0])
-    return HeldOut(split, batch, post, again, scores, _control_scores(run, scored))
+    return HeldOut(split, batch, post, again, scores, control_scores(run, scored))
 
 
 @door
@@ -149,7 +149,7 @@ def _refuse_long(prefix: int, batch: Batch) -> None:
         )
 
 
-def _control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
+def control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
     """The control's exact scores, `None` where it was not trained to the end."""
     if not run.config.control:
         return None

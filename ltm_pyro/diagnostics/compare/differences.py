@@ -14,6 +14,7 @@ Satterthwaite (Welch 1947). A single fit allows a claim about that fit alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +59,19 @@ def paired_difference(
         difference = guide.mean(0) - base.mean(0)
     difference = np.where(np.isfinite(difference), difference, np.nan)
     sampling = clustered_ratio(difference, sizes, documents)
+    finite = [np.where(np.isfinite(fits), fits, np.nan) for fits in (guide, base)]
+    return with_training(sampling, [fits.sum(1) / sizes.sum() for fits in finite])
+
+
+def with_training(sampling: Estimate, rates: Iterable[Values]) -> Difference:
+    """An estimate whose error includes that of training.
+
+    Args:
+        sampling: Of the mean over fits, with the error of having sampled the documents.
+        rates: For each side (R,) the rates of its independent fits; of one fit nothing is known.
+    """
     parts = [(sampling.se**2, sampling.df)]
-    for fits in (guide, base):
-        if len(fits) > 1:
-            rates = np.where(np.isfinite(fits), fits, np.nan).sum(1) / sizes.sum()
-            parts.append((float(rates.var(ddof=1)) / len(fits), len(fits) - 1.0))
+    parts += [(float(r.var(ddof=1)) / len(r), len(r) - 1.0) for r in rates if len(r) > 1]
     variance = sum(v for v, _ in parts)
     spent = sum(v**2 / df for v, df in parts)
     freedom = variance**2 / spent if spent > 0 else sampling.df
@@ -72,15 +81,21 @@ def paired_difference(
 
 
 def in_words(
-    found: Estimate, comparisons: int = 1, guide: str | None = None, base: str | None = None
+    found: Estimate,
+    comparisons: int = 1,
+    guide: str | None = None,
+    base: str | None = None,
+    *,
+    unit: str = "nats",
 ) -> str:
     """What a difference says at its error, and no more.
 
     Args:
-        found: Nats per sequence, above 0 where the guide is closer to the posterior.
+        found: In `unit`, above 0 where the guide is closer to the posterior.
         comparisons: How many share the error rate.
         guide: Its name, if the claim is about one fit of it; `None` if it is about the family.
         base: The same of the baseline.
+        unit: Of the difference.
     """
     margin = found.margin(ERROR_RATE / max(comparisons, 1))
     if not (math.isfinite(found.value) and math.isfinite(margin)):
@@ -90,6 +105,6 @@ def in_words(
     if abs(found.value) > margin:
         which = "better" if found.value > 0 else "worse"
         low, high = abs(found.value) - margin, abs(found.value) + margin
-        return f"{subject}{which}{object_}, by {low:.2g} to {high:.2g} nats"
+        return f"{subject}{which}{object_}, by {low:.2g} to {high:.2g} {unit}"
     low, high = found.value - margin, found.value + margin
-    return f"not told apart (between {low:+.2g} and {high:+.2g} nats)"
+    return f"not told apart (between {low:+.2g} and {high:+.2g} {unit})"
