@@ -9,19 +9,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyro
 import pytest
 from cli_helpers import MICRO, write_text
+from registries import nothing_left_behind
 
 import ltm_pyro as ltm
 from ltm_pyro.cli import COMMANDS, main
 from ltm_pyro.config import PRESETS
 from ltm_pyro.inference.guides.base import GUIDES
-from ltm_pyro.inference.objectives import OBJECTIVES
-from ltm_pyro.models.priors.base import PRIORS
-from ltm_pyro.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,13 +151,8 @@ def own_blocks() -> list[str]:
 
 @pytest.mark.parametrize("block", own_blocks(), ids=["model", "guide", "prior", "objective", "svi"])
 def test_your_own_runs_as_printed(block: str) -> None:
-    known: list[Registry[Any]] = [GUIDES, PRIORS, OBJECTIVES]
-    before = [set(registry) for registry in known]
-    with pyro.get_param_store().scope():
+    with nothing_left_behind():
         exec(compile(block, "your_own.md", "exec"), {"__name__": "your_own"})
-    for registry, names in zip(known, before, strict=True):
-        for name in set(registry) - names:
-            registry.remove(name)
 
 
 def test_a_module_of_your_own_is_known_to_the_commands(
