@@ -29,6 +29,7 @@ from ltm_pyro import compat_arviz
 from ltm_pyro.checks import fits_memory, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.diagnostics.labels import sequence_coords
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.models.base import SITE_Z, LatentModel
@@ -134,11 +135,12 @@ def to_datatree(
         judged = {name: scores.attrs[name] for name in ("khat_limit", "draws")}
         groups["sample_stats"]["khat"] = (("sequence",), khat.values, {"units": "1", **judged})
     coords = _coordinates(chains[0], len(chains), model)
+    known = {} if batch is None else sequence_coords(batch)
     attrs = _attributes(chains[0], draws, seed)
     if isinstance(prior, ThoughtPrior):
         attrs["prior"] = prior.family
     datasets = {
-        f"/{name}": _dataset(variables, coords, attrs)
+        f"/{name}": _dataset(variables, coords, known, attrs)
         for name, variables in groups.items()
         if variables
     }
@@ -387,15 +389,21 @@ def _coordinates(post: Posterior, chains: int, model: LatentModel | None) -> dic
 
 
 def _dataset(
-    variables: dict[str, Variable], coords: dict[str, Any], attrs: dict[str, Any]
+    variables: dict[str, Variable],
+    coords: dict[str, Any],
+    sequences: dict[str, Any],
+    attrs: dict[str, Any],
 ) -> xr.Dataset:
-    """One group, with coordinates for each of its dimensions."""
+    """One group, with coordinates for each of its dimensions, and what is known of `sequences`."""
     data = xr.Dataset(variables, attrs=attrs)
     for name, size in data.sizes.items():
         known = coords.get(str(name))
         fits = known is not None and len(known) == size
         start = 1 if name == "slow_step" else 0
         data.coords[name] = known if fits else np.arange(start, start + size)
+    if "sequence" in data.sizes:
+        taken = {*data.sizes, *data.variables}
+        data = data.assign_coords({n: v for n, v in sequences.items() if n not in taken})
     for name, meaning in (("chain", CHAIN_MEANING), ("draw", DRAW_MEANING)):
         if name in data.coords:
             data.coords[name].attrs["meaning"] = meaning

@@ -112,6 +112,9 @@ def _scores(svi: Any, post: Any, batch: Any, scores: Any) -> dict[str, Call]:
                 seed=0, parallel=None,
             ),
         ),
+        "score_table": (
+            ltm.score_table, _of(scores=scores, per="byte", by="document", cluster="file")
+        ),
         "to_datatree": (
             ltm.to_datatree,
             _of(

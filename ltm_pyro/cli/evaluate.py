@@ -20,6 +20,10 @@ Modes: oracle, q saw the sequence, so the score is a bound and the KL is charged
 prefix, q saw the first tokens and its prediction of the rest is scored, which is no
 bound; prior, no posterior.
 
+Scores are per token of the run's tokenizer; two tokenizers are compared by --per byte
+or --per word (of the raw text). With --by, a table for each document, file, group or
+field of the records.
+
 Errors are clustered by document: two on either side hold 95 %. A k-hat takes 1,000
 draws; with fewer it is not judged.
 """
@@ -27,6 +31,8 @@ _EXAMPLES = """\
 ltm-pyro evaluate runs/demo
 ltm-pyro evaluate runs/demo --split test --draws 1000
 ltm-pyro evaluate runs/demo --mode prefix --prefix 32
+ltm-pyro evaluate runs/demo --per word
+ltm-pyro evaluate runs/demo --by file --sequences 1000
 ltm-pyro evaluate runs/demo --json > scores.json
 ltm-pyro evaluate runs/demo --as_published
 """
@@ -46,6 +52,11 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="what the released procedure would print of this model, corrected step by step",
     )
+    )
+    parser.add_argument(
+        "--per", type=str, default="token", help="unit of the scores: token, byte or word"
+    )
+    parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if options.seed < 0:
@@ -56,9 +67,11 @@ def run(arguments: list[str]) -> int:
             "as_published scores what q saw: leave out --mode and --prefix, or --as_published"
         )
 
-    from ltm_pyro.cli.printing import format_published, format_scores
+    from ltm_pyro.cli.printing import format_published, format_scores, format_table
+    from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.run.scoring import published_table, score_run, summary
+    from ltm_pyro.diagnostics.units import refuse_unknown, score_table
+    from ltm_pyro.run.scoring import json_value, published_table, score_run, summary
 
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
     with StopSignals() if many() else contextlib.nullcontext():
@@ -77,9 +90,12 @@ def run(arguments: list[str]) -> int:
                 shown = json.dumps(rows) if options.json else format_published(table)
                 print(shown)
             return 0
+        corpus = fitted.corpus()
+        if options.split in SPLITS and len(getattr(corpus, options.split)):
+            refuse_unknown(getattr(corpus, options.split), options.per, options.by)
         held_out = score_run(
             fitted,
-            fitted.corpus(),
+            corpus,
             split=options.split,
             mode=options.mode,
             prefix=options.prefix,
@@ -90,11 +106,17 @@ def run(arguments: list[str]) -> int:
     if not fitted.parallel.first:
         return 0
     scores = summary(fitted, held_out)
+    table = None
+    if options.by is not None:
+        table = score_table(held_out.scores, options.per, by=options.by)
+        scores["by"] = json_value(table.reset_index().to_dict("records"))
     if options.json:
         print(json.dumps(scores, allow_nan=False))
         return 0
     panel = held_out.panel(fitted.config.model.n_layers)
-    print(format_scores(scores))
+    print(format_scores(scores, options.per))
+    if table is not None:
+        print(f"\n{format_table(table)}")
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     return 0

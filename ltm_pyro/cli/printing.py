@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.config import FitConfig
+from ltm_pyro.diagnostics.perplexity import PERPLEXITIES
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.run import Run
 
 if TYPE_CHECKING:
@@ -57,26 +60,38 @@ def format_published(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def format_scores(scores: Mapping[str, Any]) -> str:
-    """The scores of `ltm_pyro.run.scoring.summary` as text, each with its errors and meaning."""
-    unit, control = scores["unit"], scores["control"]
+def format_scores(scores: Mapping[str, Any], per: str = "token") -> str:
+    """The scores of `ltm_pyro.run.scoring.summary` as text, each with its errors and meaning.
+
+    Args:
+        scores: The summary.
+        per: Unit of the perplexities: `token`, `byte` or `word`.
+
+    Raises:
+        InputError: if the text is not known, and so not how many bytes and words it has.
+    """
+    found = scores["per_unit"].get(per)
+    if found is None:
+        raise InputError(f"this corpus is no text, so that it has no {per}s: leave --per out")
+    unit = scores["unit"] if per == "token" else per
     lines = [
         f"Scores of {scores['n_sequences']} {scores['split']} sequences {_documents(scores)}, "
-        f"{scores['n_tokens']} {unit}s, mode {scores['mode']}",
+        f"{_sizes(scores)}, mode {scores['mode']}",
         f"  ({scores['mode_meaning']}; {scores['draws']} fresh draws per sequence)",
     ]
     names = [name for name in _MEANINGS if name in scores]
     for name in names:
         meaning = f"{_MEANINGS[name]}, S = {scores['draws']}"
-        lines.append(_score_line("model", name, scores, meaning, unit))
-    if control is not None:
-        for name in names:
-            what = "same decoder, no z, trained apart: exact"
-            lines.append(_score_line("control", name, control, what, unit))
-        lines += _against_control(scores["against_control"])
+        row = found["scores"][PERPLEXITIES[name][0]]
+        lines.append(_score_line("model", name, row, meaning, per, unit))
+    if "control" in found:
+        what = "same decoder, no z, trained apart: exact"
+        lines += [_score_line("control", n, found["control"], what, per, unit) for n in names]
+        lines += _against_control(found["against_control"])
     if scores["mode"] == "oracle":
+        reconstruction = found["scores"]["nll_given_z"][f"ppl_per_{per}"]
         lines.append(
-            f"  model    ppl_reconstruction per {unit} {_number(scores['ppl_reconstruction'])}: "
+            f"  model    ppl_reconstruction per {unit} {_number(reconstruction)}: "
             "not a bound, the KL is not charged"
         )
     lines.append(f"  k-hat    {scores['khat']['in_words']}{_khat_verdict(scores['khat'])}")
@@ -87,6 +102,36 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     if scores.get("note"):
         lines.append(f"  note: {scores['note']}")
     return "\n".join(lines)
+
+
+def _sizes(scores: Mapping[str, Any]) -> str:
+    """How much text was scored, in every unit that is known."""
+    sizes = [f"{scores['n_tokens']} {scores['unit']}s"]
+    if "n_bytes" in scores:
+        sizes += [] if scores["unit"] == "byte" else [f"{scores['n_bytes']} bytes"]
+        sizes.append(f"{scores['n_words']} words")
+    return ", ".join(sizes)
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The bounds by group, of `score_table(..., by=...)`."""
+    by, per = str(table.index.names[0]), _unit_of(table)
+    nats, ppl = f"nats_per_{per}", f"ppl_per_{per}"
+    lines = [f"By {printable(by)}, per {per}:"]
+    for (_, row), (group, score) in zip(table.iterrows(), table.index, strict=True):
+        if score in (PERPLEXITIES[name][0] for name in _MEANINGS):
+            name = shown(group, 32).strip("'\"")
+            lines.append(
+                f"  {name:<32} {score:<14} {_number(row[nats])} nats +- "
+                f"{_number(row[f'{nats}_sampling_se'])} sampling +- {_number(row[f'{nats}_se'])} "
+                f"MC  = {_number(row[f'bits_per_{per}'])} bits, ppl {_number(row[ppl])}  "
+                f"({int(row['n_sequences'])} sequences of {int(row['n_clusters'])} documents)"
+            )
+    return "\n".join(lines)
+
+
+def _unit_of(table: pd.DataFrame) -> str:
+    return next(str(name).removeprefix("ppl_per_") for name in table if "ppl_per_" in str(name))
 
 
 def _documents(scores: Mapping[str, Any]) -> str:
@@ -108,11 +153,16 @@ def _against_control(pairs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*lines, "    (one fit of each; that thoughts pay in training takes several seeds)"]
 
 
-def _score_line(who: str, name: str, scores: Mapping[str, Any], what: str, unit: str) -> str:
+def _score_line(who: str, name: str, row: Mapping[str, Any], what: str, per: str, unit: str) -> str:
+    """A row of `score_table`."""
+    ppl, nats = row[f"ppl_per_{per}"], f"nats_per_{per}"
+    errors = [
+        None if None in (ppl, row[e]) else ppl * row[e]
+        for e in (f"{nats}_sampling_se", f"{nats}_se")
+    ]
     return (
-        f"  {who:<8} {name:<8} per {unit} {_number(scores[name])}  "
-        f"+- {_number(scores[f'{name}_sampling_se'])} sampling  "
-        f"+- {_number(scores[f'{name}_se'])} MC  ({what})"
+        f"  {who:<8} {name:<8} per {unit} {_number(ppl)}  +- {_number(errors[0])} sampling  "
+        f"+- {_number(errors[1])} MC  = {_number(row[f'bits_per_{per}'])} bits  ({what})"
     )
 
 
@@ -124,7 +174,7 @@ def _khat_verdict(khat: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "none" if value is None else f"{value:.{digits}f}"
+    return "none" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def format_text(text: str) -> str:

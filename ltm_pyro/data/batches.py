@@ -30,6 +30,12 @@ class Origin(Protocol):
         """What is known of the sequences `ids` (B,), one row each."""
         ...
 
+    def text_sizes(
+        self, ids: NDArray[np.int64], mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Bytes (B,) and words (B,) of the raw text of the tokens in `mask` (B, T), if known."""
+        ...
+
 
 class Covariates(dict[str, Tensor]):
     """Covariates by name; one that is missing is told by its name."""
@@ -148,6 +154,22 @@ class Batch:
     def n_tokens(self) -> Tensor:
         """Scored positions per sequence, (B,) int64."""
         return self.mask.flatten(1).sum(-1) if self.mask.dim() > 1 else self.mask.long()
+
+    @cached_property
+    def text_sizes(self) -> tuple[Tensor, Tensor] | None:
+        """Bytes (B,) and white-space words (B,) of the raw text of the scored positions.
+
+        A byte belongs to the token that writes it, a word to the token in which it begins, so those
+        of a document's sequences add up to those of its text, whatever the tokenizer. `None` in a
+        batch made by hand, and where tokens stand for no text.
+        """
+        if self.origin is None or self.device.type == "meta":
+            return None
+        found = self.origin.text_sizes(self.ids.cpu().numpy(), self.mask.cpu().numpy())
+        if found is None:
+            return None
+        n_bytes, n_words = (torch.from_numpy(sizes).to(self.device) for sizes in found)
+        return n_bytes, n_words
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

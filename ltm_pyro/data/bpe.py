@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ _LONGEST_RULE = 10_000  # characters that a step of the pipeline may put in a te
 _MIN_FREQUENCY = 2  # a pair seen once is not worth an id
 # Encoded at a time: some 40 MB in the library, which keeps about 100 bytes per token for a while.
 _BATCH_CHARACTERS = 2**20
+_PRINTED = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+# GPT-2's vocabulary writes each byte as a character: its own where that can be printed, and the
+# others in turn from U+0100 on.
+_BYTES = {chr(b): b for b in _PRINTED} | {
+    chr(0x100 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTED)
+}
 
 
 class HuggingFaceTokenizer:
@@ -113,6 +120,23 @@ class HuggingFaceTokenizer:
         plain = json.loads(_engine(models.BPE()).to_str())
         parts = ("normalizer", "pre_tokenizer", "post_processor", "truncation", "added_tokens")
         return all(state.get(part) == plain.get(part) for part in parts)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """What each id writes, where every token is a run of bytes, as GPT-2's cutting makes it."""
+        if not self.cuts_between_words:
+            return None
+        vocabulary = self._engine.get_vocab(with_added_tokens=True)
+        written = [b""] * self.vocab_size
+        for token, number in vocabulary.items():
+            known = all(c in _BYTES for c in token)
+            written[number] = bytes(_BYTES[c] for c in token) if known else token.encode()
+        return written
+
+    def starts(self, text: str) -> NDArray[np.int64]:
+        """Where each token (T,) of `text` begins in it, in characters."""
+        offsets = self._engine.encode(text, add_special_tokens=False).offsets
+        return np.array([start for start, _ in offsets], dtype=np.int64)
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[Part]:
         """The tokens of documents that come in pieces, encoded in batches on all cores.

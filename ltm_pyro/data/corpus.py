@@ -248,7 +248,7 @@ class _Cutter:
         fingerprint = fingerprint_of(text.sha256, tokenizer, self.seq_len)
         table = replace(text.table, group_by=self.split_by)
         layout = SequenceLayout(
-            store.tokens, store.lengths, self.seq_len, fingerprint, tokenizer, table
+            store.tokens, store.lengths, self.seq_len, fingerprint, tokenizer, table, text
         )
         symbols = tokenizer.unit == "byte" or isinstance(tokenizer, SymbolTokenizer)
         sets: dict[str, Any] = {k: SequenceSet(layout, part, k) for k, part in parts.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from typing import Any, overload
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.metadata import DocumentTable
+from ltm_pyro.data.store import TextStore
+from ltm_pyro.data.text_units import TextUnits, has_text, runs
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
 
@@ -36,6 +39,7 @@ class SequenceLayout:
             same one.
         tokenizer: By which they became tokens.
         table: What else is known of the documents.
+        text: Their raw text.
     """
 
     def __init__(
@@ -46,9 +50,11 @@ class SequenceLayout:
         corpus: str,
         tokenizer: Tokenizer | None = None,
         table: DocumentTable | None = None,
+        text: TextStore | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._table = table
+        self._text = text
         self.tokens = tokens
         self.seq_len = seq_len
         self.corpus = corpus
@@ -90,6 +96,31 @@ class SequenceLayout:
             corpus=self.corpus,
             origin=self,
         )
+
+    def text_sizes(
+        self, ids: NDArray[np.int64], mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Bytes (B,) and words (B,) of the raw text where `mask` (B, T) is true; see `TextUnits`.
+
+        `None` where tokens stand for no text.
+        """
+        if self.tokenizer is None or not has_text(self.tokenizer):
+            return None
+        sizes = np.zeros((2, len(ids)), dtype=np.int64)
+        start, _ = self.spans(ids)
+        documents, place = np.unique(self.documents_of(ids), return_inverse=True)
+        texts: Iterable[str | None] = repeat(None)
+        if self._text is not None and getattr(self.tokenizer, "token_bytes", None) is None:
+            texts = self._text.documents(documents)  # tokens alone do not tell
+        for number, (document, text) in enumerate(zip(documents, texts, strict=False)):
+            end = self._ends[document]
+            begin = end - self.lengths[document]
+            units = TextUnits(self.tokenizer, self.tokens[begin:end], text)
+            for row in np.flatnonzero(place == number):
+                first = int(start[row] - begin)
+                for a, b in runs(mask[row]):
+                    sizes[:, row] += units(first + a, first + b)
+        return sizes[0], sizes[1]
 
     def metadata(self, ids: NDArray[np.int64]) -> pd.DataFrame:
         """What is known of the sequences `ids` (B,), one row each; see `SequenceSet.metadata`."""

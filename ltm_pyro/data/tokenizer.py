@@ -97,6 +97,11 @@ class ByteTokenizer:
     unit: Unit = "byte"
     vocab_size: int = 256
 
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """What each id writes."""
+        return [bytes([i]) for i in range(256)]
+
     def encode(self, text: str) -> NDArray[np.int64]:
         """The bytes (T,) of `text`."""
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)

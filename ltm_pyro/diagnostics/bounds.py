@@ -30,7 +30,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean
 from ltm_pyro.diagnostics.partners import partners_of
-from ltm_pyro.diagnostics.perplexity import perplexities
+from ltm_pyro.diagnostics.perplexity import bits_per_byte, perplexities
 from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
 from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
@@ -47,6 +47,7 @@ MODES = {
     "prefix": "q saw the first part of the sequence, and its prediction of the rest is scored",
     "prior": "no posterior: thoughts are drawn from the prior",
 }
+_UNITS = {"khat": "1", "n_tokens": "tokens", "n_bytes": "bytes", "n_words": "words"}
 SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
 
@@ -78,15 +79,17 @@ def evaluate(
         parallel: Processes that share the decoder's work; each then returns all scores.
 
     Returns:
-        Dataset over `sequence` (coordinates: stable ids, and `document` where the batch knows it),
-        in nats per sequence: `elbo`, `elbo_se`, `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`,
+        Dataset over `sequence` (coordinates: stable ids, `document` where the batch knows it, and
+        what else is known of the sequences, by which `groupby` and `score_table` make groups), in
+        nats per sequence: `elbo`, `elbo_se`, `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`,
         `iw_bound_se`, `log_joint`; `khat`, not judged (`nan`) from fewer than `psis.MIN_DRAWS`
-        draws; `n_tokens`; and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a sequence of
-        another document, where documents are known; `nan` where there is no other), with
-        `nll_shuffled_se`. In mode `prior` no KL is charged (`kl` is 0), because thoughts come from
-        a distribution that did not see what is scored. In mode `prefix` there are `log_predictive`
-        and its `_se` in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's prediction of the
-        rest is no bound on log p(rest | first part), and can exceed it.
+        draws; `n_tokens` and, where the raw text is known, `n_bytes` and `n_words` (parted by white
+        space; see `Batch.text_sizes`); and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a
+        sequence of another document, where documents are known; `nan` where there is no other),
+        with `nll_shuffled_se`. In mode `prior` no KL is charged (`kl` is 0), because thoughts come
+        from a distribution that did not see what is scored. In mode `prefix` there are
+        `log_predictive` and its `_se` in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's
+        prediction of the rest is no bound on log p(rest | first part), and can exceed it.
 
         Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
         scores, `objective` that q was fitted by and `objective_kl`, how it got its KL;
@@ -95,9 +98,11 @@ def evaluate(
         sequences mode `prefix` had nothing to score of; `note`, if something must be said beside
         the numbers; versions; and for all sequences together `ppl_elbo`, `ppl_iw` (mode `prefix`:
         `ppl_predictive`), `ppl_reconstruction` (not a bound), `ppl_z0`, `ppl_shuffled`: exp(total
-        nats / total tokens). `_se` is the Monte Carlo standard error given these sequences,
-        `_sampling_se` that of having sampled their documents, so that two of it on either side hold
-        95 % (`diagnostics.sampling_error`).
+        nats / total tokens); where the text is known `bits_per_byte_elbo` and `bits_per_byte_iw`
+        (`bits_per_byte_predictive`), total bits / total bytes, and `n_bytes` and `n_words`: see
+        `score_table` for all scores per token, byte and word. `_se` is the Monte Carlo standard
+        error given these sequences, `_sampling_se` that of having sampled their documents, so that
+        two of it on either side hold 95 % (`diagnostics.sampling_error`).
 
     Raises:
         InputError: if the batch does not fit the model or the posterior.
@@ -122,12 +127,14 @@ def evaluate(
             z = next(fresh_draws(q, batch.ids, min(draws, DRAWS_AT_ONCE), seed))
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
     columns["n_tokens"] = scored.n_tokens
+    if (sizes := scored.text_sizes) is not None:
+        columns["n_bytes"], columns["n_words"] = sizes
     data = xr.Dataset(
         {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
         coords=sequence_coords(scored),
     )
     for name in data.data_vars:
-        data[name].attrs["units"] = {"khat": "1", "n_tokens": "tokens"}.get(str(name), "nats")
+        data[name].attrs["units"] = _UNITS.get(str(name), "nats")
     data.attrs = {
         **_settings(post, mode, draws, seed),
         **corpus_attrs(batch),
@@ -249,6 +256,7 @@ def _totals(data: xr.Dataset) -> dict[str, Any]:
         "n_documents": 0 if documents is None else size.documents,
         "effective_documents": size.effective,
         **perplexities(data),
+        **bits_per_byte(data),
         "ppl_reconstruction_is_a_bound": "no: the KL is not charged",
     }
 

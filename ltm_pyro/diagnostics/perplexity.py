@@ -46,6 +46,25 @@ def perplexities(data: xr.Dataset) -> dict[str, float]:
     return out
 
 
+def bits_per_byte(data: xr.Dataset) -> dict[str, float]:
+    """Bytes and words of the text, and the bounds' bits per byte with their two errors.
+
+    Nothing where the text is not known.
+    """
+    if "n_bytes" not in data:
+        return {}
+    out: dict[str, float] = {name: int(data[name].sum()) for name in ("n_bytes", "n_words")}
+    n_bytes, documents = data["n_bytes"].values, documents_of(data)
+    for name in COMPARED:
+        if PERPLEXITIES[name][0] in data:
+            rate = clustered_ratio(losses(data, name), n_bytes, documents)
+            mc = monte_carlo(data, name) / out["n_bytes"]
+            label = name.replace("ppl", "bits_per_byte")
+            parts = {"": rate.value, "_se": mc, "_sampling_se": rate.error}
+            out |= {f"{label}{ending}": nats / math.log(2) for ending, nats in parts.items()}
+    return out
+
+
 def losses(data: xr.Dataset, name: str) -> NDArray[np.float64]:
     """The nats per sequence, (n,), that a perplexity adds up."""
     column, sign = PERPLEXITIES[name]
@@ -84,12 +103,15 @@ def per_token_perplexity(
     }
 
 
-def against_control(scores: xr.Dataset, control: xr.Dataset) -> dict[str, dict[str, Any]]:
+def against_control(
+    scores: xr.Dataset, control: xr.Dataset, per: str = "token"
+) -> dict[str, dict[str, Any]]:
     """Each score's ratio to the control's exact perplexity, paired sequence by sequence.
 
     Args:
         scores: Of `evaluate`.
         control: Of the decoder without thoughts, exact, for the same sequences.
+        per: What perplexities are of: `token`, `byte` or `word`, which also stands in the names.
 
     Returns:
         By name (`ppl_elbo` and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`;
@@ -100,22 +122,23 @@ def against_control(scores: xr.Dataset, control: xr.Dataset) -> dict[str, dict[s
         `verdict` that the error allows. Its 95 % are for each score alone.
     """
     out: dict[str, dict[str, Any]] = {}
+    sizes = scores[f"n_{per}s"].values
     for name in COMPARED:
         if PERPLEXITIES[name][0] not in scores:
             continue
         gap = losses(scores, name) - losses(control, "ppl_z0")
-        rate = clustered_ratio(gap, scores["n_tokens"].values, documents_of(scores))
+        rate = clustered_ratio(gap, sizes, documents_of(scores))
         # The spread over documents holds the draws' error on average; of a few documents it may
         # by luck not, where one sequence's draws are far noisier than the others'.
-        draws = _monte_carlo(scores, name) / float(scores["n_tokens"].sum())
+        draws = monte_carlo(scores, name) / float(sizes.sum())
         rate = replace(rate, se=max(rate.se, draws))
         ratio = _exp(rate.value)
         out[name] = {
             "ratio": ratio,
             "ratio_error": ratio * rate.error,
-            "difference_per_token": rate.value,
-            "difference_per_token_se": rate.se,
-            "difference_per_token_error": rate.error,
+            f"difference_per_{per}": rate.value,
+            f"difference_per_{per}_se": rate.se,
+            f"difference_per_{per}_error": rate.error,
             "documents": rate.documents,
             "verdict": _verdict(rate.value, rate.margin(), few=rate.few, bound=name in BOUNDS),
         }
@@ -137,7 +160,7 @@ def _verdict(difference: float, margin: float, *, few: bool, bound: bool) -> str
     return "this fit is worse than this fit of the control"
 
 
-def _monte_carlo(scores: xr.Dataset, name: str) -> float:
+def monte_carlo(scores: xr.Dataset, name: str) -> float:
     """Standard error of the total nats, given these sequences; 0 for exact scores."""
     error = scores.get(f"{PERPLEXITIES[name][0]}_se")
     return 0.0 if error is None else math.sqrt(float(np.square(error.values).sum()))

@@ -23,6 +23,7 @@ from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
+from ltm_pyro.diagnostics.units import UNITS, score_table
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.doors import door
@@ -167,11 +168,13 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         sequences of its columns under `nats_per_sequence`; `khat`; under `control` the
         perplexities of the decoder without thoughts, whose likelihood is exact, so that by every
         name they are that same number; under `against_control` the paired comparison of
-        `perplexity.against_control`; and under `collapse` the panel (mode `oracle`).
+        `perplexity.against_control`; under `per_unit` the rows of `score_table` per token and,
+        where the text is known, per byte and per word, with the control's and the paired
+        comparison; and under `collapse` the panel (mode `oracle`).
         What is not finite is `None`.
     """
     scores, control = held_out.scores, held_out.control
-    columns = [n for n in scores.data_vars if n not in ("khat", "n_tokens")]
+    columns = [n for n in scores.data_vars if n != "khat" and not str(n).startswith("n_")]
     panel = held_out.panel(run.config.model.n_layers)
     out = {
         "run": str(run.folder),
@@ -183,9 +186,24 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         "khat": _khat_summary(scores),
         "control": None if control is None else _control_summary(scores, control),
         "against_control": None if control is None else against_control(scores, control),
+        "per_unit": _per_unit(scores, control),
         "collapse": None if panel is None else panel.as_dict(),
     }
     return {name: json_value(value) for name, value in out.items()}
+
+
+def _per_unit(scores: xr.Dataset, control: xr.Dataset | None) -> dict[str, dict[str, Any]]:
+    """Scores, control and their comparison by each unit that the sequences are counted in."""
+    out: dict[str, dict[str, Any]] = {}
+    for unit in (unit for unit in UNITS if f"n_{unit}s" in scores):
+        out[unit] = {"scores": score_table(scores, unit).to_dict("index")}
+        if control is not None:
+            exact = score_table(control, unit).loc["nll_z0"].to_dict()
+            out[unit] |= {
+                "control": exact,
+                "against_control": against_control(scores, control, unit),
+            }
+    return out
 
 
 def _khat_summary(scores: xr.Dataset) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Scores per token, per byte and per word of the raw text; by document, by group, by position.
+
+Two tokenizers cut one text into different tokens, so that only bytes and words compare their
+scores. Every number is a ratio of totals, with the two errors of docs/errors.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from ltm_pyro.checks import one_of
+from ltm_pyro.data.sequences import SequenceSet
+from ltm_pyro.diagnostics.labels import sequence_coords
+from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, losses, monte_carlo
+from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.models.doors import door
+
+UNITS = ("token", "byte", "word")
+"""What scores may be divided by; `n_tokens`, `n_bytes` and `n_words` count it."""
+
+
+@door
+def score_table(
+    scores: xr.Dataset, per: str = "token", *, by: str | None = None, cluster: str = "document"
+) -> pd.DataFrame:
+    """Every loss per unit of text, of all sequences or of each group.
+
+    Args:
+        scores: Of `evaluate`.
+        per: `token`; or, of the raw text, `byte` or `word` (parted by white space).
+        by: A coordinate that makes groups: `document`, `file`, `group`, a field of the records.
+        cluster: The coordinate whose sequences are not independent of one another, e.g. `file`
+            where many documents are pieces of one book.
+
+    Returns:
+        A row for each score, or for each group and score, under the names of `evaluate`'s columns.
+        With `per="byte"` the columns are `nats_per_byte` (total nats of the loss, e.g. minus the
+        ELBO, over total bytes: lower is better), `nats_per_byte_se` (Monte Carlo, given these
+        sequences), `nats_per_byte_sampling_se` (of having sampled these clusters: two on either
+        side hold 95 %; `nan` of one alone), `bits_per_byte`, `ppl_per_byte`, and `n_bytes`,
+        `n_sequences` and `n_clusters`.
+
+    Raises:
+        InputError: if the text is not known, or there is no such coordinate.
+    """
+    if f"n_{one_of('unit', per, UNITS)}s" not in scores:
+        raise InputError(
+            f"scores do not tell how many {per}s there are: take the batch from a corpus of text, "
+            "which knows its own"
+        )
+    labels = None if by is None else coordinate(scores, by)
+    if cluster == "document" and "document" not in scores.coords:
+        clusters = np.arange(scores.sizes["sequence"])
+    else:
+        clusters = coordinate(scores, cluster)
+    if labels is None:
+        return _frame(_rows(scores, clusters, per), ["score"])
+    rows = []
+    names, place = np.unique(labels, return_inverse=True)
+    for number, name in enumerate(names):
+        here = np.flatnonzero(place == number)
+        rows += [
+            {by: name, **row} for row in _rows(scores[{"sequence": here}], clusters[here], per)
+        ]
+    return _frame(rows, [str(by), "score"])
+
+
+def coordinate(scores: xr.Dataset, name: str) -> NDArray[Any]:
+    """The value (n,) of a coordinate for each sequence.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    known = {str(k): v for k, v in scores.coords.items() if v.dims == ("sequence",)}
+    if not isinstance(name, str) or name not in known:
+        raise unknown_name("coordinate of the scores", name, known)
+    values: NDArray[Any] = known[name].values
+    return values
+
+
+def refuse_unknown(split: SequenceSet, per: str, by: str | None) -> None:
+    """Refuses, before anything is scored, a unit or coordinate that the split does not have.
+
+    Raises:
+        InputError: as `score_table` does.
+    """
+    batch = split.batch([0])
+    sizes = [] if batch.text_sizes is None else ["n_bytes", "n_words"]
+    empty = xr.Dataset({n: ("sequence", [1]) for n in ["n_tokens", *sizes]})
+    score_table(empty.assign_coords(sequence_coords(batch)), per, by=by)
+
+
+def _frame(rows: list[dict[str, Any]], index: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=None if rows else index).set_index(index)
+
+
+def _rows(scores: xr.Dataset, clusters: NDArray[Any], per: str) -> list[dict[str, Any]]:
+    """One row for each loss."""
+    column = f"n_{per}s"
+    sizes = scores[column].values
+    rows = []
+    for name, (score, _) in PERPLEXITIES.items():
+        if score not in scores:
+            continue
+        rate = clustered_ratio(losses(scores, name), sizes, clusters)
+        nats = f"nats_per_{per}"
+        rows.append(
+            {
+                "score": score,
+                nats: rate.value,
+                f"{nats}_se": monte_carlo(scores, name) / float(sizes.sum()),
+                f"{nats}_sampling_se": rate.error,
+                f"bits_per_{per}": rate.value / math.log(2),
+                f"ppl_per_{per}": float(np.exp(rate.value)),
+                column: int(sizes.sum()),
+                "n_sequences": len(sizes),
+                "n_clusters": rate.documents,
+            }
+        )
+    return rows
