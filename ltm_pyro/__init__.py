@@ -38,6 +38,8 @@ _HOME = {
     "EarlyStopping": "ltm_pyro.diagnostics.held_out",
     "Posterior": "ltm_pyro.inference.posterior",
     "generate": "ltm_pyro.inference.generation",
+    "embed": "ltm_pyro.inference.thoughts",
+    "interpolate": "ltm_pyro.inference.thoughts",
     "evaluate": "ltm_pyro.diagnostics.bounds",
     "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
     "as_published": "ltm_pyro.diagnostics.published",
@@ -112,6 +114,8 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.objectives import build_objective as build_objective
     from ltm_pyro.inference.objectives import register_objective as register_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior
+    from ltm_pyro.inference.thoughts import embed as embed
+    from ltm_pyro.inference.thoughts import interpolate as interpolate
     from ltm_pyro.models.base import LatentModel as LatentModel
     from ltm_pyro.models.contract import check_model as check_model
     from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel

@@ -52,6 +52,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
     corpus = ltm.load_corpus(str(text), seq_len=12, cache_dir=folder)
     batch = corpus.train.batch([0, 1, 2])
     svi = ltm.DualRateSVI(model, "mean_field", fast=ltm.Fast(steps=2))
+    svi.tokenizer = corpus.tokenizer
     post = svi.infer(batch)
     scores = ltm.evaluate(model, post, batch, draws=2)
     oracle = ltm.LinearGaussian(torch.randn(4, 2), 0.5)
@@ -72,8 +73,13 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
             ltm.generate,
             _of(
                 model=model, tokenizer=corpus.tokenizer, prompt="a", z=None, n=1, seed=0, length=5,
-                svi=svi, greedy=False, temperature=1.0, top_k=None, top_p=None,
+                max_new_tokens=None, svi=svi, greedy=False, temperature=1.0, top_k=None, top_p=None,
             ),
+        ),
+        "embed": (ltm.embed, _of(fitted=svi, texts=["a"], steps=1, seed=0, progress=False)),
+        "interpolate": (
+            ltm.interpolate,
+            _of(fitted=svi, first="a", second="b", n=2, seed=0, steps=1, length=3),
         ),
         "load_run": (ltm.load_run, _of(folder=folder / "none", device=None, parallel=None)),
     }  # fmt: skip

@@ -14,7 +14,7 @@ from ltm_pyro.run import Run
 from ltm_pyro.run.files import json_bytes, write_atomic
 from ltm_pyro.run.scoring import HeldOut, per_sequence_csv
 
-POSTERIOR = "posterior.nc"
+POSTERIOR, EMBEDDING = "posterior.nc", "embedding.csv"
 FILES = {
     "config.json": "settings, versions, and what the corpus was",
     "tokenizer.json": "the tokenizer",
@@ -24,6 +24,7 @@ FILES = {
     "scores.json": "held-out scores with errors, the control's, and the collapse panel",
     "scores.csv": "held-out scores per sequence, in nats",
     POSTERIOR: "posteriors, scores and the fit's course, as ArviZ reads them",
+    EMBEDDING: "posterior means and standard deviations of each sequence, by `export --embed`",
     "training.png": "the two clocks: elbo and its parts, and both learning rates",
     "fast_loop.png": "how q was fitted, sequence by sequence",
     "thoughts.png": "posterior intervals of z",

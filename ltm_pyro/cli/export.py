@@ -13,11 +13,13 @@ from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
 Infer the posteriors of held-out sequences, score them, and write both with what
-led to them as a NetCDF file in ArviZ's schema.
+led to them as a NetCDF file in ArviZ's schema. With --embed instead their posterior
+means and standard deviations as a table, for other people's classifiers.
 """
 _EXAMPLES = """\
 ltm-pyro export runs/demo                          runs/demo/posterior.nc
 ltm-pyro export runs/demo --split test --out test.nc
+ltm-pyro export runs/demo --embed                  runs/demo/embedding.csv
 python -c "import xarray; print(xarray.open_datatree('runs/demo/posterior.nc'))"
 """
 
@@ -26,25 +28,31 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro export`; returns the exit status."""
     parser = Parser("export", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument("--out", type=str, help="the file (default: RUN/posterior.nc)")
+    parser.add_argument(
+        "--out", type=str, help="the file (default: RUN/posterior.nc, or RUN/embedding.csv)"
+    )
+    parser.add_argument(
+        "--embed", action="store_true", help="means, sds and metadata of each sequence as CSV"
+    )
     add_scoring(parser)
     options = parser.parse_args(arguments)
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
 
-    from ltm_pyro.cli.artefacts import POSTERIOR
+    from ltm_pyro.cli.artefacts import EMBEDDING, POSTERIOR
     from ltm_pyro.cli.printing import printable
     from ltm_pyro.run.files import refuse_irregular, refuse_protected
     from ltm_pyro.run.lock import sole_writer
 
     folder = as_path("run folder", options.run)
-    target = folder / POSTERIOR if options.out is None else as_path("out", options.out)
+    name = EMBEDDING if options.embed else POSTERIOR
+    target = folder / name if options.out is None else as_path("out", options.out)
     inside = target.parent.resolve() == folder.resolve()
     if not inside:
         refuse_protected(target.parent)
     refuse_irregular(target)
     with writing_to(options.run) if inside else sole_writer(target):
-        _export(options, target)
+        (_embed if options.embed else _export)(options, target)
     print(f"wrote {printable(str(target))}")
     return 0
 
@@ -63,3 +71,19 @@ def _export(options: Namespace, target: Path) -> None:
         seed=options.seed,
     )
     write_posterior(target, fitted, held_out)
+
+
+def _embed(options: Namespace, target: Path) -> None:
+    from ltm_pyro.data.split import SPLITS
+    from ltm_pyro.errors import unknown_name
+    from ltm_pyro.inference.thoughts import embed
+    from ltm_pyro.run.files import write_atomic
+    from ltm_pyro.run.scoring import spread
+
+    if options.split not in SPLITS:
+        raise unknown_name("split", options.split, SPLITS)
+    fitted = open_run(options.run, options.device)
+    split = getattr(fitted.corpus(), options.split)
+    batch = spread(split, len(split) if options.sequences is None else options.sequences)
+    frame = batch.metadata.join(embed(fitted, batch, fitted.config.eval_fast_steps))
+    write_atomic(target, frame.to_csv().encode())

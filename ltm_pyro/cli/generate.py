@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ltm_pyro.cli.options import add_run, open_run
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
+from ltm_pyro.reading import as_path
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _DESCRIPTION = """\
 Write text with a run. With a prompt, the thoughts of each text are drawn from the
-posterior given the prompt; without one, from the prior. The same seed writes the
-same texts.
+posterior given the prompt; without one, from the prior; or they are those of --z, or
+lie between those of two texts. The same seed writes the same texts.
 """
 _EXAMPLES = """\
 ltm-pyro generate runs/demo
 ltm-pyro generate runs/demo --prompt "The with statement" --n 3 --seed 1
 ltm-pyro generate runs/demo --prompt "The" --temperature 0.7 --top-p 0.9
+ltm-pyro generate runs/demo --between "A cold day." "How to open a file" --n 5
+ltm-pyro generate runs/demo --z thoughts.npy --max_new_tokens 64
 """
+
+
+def _thoughts(path: str) -> NDArray[Any]:
+    """The numbers in a file of NumPy's. Nothing in it is executed.
+
+    Raises:
+        InputError: if there are none.
+    """
+    import numpy as np
+
+    file = as_path("z", path)
+    if not file.is_file():
+        raise InputError(f"there is no file {str(file)!r}: write one with numpy.save")
+    try:
+        array = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"cannot read z from {str(file)!r}: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        raise InputError(
+            f"z {str(file)!r} is no array of NumPy's: write it with numpy.save(file, post.mean)"
+        ) from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"z {str(file)!r} holds several arrays: save one alone by numpy.save")
+    return array
 
 
 def run(arguments: list[str]) -> int:
@@ -23,11 +55,21 @@ def run(arguments: list[str]) -> int:
     parser = Parser("generate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
     parser.add_argument("--prompt", type=str, help="text to go on from")
-    parser.add_argument("--n", type=int, default=1, help="how many texts")
+    parser.add_argument(
+        "--z", type=str, metavar="FILE.npy", help="thoughts (K, D) or (n, K, D), e.g. of post.mean"
+    )
+    parser.add_argument(
+        "--between", type=str, nargs=2, metavar=("A", "B"),
+        help="texts on the line between the thoughts of two texts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--n", type=int, help="how many texts (default: 1, all of --z, 5 of --between)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of thoughts and tokens")
     parser.add_argument(
         "--length", type=int, help="tokens per text, prompt included (default: all it can)"
     )
+    parser.add_argument("--max_new_tokens", type=int, help="instead: tokens after the prompt")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier text")
     parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
@@ -38,23 +80,22 @@ def run(arguments: list[str]) -> int:
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}: must be 0 or more")
 
+    if options.z is not None and options.between is not None:
+        raise InputError("--z and --between both say where thoughts come from: give one of them")
+
     from ltm_pyro.cli.printing import printable
     from ltm_pyro.inference.generation import generate
+    from ltm_pyro.inference.thoughts import interpolate
 
+    z = None if options.z is None else _thoughts(options.z)
     fitted = open_run(options.run, options.device)
-    texts = generate(
-        fitted.model,
-        fitted.tokenizer,
-        prompt=options.prompt,
-        n=options.n,
-        seed=options.seed,
-        length=options.length,
-        svi=fitted.svi,
-        greedy=options.greedy,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    )
+    names = ("prompt", "seed", "length", "max_new_tokens", "greedy", "temperature", "top_k")
+    rule = {name: getattr(options, name) for name in (*names, "top_p")}
+    if options.between is not None:
+        n = 5 if options.n is None else options.n
+        texts = interpolate(fitted, options.between[0], options.between[1], n, **rule)
+    else:
+        texts = generate(fitted.model, fitted.tokenizer, z=z, n=options.n, svi=fitted.svi, **rule)
     for i, text in enumerate(texts, start=1):
         print(f"=== text {i} of {len(texts)}, seed {options.seed}\n{printable(text)}")
     return 0

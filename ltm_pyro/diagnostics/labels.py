@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from ltm_pyro.data.batches import Batch
 
-_TAKEN = frozenset(
-    ["sequence", "token", "chain", "draw", "thought", "dim", "z", "x", "tokens", "mask", "elbo", "kl", "khat", "iw_bound", "log_joint", "log_p", "log_q", "log_predictive", "log_score", "nll_given_z", "nll_z0", "nll_shuffled", "n_tokens", "n_bytes", "n_words", "slow_step", "fast_step", "guide", "reference", "metric", "bound", "method"]
-)
+_TAKEN = {
+    "sequence", "token", "chain", "draw", "thought", "dim", "z", "x", "tokens", "mask", "elbo",
+    "kl", "khat", "iw_bound", "log_joint", "log_p", "log_q", "log_predictive", "log_score",
+    "nll_given_z", "nll_z0", "nll_shuffled", "n_tokens", "n_bytes", "n_words", "slow_step",
+    "fast_step", "guide", "reference", "metric", "bound", "method",
+}  # fmt: skip
 """Names of dimensions and columns: a field of a record that is called so gets `record.`."""
 
 

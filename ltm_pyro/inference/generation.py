@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ltm_pyro.capacity import count
-from ltm_pyro.data.batches import Batch
+from ltm_pyro.checks import whole_number
+from ltm_pyro.data.batches import Batch, as_tensor
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -30,10 +34,11 @@ def generate(
     tokenizer: Tokenizer,
     *,
     prompt: str | Sequence[str] | None = None,
-    z: Tensor | None = None,
-    n: int = 1,
+    z: Tensor | NDArray[Any] | None = None,
+    n: int | None = None,
     seed: int = 0,
     length: int | None = None,
+    max_new_tokens: int | None = None,
     svi: DualRateSVI | None = None,
     greedy: bool = False,
     temperature: float = 1.0,
@@ -49,10 +54,11 @@ def generate(
         model: The model.
         tokenizer: Turns text into tokens and back.
         prompt: One or several texts to go on from; they may differ in length.
-        z: Thoughts (K, D), or (n, K, D), used as they are.
-        n: Texts per prompt.
+        z: Thoughts (K, D), or (n, K, D), used as they are, e.g. `svi.infer(text).mean`.
+        n: Texts per prompt; by default one for each of `z`, or one.
         seed: The same seed gives the same texts.
         length: Tokens per text, the prompt included; the model's `seq_len` by default.
+        max_new_tokens: Instead of `length`: tokens after the prompt.
         svi: Whose guide and fast clock fit q to a prompt; mean field by default.
         greedy: Always the likeliest token.
         temperature: Divides the logits.
@@ -60,25 +66,25 @@ def generate(
         top_p: Nucleus: keep the likeliest tokens up to this probability.
 
     Returns:
-        `n` texts for each prompt in turn, prompts included.
+        `n` texts for each prompt in turn, prompts included. The j-th texts of two calls with the
+        same seed share their random numbers, so that they differ by `z` and prompt alone.
 
     Raises:
         InputError: if a prompt is longer than the sequence, or an option is out of range.
     """
     rule = SamplingRule(greedy=greedy, temperature=temperature, top_k=top_k, top_p=top_p)
-    length = model.config.seq_len if length is None else length
+    z = None if z is None else _given_thoughts(z)
+    n = (len(z) if z is not None and z.dim() == 3 else 1) if n is None else n
     shape = model.config
     each = 8 * shape.n_layers * shape.width * min(shape.window, shape.seq_len)  # keys and values
     count("n", n, at_most=_MOST_TEXTS, bytes_each=each)
-    if not 1 <= length <= model.config.seq_len:
-        raise InputError(f"length is {length}: must be from 1 to {model.config.seq_len}")
     for method in ("encode", "decode"):
         if not callable(getattr(tokenizer, method, None)):
             raise InputError(f"tokenizer is {shown(tokenizer)}: must be one, e.g. corpus.tokenizer")
     prompts: list[str] = [prompt] if isinstance(prompt, str) else list(_listed(prompt))
-    given = _prompt_batch(
-        [tokenizer.encode(text).tolist() for text in prompts], length, model.device
-    )
+    encoded = [tokenizer.encode(text).tolist() for text in prompts]
+    length = _length(model.config.seq_len, encoded, length, max_new_tokens)
+    given = _prompt_batch(encoded, length, model.device)
     thoughts = _thoughts(model, z, given, n, svi, derive_seed(seed, Stream.SAMPLE))
     # One number a text: prompt p's text j is the same however many are asked for.
     place = torch.arange(len(thoughts), device=model.device)
@@ -91,7 +97,31 @@ def generate(
         tokens = write_tokens(
             model.decoder, thoughts, length, rule, rows.observed, rows.mask, noise
         )
-    return [tokenizer.decode(row) for row in tokens.tolist()]
+    ends = [length] * len(thoughts)
+    if given is not None and max_new_tokens is not None:
+        ends = (rows.n_tokens + max_new_tokens).tolist()
+    return [tokenizer.decode(row[:end]) for row, end in zip(tokens.tolist(), ends, strict=True)]
+
+
+def _length(
+    most: int, encoded: list[list[int]], length: int | None, max_new_tokens: int | None
+) -> int:
+    """Tokens to write, prompts included."""
+    if max_new_tokens is not None:
+        if length is not None:
+            raise InputError("length counts the prompt and max_new_tokens does not: give one")
+        whole_number("max_new_tokens", max_new_tokens, at_least=1)
+        longest = max(map(len, encoded), default=0)
+        if longest + max_new_tokens > most:
+            raise InputError(
+                f"max_new_tokens is {max_new_tokens}: after {longest} tokens of the prompt the "
+                f"model writes {max(most - longest, 0)} at most"
+            )
+        return longest + max_new_tokens
+    length = most if length is None else length
+    if not 1 <= length <= most:
+        raise InputError(f"length is {length}: must be from 1 to {most}")
+    return length
 
 
 def _prompt_batch(encoded: list[list[int]], length: int, device: torch.device) -> Batch | None:
@@ -123,8 +153,6 @@ def _thoughts(
     """(P * n, K, D), prompt by prompt."""
     rows = n * (1 if given is None else len(given))
     if z is not None:
-        if z.is_meta:
-            raise InputError("z lies on the meta device, without numbers: give thoughts")
         z = z.to(model.decoder.bos)
         shape = (rows, *model.thought_shape)
         if z.shape not in (shape, shape[1:]):
@@ -137,6 +165,21 @@ def _thoughts(
     svi = svi or DualRateSVI(model, build_guide("mean_field", model))
     draws = svi.infer(given).sample(n, seed)
     return draws.transpose(0, 1).flatten(0, 1)
+
+
+def _given_thoughts(z: object) -> Tensor:
+    """Thoughts as a tensor of real numbers.
+
+    Raises:
+        InputError: if they are none.
+    """
+    # torch warns of arrays that it could not write into, such as those of a pandas frame.
+    thoughts = as_tensor("z", z.copy() if isinstance(z, np.ndarray) else z)
+    if thoughts.is_meta:
+        raise InputError("z lies on the meta device, without numbers: give thoughts")
+    if not bool(thoughts.isfinite().all()):
+        raise InputError("z holds NaN or infinity: every number must be finite")
+    return thoughts
 
 
 def _listed(prompt: Sequence[str] | None) -> Sequence[str]:

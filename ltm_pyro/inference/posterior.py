@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
+import pandas as pd
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -15,7 +17,9 @@ from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.intervals import interval, quantiles, rows_of
 from ltm_pyro.models.drawing import draw
+from ltm_pyro.models.row_selection import select_rows
 from ltm_pyro.random import Noise, fresh_seed
 
 KL_DRAWS = 256
@@ -136,6 +140,72 @@ class Posterior:
         """Standard deviation of z under q, dimension by dimension, (B, K, D); 0 of a point mass."""
         return self.distribution.stddev
 
+    def quantile(self, q: float | Sequence[float]) -> Tensor:
+        """Quantiles of z, dimension by dimension: (B, K, D), or (Q, B, K, D) for a list.
+
+        Exact where each dimension is normal, and of a point mass the point; elsewhere from
+        `intervals.DRAWS` draws, always the same.
+
+        Args:
+            q: Between 0 and 1.
+
+        Raises:
+            InputError: if it is not.
+        """
+        return quantiles(self.distribution, self.ids, q)
+
+    def summary(self, prob: float = 0.94, kind: str = "eti") -> pd.DataFrame:
+        """Mean, standard deviation and interval of each dimension of each thought, as in ArviZ.
+
+        Args:
+            prob: What the interval holds.
+            kind: `eti`, as much on either side of it; or `hdi`, the shortest.
+
+        Returns:
+            A row for each `sequence` (its id), `thought` and `dim`; columns `mean`, `sd`, and the
+            interval's ends, named as ArviZ does, e.g. `eti_3%` and `eti_97%`.
+
+        Raises:
+            InputError: if `prob` is not between 0 and 1, or `kind` another.
+        """
+        low, high = interval(self.distribution, self.ids, prob, kind)
+        ends = [f"{kind}_{100 * p:.3g}%" for p in (0.5 - prob / 2, 0.5 + prob / 2)]
+        columns = {"mean": self.mean, "sd": self.sd, ends[0]: low, ends[1]: high}
+        thoughts, dims = self.distribution.event_shape
+        index = pd.MultiIndex.from_product(
+            [self.ids.tolist(), range(thoughts), range(dims)], names=["sequence", "thought", "dim"]
+        )
+        flat = {n: v.detach().flatten().cpu().numpy() for n, v in columns.items()}
+        return pd.DataFrame(flat, index=index)
+
+    def __getitem__(self, which: Any) -> Posterior:
+        """The posterior of some sequences.
+
+        Args:
+            which: One place (`post[3]`) or a slice of them; or the stable ids of sequences, as a
+                list or an array (`post[batch.ids[:2]]`), in any order.
+
+        Raises:
+            InputError: if there is no such place or id.
+        """
+        rows = rows_of(which, self.ids)
+        chosen = {
+            f.name: _at(rows, getattr(self, f.name), len(self))
+            for f in fields(self)
+            if f.name not in ("distribution", "prior", "trace")
+        }
+        trace = self.trace and replace(
+            self.trace,
+            **{n: getattr(self.trace, n)[:, rows] for n in ("elbo", "nll", "kl", "grad_norm")},
+        )
+        return replace(
+            self, distribution=select_rows(self.distribution, rows), trace=trace, **chosen
+        )
+
+    def __iter__(self) -> Iterator[Posterior]:
+        """The posterior of each sequence in turn."""
+        return (self[row] for row in range(len(self)))
+
     @property
     def kl_estimator(self) -> str:
         """Of `kl`: `analytic`, or `monte_carlo` where the family has no closed form."""
@@ -181,6 +251,13 @@ class Posterior:
                     f"{name} and the batch differ in covariate {shown(covariate)}: infer on this "
                     "batch"
                 )
+
+
+def _at(rows: Tensor, value: Any, size: int) -> Any:
+    """The rows of tensors that hold one for each of `size` sequences; all else as it is."""
+    if isinstance(value, Mapping):
+        return {name: _at(rows, inner, size) for name, inner in value.items()}
+    return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -249,6 +249,11 @@ class FlowDistribution(TorchDistribution):
             self._validate_args,
         )
 
+    def select_rows(self, index: Tensor) -> FlowDistribution:
+        """The rows at `index`."""
+        context = self.context.expand(*self.batch_shape, self.context.shape[-1])[index]
+        return FlowDistribution(self.network, context, self.loc[index], self.scale[index])
+
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D); their density is kept."""
         shape = (*sample_shape, *self.batch_shape, self.noise_size)

@@ -78,7 +78,9 @@ def _hints(function: Callable[..., Any]) -> Mapping[str, tuple[type, ...]]:
     for name, hint in typing.get_type_hints(function).items():
         union = typing.get_origin(hint) in (Union, types.UnionType)
         classes = typing.get_args(hint) if union else (hint,)
-        plain = all(isinstance(c, type) and not getattr(c, "_is_protocol", False) for c in classes)
+        plain = Any not in classes and all(
+            isinstance(c, type) and not getattr(c, "_is_protocol", False) for c in classes
+        )
         if name != "return" and plain and hint is not object:
             found[name] = classes
     return found

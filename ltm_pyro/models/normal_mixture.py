@@ -56,6 +56,10 @@ class NormalMixture(TorchDistribution):
             self._validate_args,
         )
 
+    def select_rows(self, index: Tensor) -> NormalMixture:
+        """The rows at `index`."""
+        return NormalMixture(self.log_weights[index], self.loc[index], self.scale[index])
+
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D)."""
         shape = (*sample_shape, *self.batch_shape, self.noise_size)

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.fast import FastResult
 
 
+TOKENS_AT_ONCE = 2**14
+"""Positions fitted together where nothing else is said: enough to keep a processor busy."""
+
+
+def parts_of(execution: Execution, batch: Batch, rows: int) -> list[slice]:
+    """The first `rows` of a batch of any size in parts that memory has room for."""
+    if execution.micro_batch is None:
+        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel())
+        execution = replace(execution, micro_batch=size)
+    return execution.parts(rows)
+
+
 def fit_shared(
     execution: Execution,
     guide: LocalGuide,
@@ -42,7 +54,7 @@ def fit_shared(
     parallel, total = execution.parallel, len(batch)
     alone = parallel.size == 1 or total < parallel.size
     mine = slice(0, total) if alone else parallel.share(total)
-    parts = execution.parts(mine.stop - mine.start)
+    parts = parts_of(execution, batch, mine.stop - mine.start)
     if alone and len(parts) == 1:
         return fit(batch)
     failed: NonFiniteError | None = None

@@ -31,7 +31,7 @@ from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import nested
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
-from ltm_pyro.inference.clocks.infer import fit_shared
+from ltm_pyro.inference.clocks.infer import fit_shared, parts_of
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.clocks.slow import (
     SlowClock,
@@ -204,7 +204,7 @@ class DualRateSVI:
 
         # Within another public function, that one's bar is the one to watch.
         shown = progress and self.parallel.first and not nested()
-        total = fast.steps * len(self.execution.parts(len(batch)))
+        total = fast.steps * len(parts_of(self.execution, batch, len(batch)))
         bar = tqdm(
             total=total, desc="infer", unit="step", delay=QUIET_SECONDS, leave=False,
             disable=not shown,

@@ -1,0 +1,118 @@
+"""Quantiles and intervals of a posterior's dimensions, and which of its rows are meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.distributions import Delta, TorchDistribution
+from torch import Tensor
+
+from ltm_pyro.checks import one_of, real_number
+from ltm_pyro.errors import InputError, shown
+from ltm_pyro.models.drawing import Drawing
+from ltm_pyro.models.row_selection import has_normal_marginals, select_rows
+from ltm_pyro.random import Noise
+
+DRAWS = 4000
+"""Draws behind what has no closed form: an end of a 94 % interval is then off by 0.04 sd or so."""
+_AT_ONCE = 2**24  # numbers drawn together
+
+
+@torch.no_grad()
+def quantiles(q: TorchDistribution, ids: Tensor, at: float | Sequence[float]) -> Tensor:
+    """See `Posterior.quantile`."""
+    listed = isinstance(at, list | tuple | np.ndarray)
+    levels = [real_number("quantile", p) for p in (at if listed else [at])]  # type: ignore[union-attr]
+    if not levels or not all(0 <= p <= 1 for p in levels):
+        raise InputError(f"quantile is {shown(at)}: must be one or more numbers from 0 to 1")
+    if isinstance(q, Delta):
+        values = q.v.expand(len(levels), *q.v.shape)
+    elif has_normal_marginals(q):
+        z = torch.tensor([_normal_quantile(p) for p in levels]).to(q.mean)
+        values = q.mean + z[:, None, None, None] * q.stddev
+    else:
+        values = _of_draws(q, ids, lambda z: np.quantile(z, levels, axis=0))
+    return values if listed else values[0]
+
+
+@torch.no_grad()
+def interval(q: TorchDistribution, ids: Tensor, prob: float, kind: str) -> tuple[Tensor, Tensor]:
+    """The lower and upper end of each dimension's interval, (B, K, D) each."""
+    one_of("kind of interval", kind, ("eti", "hdi"))
+    if not 0 < real_number("prob", prob) < 1:
+        raise InputError(f"prob is {shown(prob)}: must be between 0 and 1, e.g. 0.94")
+    # The shortest interval of a normal is the one with as much on either side.
+    if kind == "eti" or isinstance(q, Delta) or has_normal_marginals(q):
+        low, high = quantiles(q, ids, [0.5 - prob / 2, 0.5 + prob / 2])
+    else:
+        low, high = _of_draws(q, ids, lambda z: _shortest(z, prob))
+    return low, high
+
+
+def _normal_quantile(p: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+
+
+def _of_draws(q: TorchDistribution, ids: Tensor, statistic: Any) -> Tensor:
+    """A statistic of `DRAWS` draws, (DRAWS, b, K, D) to (n, b, K, D), a few rows at a time."""
+    size = max(1, _AT_ONCE // (DRAWS * q.event_shape.numel()))
+    parts = []
+    for rows in torch.arange(len(ids), device=ids.device).split(size):
+        z = Drawing(Noise(0, ids[rows]))(select_rows(q, rows), DRAWS)
+        parts.append(torch.from_numpy(np.asarray(statistic(z.cpu().numpy()))))
+    return torch.cat(parts, dim=1).to(q.mean)
+
+
+def _shortest(z: Any, prob: float) -> Any:
+    """Ends (2, ...) of the shortest interval that holds `prob` of the draws (S, ...)."""
+    ordered = np.sort(z, axis=0)
+    inside = math.ceil(prob * len(z))
+    first = (ordered[inside - 1 :] - ordered[: len(z) - inside + 1]).argmin(0)[None]
+    ends = [np.take_along_axis(ordered, at, axis=0)[0] for at in (first, first + inside - 1)]
+    return np.stack(ends)
+
+
+def rows_of(which: Any, ids: Tensor) -> Tensor:
+    """The rows that `Posterior.__getitem__` is asked for.
+
+    Raises:
+        InputError: if there is no such row.
+    """
+    n = len(ids)
+    places = torch.arange(n, device=ids.device)
+    if isinstance(which, slice):
+        return _some(places[list(range(n)[which])], which)
+    if isinstance(which, int | np.integer) and not isinstance(which, bool):
+        if not -n <= which < n:
+            raise InputError(f"place {which} is not among the posterior's {n} sequences")
+        return places[int(which)][None]
+    try:
+        asked = torch.as_tensor(which).to(ids.device)
+    except (TypeError, ValueError, RuntimeError):
+        asked = torch.zeros(0)
+    if asked.dim() != 1 or asked.is_floating_point() or asked.is_complex() or not len(asked):
+        raise InputError(
+            f"posterior[{shown(which)}]: give a place, a slice, or a list of stable ids"
+        )
+    if asked.dtype == torch.bool:
+        if len(asked) != n:
+            raise InputError(f"{len(asked)} truth values for {n} sequences: give one for each")
+        return _some(places[asked], which)
+    found = asked[:, None] == ids
+    known = found.any(1)
+    if not bool(known.all()):
+        raise InputError(
+            f"sequence id {int(asked[~known][0])} is not in this posterior: a list is of stable "
+            "ids, as in posterior.ids; for places give a slice"
+        )
+    return found.long().argmax(1)
+
+
+def _some(rows: Tensor, which: Any) -> Tensor:
+    if not len(rows):
+        raise InputError(f"posterior[{shown(which)}] has no sequences: choose at least one")
+    return rows
