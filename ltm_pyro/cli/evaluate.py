@@ -52,7 +52,6 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="what the released procedure would print of this model, corrected step by step",
     )
-    )
     parser.add_argument(
         "--per", type=str, default="token", help="unit of the scores: token, byte or word"
     )
