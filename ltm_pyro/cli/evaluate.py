@@ -105,17 +105,17 @@ def run(arguments: list[str]) -> int:
     if not fitted.parallel.first:
         return 0
     scores = summary(fitted, held_out)
-    table = None
+    groups = None
     if options.by is not None:
-        table = score_table(held_out.scores, options.per, by=options.by)
-        scores["by"] = json_value(table.reset_index().to_dict("records"))
+        groups = score_table(held_out.scores, options.per, by=options.by)
+        scores["by"] = json_value(groups.reset_index().to_dict("records"))
     if options.json:
         print(json.dumps(scores, allow_nan=False))
         return 0
     panel = held_out.panel(fitted.config.model.n_layers)
     print(format_scores(scores, options.per))
-    if table is not None:
-        print(f"\n{format_table(table)}")
+    if groups is not None:
+        print(f"\n{format_table(groups)}")
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     return 0
