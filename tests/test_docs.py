@@ -28,6 +28,7 @@ SMALL = {
     "evaluate": ["--sequences", "3", "--draws", "4"],
     "generate": ["--prompt", "The cat", "--length", "14"],
     "export": ["--sequences", "2"],
+    "report": ["--sequences", "3", "--draws", "2"],
     "cost": [],
 }
 
@@ -107,6 +108,7 @@ def test_every_command_of_the_pages_runs(
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the pictures, which tests of their own draw."""
     monkeypatch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda run, held_out: None)
+    monkeypatch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("quick_reports")

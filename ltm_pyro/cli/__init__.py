@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "score a fitted run on held-out text",
     "compare": "compare runs, or guide families on the text of one",
     "generate": "write text with a fitted run",
+    "report": "write a page on what a run has come to",
     "export": "write posteriors and scores for ArviZ",
     "cost": "what a preset costs, before it is run",
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import save_datatree, to_datatree
 from ltm_pyro.run import Run
@@ -29,6 +30,8 @@ FILES = {
     "fast_loop.png": "how q was fitted, sequence by sequence",
     "thoughts.png": "posterior intervals of z",
     "scores.png": "held-out scores sequence by sequence, beside the control's",
+    "report.html": "all of it on one page: verdict, scores, pictures, checks made and not made",
+    "report.json": "the numbers of that page",
 }
 """What is what in a run folder."""
 
@@ -81,6 +84,20 @@ def _write_figures(run: Run, held_out: HeldOut) -> None:
             figures["fast_loop.png"] = plots.fast_loop_traces(held_out.post)
     for name, figure in figures.items():
         plots.save_figure(figure, run.folder / name)
+
+
+def write_page(
+    run: Run, corpus: Corpus, held_out: HeldOut, texts: Sequence[Mapping[str, str]]
+) -> None:
+    """Writes the report; prefix and prior scores, which take as long as these, are left to it.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    from ltm_pyro.report import make_report, write_report
+
+    report = make_report(run, corpus, held_out=held_out, texts=texts, modes=("oracle",))
+    write_report(report, run.folder / "report.html")
 
 
 def list_files(folder: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
@@ -47,7 +48,6 @@ ltm-pyro fit --sweep grid.yaml --out runs/grid     lists like  seed: [0, 1, 2]
 """
 _BROKEN_PIPE = 141
 """The exit status of a program that SIGPIPE has ended."""
-_PROMPT_SHARE = 4  # the demonstration's prompt is this part of a held-out sequence
 
 
 def run(arguments: list[str]) -> int:
@@ -287,10 +287,11 @@ def _report(fitted: Run, corpus: Corpus) -> None:
 
     The run is read from its folder again, so that what is told is what anyone finds there later.
     """
-    from ltm_pyro.cli.artefacts import list_files, write_artefacts
+    from ltm_pyro.cli.artefacts import list_files, write_artefacts, write_page
     from ltm_pyro.cli.printing import format_scores, printable
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.engine.allocator import give_back_freed
+    from ltm_pyro.report.text import samples
     from ltm_pyro.run import load_run
     from ltm_pyro.run.scoring import score_run, summary
 
@@ -306,21 +307,21 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     print(f"\n{format_scores(scores)}")
-    _samples(saved, corpus)
+    # The page asks for the control again, which processes read together.
+    alone = saved if parallel is None else load_run(saved.folder, device=str(saved.model.device))
+    texts = samples(alone, corpus)
+    _print_samples(texts)
+    write_page(alone, corpus, held_out, texts)
     print(f"\nFiles in {printable(str(saved.folder))}\n{list_files(saved.folder)}")
 
 
-def _samples(saved: Run, corpus: Corpus) -> None:
+def _print_samples(texts: Sequence[Mapping[str, str]]) -> None:
     """Two texts from the prior, and one that goes on from held-out text."""
     from ltm_pyro.cli.printing import format_text, printable
-    from ltm_pyro.inference.generation import generate
 
-    kwargs: dict[str, Any] = {"svi": saved.svi, "seed": saved.config.seed}
-    for i, text in enumerate(generate(saved.model, corpus.tokenizer, n=2, **kwargs), start=1):
-        print(f"\nText {i}, its thoughts drawn from the prior\n{format_text(text)}")
-    batch = getattr(corpus, corpus.held_out()).batch([0])
-    given = batch.observed[0, : max(1, corpus.seq_len // _PROMPT_SHARE)].tolist()
-    prompt = corpus.tokenizer.decode(given).replace("\N{REPLACEMENT CHARACTER}", "")
-    if prompt:
-        [text] = generate(saved.model, corpus.tokenizer, prompt=prompt, n=1, **kwargs)
-        print(f"\nText after the held-out prompt {printable(prompt)!r}\n{format_text(text)}")
+    for number, sample in enumerate(texts, start=1):
+        if sample["kind"] == "prior":
+            print(f"\nText {number}, its thoughts drawn from the prior")
+        else:
+            print(f"\nText after the held-out prompt {printable(sample['prompt'])!r}")
+        print(format_text(sample["text"]))

@@ -1,0 +1,80 @@
+"""`ltm-pyro report`: a page that says what a run has come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
+from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import InputError
+from ltm_pyro.reading import as_path
+
+_DESCRIPTION = """\
+Write one self-contained page on a run: do thoughts help, by how much and how sure;
+what it is, what it was fitted to, and how; its held-out scores in every mode beside
+the control; how far to trust them; pictures, samples, and the checks that were made
+and not made. Its numbers are written beside it as JSON.
+
+A k-hat takes 1,000 draws (--draws 1000); with fewer it is not judged.
+"""
+_EXAMPLES = """\
+ltm-pyro report runs/demo                          runs/demo/report.html and .json
+ltm-pyro report runs/demo --draws 1000
+ltm-pyro report runs/a --against runs/b runs/c --out a.html
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro report`; returns the exit status."""
+    parser = Parser("report", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    add_run(parser)
+    parser.add_argument(
+        "--against",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="other runs to set it against",
+    )
+    parser.add_argument("--out", type=str, help="the page (default: RUN/report.html)")
+    add_scoring(parser)
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}: must be 0 or more")
+
+    from ltm_pyro.cli.printing import printable
+    from ltm_pyro.report.building import PAGE
+    from ltm_pyro.run.files import refuse_irregular, refuse_protected
+    from ltm_pyro.run.lock import sole_writer
+
+    folder = as_path("run folder", options.run)
+    target = folder / PAGE if options.out is None else as_path("out", options.out)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"out is {printable(str(target))!r}: must end in .html")
+    inside = target.parent.resolve() == folder.resolve()
+    if not inside:
+        refuse_protected(target.parent)
+    refuse_irregular(target)
+    with writing_to(options.run) if inside else sole_writer(target):
+        _report(options, target)
+    print(f"wrote {printable(str(target))} and {printable(target.with_suffix('.json').name)}")
+    return 0
+
+
+def _report(options: Namespace, target: Path) -> None:
+    from ltm_pyro.report import make_report, write_report
+
+    fitted = open_run(options.run, options.device)
+    report = make_report(
+        fitted,
+        fitted.corpus(),
+        against=[open_run(each, options.device) for each in options.against],
+        split=options.split,
+        sequences=options.sequences,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    if fitted.parallel.first:
+        write_report(report, target)

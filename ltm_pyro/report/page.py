@@ -1,0 +1,87 @@
+"""The page: a template over the numbers, and nothing from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+_STRONGEST = 4.0  # nats of difference at which a token has its full colour
+_BARE = 4  # decimals of numbers of which nothing is said
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'"
+
+
+def render(numbers: Mapping[str, Any], panels: Mapping[str, list[str]]) -> str:
+    """The page as HTML.
+
+    Args:
+        numbers: What the page shows; see `building`.
+        panels: SVG elements of each picture, by name.
+    """
+    loader = PackageLoader("ltm_pyro.report", "page")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"num": number, "tint": tint, "plain": plain, "label": label}
+    script = loader.get_source(environment, "script.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        r=numbers,
+        panels={name: [Markup(svg) for svg in each] for name, each in panels.items()},
+        style=Markup(loader.get_source(environment, "style.css")[0]),
+        script=Markup(script),
+        policy=_POLICY.format(digest),
+    )
+
+
+def number(value: float | int | None, digits: int | None = None, sign: bool = False) -> Markup:
+    """A number for people, with the whole of it beside, for programs and for sorting.
+
+    Args:
+        value: The number; `None` where it is not known.
+        digits: Decimals.
+        sign: Whether a plus is shown.
+    """
+    if value is None:
+        return Markup('<data class="none" value="">&ndash;</data>')
+    if isinstance(value, int):
+        shown = f"{value:+,}" if sign else f"{value:,}"
+    elif not math.isfinite(value):
+        shown = str(value)
+    else:
+        shown = f"{value:{'+' if sign else ''},.{_BARE if digits is None else digits}f}"
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+def tint(piece: Mapping[str, float]) -> str:
+    """The colour of a token: how much its thoughts took from its surprise, or added to it."""
+    gain = (piece["nats_without"] - piece["nats"]) / _STRONGEST
+    strength = round(100 * min(abs(gain), 1.0))
+    return f"--t:{strength}%" if gain >= 0 else f"--w:{strength}%"
+
+
+def plain(value: Any) -> str | Markup:
+    """A setting as text, its numbers as `number` writes them."""
+    if isinstance(value, list):
+        return Markup(", ").join(plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return Markup(", ").join(Markup("{} = {}").format(k, plain(v)) for k, v in value.items())
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return Markup('<data value="{}">{}</data>').format(repr(value), f"{value:g}")
+    return number(value) if isinstance(value, int) else str(value)
+
+
+def label(name: str) -> str:
+    """A key as words."""
+    return name.replace("_", " ")
