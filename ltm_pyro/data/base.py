@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from ltm_pyro.data.cache import digest_of
@@ -17,6 +18,7 @@ from ltm_pyro.data.split import SPLITS
 from ltm_pyro.data.store import TextStore
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
+from ltm_pyro.html import show
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -133,6 +135,21 @@ class Corpus:
             f"{type(self).__name__}({self.name}: {self.n_tokens} tokens by {self.tokenizer.name}, "
             f"sequences of {self.seq_len}: {sizes})"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "tokens": f"{self.n_tokens:,} by {self.tokenizer.name}, {self.vocab_size:,} kinds",
+            "bytes": f"{self.n_bytes:,}",
+            "T": self.seq_len,
+            "SHA-256": self.sha256[:12],
+        }
+        splits = [getattr(self, name) for name in SPLITS]
+        table = pd.DataFrame(
+            [(len(s), s.n_documents, s.n_tokens) for s in splits],
+            index=list(SPLITS),
+            columns=["sequences", "documents", "tokens"],
+        )
+        return show(f"Corpus {shown(self.name)}", facts, tables=[table], notes=self.notes)
 
 
 def fingerprint_of(documents: Mapping[str, str], tokenizer: Tokenizer, seq_len: int) -> str:

@@ -16,6 +16,9 @@ from torch import Tensor
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
+from ltm_pyro.html import show
+
+_SHOWN = 5  # rows in a notebook
 
 
 class Origin(Protocol):
@@ -130,6 +133,19 @@ class Batch:
         of = "" if self.corpus is None else f" of corpus {self.corpus[:8]}"
         what = "sequences" if self.x is not None else "sequences still to be generated"
         return f"{type(self).__name__}({shape} {what}{of})"
+
+    def _repr_html_(self) -> str:
+        documents = self.documents
+        facts = {
+            "scored tokens": int(self.mask.sum()),
+            "documents": "not known" if documents is None else len(documents.unique()),
+            "covariates": ", ".join(self.covariates) or "none",
+        }
+        few = self.select(slice(_SHOWN))
+        table = few.metadata
+        if self.x is not None and self.origin is not None and self.origin.tokenizer is not None:
+            table = table.assign(text=[shown(text) for text in few.texts()])
+        return show(repr(self), facts, tables=[table])
 
     def __len__(self) -> int:
         return int(self.mask.shape[0])

@@ -19,8 +19,10 @@ from ltm_pyro.data.store import TextStore
 from ltm_pyro.data.text_units import TextUnits, has_text, runs
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError
+from ltm_pyro.html import show
 
 Order = NDArray[np.unsignedinteger[Any]]
+_SHOWN = 5  # rows in a notebook
 Positions = Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor | slice | range
 
 
@@ -163,6 +165,10 @@ class SequenceSet:
 
     def __repr__(self) -> str:
         return f"SequenceSet({self._name}: {len(self)} sequences, {self.n_tokens} tokens)"
+
+    def _repr_html_(self) -> str:
+        tables = [self._layout.metadata(self.ids[:_SHOWN])] if len(self) else []
+        return show(repr(self), {"documents": self.n_documents, "T": self.seq_len}, tables=tables)
 
     @property
     def seq_len(self) -> int:

@@ -32,6 +32,7 @@ from ltm_pyro.diagnostics.sampling_error import (
     few_documents_note,
 )
 from ltm_pyro.errors import InputError
+from ltm_pyro.html import show
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.random import Stream, derive_seed, seeded
 
@@ -40,7 +41,7 @@ ACTIVE_VARIANCE = 0.01
 (Burda, Grosse & Salakhutdinov 2016, section 5.2)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CollapsePanel:
     """How much q(z_i) says, and how much of it the decoder hears. Nats per sequence.
 
@@ -122,6 +123,16 @@ class CollapsePanel:
     def uses_thoughts(self) -> bool:
         """Whether another document's thoughts hurt by more than two errors."""
         return self.penalty_shuffled > 2 * self.penalty_shuffled_se
+
+    def __repr__(self) -> str:
+        use = "used" if self.uses_thoughts else "not seen to be used"
+        return f"CollapsePanel({self.n_sequences} sequences: thoughts are {use})"
+
+    def __str__(self) -> str:
+        return format_panel(self)
+
+    def _repr_html_(self) -> str:
+        return show(repr(self), notes=str(self).splitlines())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, `uses_thoughts` included."""

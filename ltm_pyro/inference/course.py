@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+
+from ltm_pyro.html import show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,7 +14,31 @@ _SHOWN = 8  # rows at the end of a table in a notebook
 
 
 class Course(list[Metrics]):
-    """Rows of metrics in the order of slow steps; see `DualRateSVI.step` for what they hold."""
+    """Rows of metrics in the order of slow steps; see `DualRateSVI.step` for what they hold.
+
+    A list of rows that also reads as the frame of them: `metrics["elbo"]`, `metrics.tail()`,
+    `metrics.plot(y="elbo")`.
+    """
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> Metrics: ...
+    @overload
+    def __getitem__(self, key: slice) -> Course: ...
+    @overload
+    def __getitem__(self, key: str) -> pd.Series: ...
+    @overload
+    def __getitem__(self, key: list[str]) -> pd.DataFrame: ...
+    def __getitem__(self, key: Any) -> Any:
+        """A row by its place, or a column by its name."""
+        if isinstance(key, str | list):
+            return self.frame()[key]
+        found = super().__getitem__(key)
+        return Course(found) if isinstance(key, slice) else found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.frame(), name)
 
     def __repr__(self) -> str:
         if not self:
@@ -24,7 +50,7 @@ class Course(list[Metrics]):
         return f"Course(slow steps {steps}{rise}; .frame() has all)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.frame().tail(_SHOWN).to_html(float_format='{:.4g}'.format)}"
+        return show(repr(self), tables=[self.frame().tail(_SHOWN)])
 
     def frame(self) -> pd.DataFrame:
         """The rows as a frame, indexed by slow step."""

@@ -16,12 +16,14 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
+from ltm_pyro.html import show
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.intervals import interval, quantiles, rows_of
 from ltm_pyro.models.drawing import draw
 from ltm_pyro.models.row_selection import select_rows
 from ltm_pyro.random import Noise, fresh_seed
 
+_SHOWN = 5  # sequences in a notebook
 KL_DRAWS = 256
 """Draws for a KL that has no closed form."""
 
@@ -99,6 +101,22 @@ class Posterior:
             f"Posterior({self.family}{fitted}: {len(self)} sequences, z "
             f"{tuple(self.distribution.event_shape)}{told})"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "family": self.family if self.has_density else f"{self.family}, a point mass",
+            "fitted by": f"{self.objective or 'nothing'}, its KL {self.objective_kl}",
+            "z (K, D)": tuple(self.distribution.event_shape),
+            "of corpus": self.corpus or "none: made by hand",
+        }
+        first = slice(min(len(self), _SHOWN))
+        columns = {"mean of |z|": self.mean.abs().mean((1, 2)), "sd": self.sd.mean((1, 2))}
+        if self.closed_form_kl is not None:
+            columns["KL, nats"] = self.closed_form_kl
+        ids = pd.Index(self.ids[first].tolist(), name="id")
+        table = pd.DataFrame({k: v[first].tolist() for k, v in columns.items()}, index=ids)
+        more = len(self) - len(table)
+        return show(repr(self), facts, tables=[table], notes=[f"{more} more"] if more else [])
 
     @exclusive
     @torch.no_grad()

@@ -14,6 +14,7 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively
+from ltm_pyro.html import show
 from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
 
 SITE_Z = "z"
@@ -49,6 +50,18 @@ class Program(nn.Module):
             if svi_asks():
                 self.tell_svi(*args)
             return super().__call__(*args, **kwargs)
+
+    def _facts(self) -> dict[str, object]:
+        """What a line about it tells, by name."""
+        weights = sum(p.numel() for p in self.parameters())
+        return {"weights": f"{weights:,}"} if weights else {}
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"{type(self).__name__}({told})"
+
+    def _repr_html_(self) -> str:
+        return show(type(self).__name__, self._facts(), details=super().__repr__())
 
     def tell_svi(self, batch: Batch | None = None) -> None:
         """Tells Pyro's `SVI` of the weights before it runs the program on `batch`."""
@@ -153,6 +166,12 @@ class LatentModel(Program, ABC):
         if len(event) != 2:
             raise InputError(f"prior() of {type(self).__name__} draws {event}: must be (K, D)")
         return event
+
+    def _facts(self) -> dict[str, object]:
+        """Latents of one row of data, the prior, and weights."""
+        prior: object = getattr(self, "thought_prior", None)
+        told = {} if prior is None else {"prior": type(prior).__name__}
+        return {"z": self.thought_shape, **told, **super()._facts()}
 
     @property
     def n_layers(self) -> int | None:

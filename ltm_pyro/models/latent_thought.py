@@ -76,6 +76,11 @@ class LatentThoughtModel(LatentModel):
             raise unknown_name("model setting", sorted(unknown)[0], base.__dataclass_fields__)
         return cls(replace(base, **overrides))
 
+    def _facts(self) -> dict[str, object]:
+        """Latents and weights, and the decoder's shape."""
+        names = ("n_layers", "width", "window", "vocab_size", "seq_len")
+        return super()._facts() | {name: getattr(self.config, name) for name in names}
+
     @property
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""

@@ -15,7 +15,7 @@ from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
 from ltm_pyro.models.doors import door
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Simulated:
     """Sequences whose thoughts are known, because the model wrote them.
 
@@ -26,6 +26,9 @@ class Simulated:
 
     batch: Batch
     z: Tensor
+
+    def __repr__(self) -> str:
+        return f"Simulated({self.batch!r}, z {tuple(self.z.shape)})"
 
 
 @door

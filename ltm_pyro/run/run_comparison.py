@@ -27,6 +27,7 @@ from ltm_pyro.diagnostics.sampling_error import (
     few_documents_note,
 )
 from ltm_pyro.errors import shown
+from ltm_pyro.html import show
 
 SCORES = ("elbo", "iw", "over_control")
 
@@ -127,6 +128,10 @@ class RunComparison:
 
     def __str__(self) -> str:
         return format_runs(self)
+
+    def _repr_html_(self) -> str:
+        title = f"Runs compared, nats per {self.unit}, higher is better"
+        return show(title, tables=[self.frame()], notes=self.notes)
 
     @cached_property
     def notes(self) -> list[str]:

@@ -14,12 +14,14 @@ from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words
 from ltm_pyro.diagnostics.compare.summary import one_fit, pair
 from ltm_pyro.diagnostics.psis import MIN_DRAWS
 from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of, few_documents_note
+from ltm_pyro.errors import shown
+from ltm_pyro.html import show
 
 RHAT_LIMIT = 1.05
 """Above it the chains of a reference disagree too much to measure anything by."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Guides compared on the same sequences.
 
@@ -61,8 +63,16 @@ class Comparison:
         """What a reader must know beside the table, one sentence each."""
         return _notes(self.dataset, self.interrupted)
 
+    def __repr__(self) -> str:
+        guides = ", ".join(map(str, self.dataset["guide"].values))
+        return f"Comparison({shown(guides)[1:-1]}: {self.dataset.sizes['sequence']} sequences)"
+
     def __str__(self) -> str:
         return format_comparison(self)
+
+    def _repr_html_(self) -> str:
+        columns = [name for name in COLUMNS if name in self.frame]
+        return show("Guides compared, nats", tables=[self.frame[columns]], notes=self.notes)
 
 
 COLUMNS = (

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
+
+from ltm_pyro.html import show
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +39,7 @@ class Flag:
     sentence: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
     """The evidence against a posterior.
 
@@ -60,8 +63,20 @@ class Diagnosis:
         """The distinct problems of the flags."""
         return {flag.problem for flag in self.flags}
 
+    def __repr__(self) -> str:
+        found = ", ".join(sorted(self.problems)) or "nothing found"
+        return f"Diagnosis({self.data.attrs['guide']}: {found})"
+
     def __str__(self) -> str:
         return format_diagnosis(self)
+
+    def _repr_html_(self) -> str:
+        head, *lines = str(self).splitlines()
+        rows = [(f.problem, f.diagnostic, len(f.sequences), f.sentence) for f in self.flags]
+        columns = ["problem", "seen by", "sequences", "what was seen"]
+        tables = [pd.DataFrame(rows, columns=columns)] if rows else []
+        notes = [line for line in lines if not rows or line.startswith("  not asked")]
+        return show(head, tables=tables, notes=notes)
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:

@@ -29,6 +29,7 @@ from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import nested
+from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.infer import fit_shared, parts_of
@@ -156,6 +157,20 @@ class DualRateSVI:
             f"DualRateSVI({self.guide.family}, {describe(self.elbo)}: {self.fast.steps} fast steps "
             f"per slow step, {self.slow_step} slow steps done)"
         )
+
+    def _repr_html_(self) -> str:
+        horizon = "" if self.horizon is None else f" of {self.horizon}"
+        facts = {
+            "model": self.model,
+            "guide": self.guide,
+            "objective": describe(self.elbo),
+            "fast clock": f"{self.fast.steps} steps, lr {self.fast.lr:g}, {self.fast.noise} noise",
+            "slow clock": f"lr {self.slow.lr:g}, {self.slow.schedule}",
+            "slow steps": f"{self.slow_step}{horizon}",
+            "seed": self.seed,
+        }
+        course = [self.metrics.frame().tail(3)] if self.metrics else []
+        return show("DualRateSVI", facts, tables=course)
 
     @door
     def infer(

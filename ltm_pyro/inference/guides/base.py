@@ -70,6 +70,12 @@ class LocalGuide(Program, ABC):
         self.inputs = Rows()
         self._svi_rows: tuple[Tensor, nn.Module | Tensor | None] | None = None
 
+    def _facts(self) -> dict[str, object]:
+        """The family, latents of one row, rows that it holds, and weights that rows share."""
+        shared = sum(p.numel() for p in self.shared_parameters())
+        told = {"family": self.family, "z": self.thought_shape, "rows": self.n_rows}
+        return told | ({"shared weights": f"{shared:,}"} if shared else {})
+
     @abstractmethod
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """Fresh local parameters by name, each (B, ...); none for a family without."""

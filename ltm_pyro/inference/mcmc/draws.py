@@ -10,15 +10,17 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ltm_pyro.html import show
 from ltm_pyro.inference.mcmc.convergence import mean_error, rhat_and_ess, variance_error
 
 RHAT_LIMIT = 1.05
 """Above it draws are not used as a reference."""
 
+_SHOWN = 8  # sequences in a notebook
 BIASED = "biased: unadjusted Langevin draws are not from p(z | x), however long the chains"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MCMCDraws:
     """Chains for each sequence of a batch.
 
@@ -62,6 +64,14 @@ class MCMCDraws:
         rhat, ess = (q.view(len(self.ids), -1) for q in rhat_and_ess(flat.flatten(-2)))
         object.__setattr__(self, "rhat", rhat.amax(1))
         object.__setattr__(self, "ess", ess.amin(1))
+
+    def __repr__(self) -> str:
+        return f"MCMCDraws({self.summary().splitlines()[0]})"
+
+    def _repr_html_(self) -> str:
+        head, *lines = self.summary().splitlines()
+        table = self.to_dataset()[["rhat", "ess", "accept", "step_size"]].to_dataframe()
+        return show(head, tables=[table.head(_SHOWN)], notes=lines)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])

@@ -42,6 +42,10 @@ class ThoughtPrior(nn.Module, ABC):
             whole_number("thought_dim", thought_dim, at_least=1),
         )
 
+    def __repr__(self) -> str:
+        weights = sum(p.numel() for p in self.parameters())
+        return f"{type(self).__name__}({weights:,} weights)"
+
     @abstractmethod
     def forward(self) -> TorchDistribution:
         """The prior of one sequence's thoughts: batch shape (), event shape (K, D).
