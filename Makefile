@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-slow lint notebooks docs format clean
+.PHONY: help demo study test test-slow test-browser lint notebooks docs format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,13 @@ test: $(STAMP)  ## all but the slow tests, with coverage, and the notebooks
 
 test-slow: $(STAMP)  ## the slow, statistical tests
 	$(BIN)/python -m pytest -m slow tests
+
+test-browser: $(STAMP)  ## the report in a real browser; installs what it needs, where it can
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends chromium; } || \
+	  $(BIN)/playwright install chromium || true
+	$(BIN)/python -m pytest tests/test_report_browser.py
 
 lint: $(STAMP)  ## style, types and the floors
 	$(BIN)/ruff check

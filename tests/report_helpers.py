@@ -33,7 +33,7 @@ SMALL = [
 def hostile_run(folder: Path, *options: str) -> Path:
     """Fits a few steps to a text of fragments that must never be obeyed; returns the run folder."""
     rng = random.Random(0)
-    records = [{"text": " ".join(rng.choices(HOSTILE, k=6)), "<b>": rng.choice(HOSTILE)}
+    records = [{"text": " ".join(rng.choices(HOSTILE, k=6)), "<b>/c": rng.choice(HOSTILE)}
                for _ in range(40)]  # fmt: skip
     corpus = folder / "<i>'text'.jsonl"
     corpus.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")

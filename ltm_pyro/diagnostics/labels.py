@@ -30,7 +30,8 @@ def sequence_coords(batch: Batch) -> dict[str, Any]:
     coords: dict[str, Any] = {"sequence": batch.ids.cpu().numpy()}
     if batch.origin is not None:
         for name, column in batch.metadata.items():
-            free = f"record.{name}" if name in _TAKEN else str(name)
+            free = f"record.{name}" if name in _TAKEN else _text(name)
+            free = free.replace("/", ".")  # which would name a group of the file
             coords[free] = ("sequence", _values(column))
     if batch.documents is not None:
         coords["document"] = ("sequence", batch.documents.cpu().numpy())
@@ -46,7 +47,7 @@ def _values(column: pd.Series[Any]) -> NDArray[Any]:
 
 def _text(value: object) -> str:
     if isinstance(value, str):
-        return value
+        return value.replace("\0", "\N{SYMBOL FOR NULL}")  # which NetCDF cannot hold
     if isinstance(value, list | dict | tuple):
         return json.dumps(value, ensure_ascii=False)
     return "" if pd.isna(value) else str(value)  # type: ignore[call-overload]
