@@ -14,8 +14,7 @@ from tolerances import EXACT
 from torch.distributions import Distribution
 
 import ltm_pyro as ltm
-from ltm_pyro.models import cross_entropy
-from ltm_pyro.models.compiled import cache_of_compiled_code, remove_torn
+from ltm_pyro.engine.kernels.compiled import cache_of_compiled_code, remove_torn
 
 
 def small_model() -> ltm.LatentThoughtModel:
@@ -109,25 +108,6 @@ def test_compiled_and_eager_loops_agree() -> None:
     draws = ltm.sample_posterior(model, batch, start=infer(model, batch), warmup=50, draws=20)
     eager = model.log_likelihood(draws.z[0, 0], batch) + model.prior().log_prob(draws.z[0, 0])
     EXACT.assert_close(draws.log_joint[0, 0].float(), eager.detach())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
-def test_tiles_of_every_size_are_served_by_the_same_graphs() -> None:
-    """With a graph for each size torch would give up at the ninth, and say so."""
-    weight = torch.randn(1100, 8)
-    visit, again = cross_entropy._visit_compiled, cross_entropy._visit_again_compiled
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for n in range(2, 16):
-            h, targets = torch.randn(n, 8), torch.randint(1100, (n,))
-            log_prob, log_norm, _ = visit(h, weight, targets)
-            plain = (h @ weight.T).log_softmax(1)
-            torch.testing.assert_close(log_prob, plain[torch.arange(n), targets])
-            by_weight = again(torch.ones(n), h, weight, targets, log_norm)
-            expected = -plain.exp().T @ h
-            expected.index_add_(0, targets, h)
-            torch.testing.assert_close(by_weight, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_code_goes_to_the_cache_unless_the_user_says_where(

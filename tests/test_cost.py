@@ -102,7 +102,7 @@ def test_flops_equal_those_that_torch_counts(
         {"micro_batch": 2},
         {"slow": Slow(word_dropout=0.5)},
         {"objective": "iwae", "objective_options": {"particles": 3}},
-        {"model": replace(SMALL, vocab_size=50_000)},  # several tiles of logits
+        {"model": replace(SMALL, vocab_size=400_000)},  # several chunks of logits
         {"fast": Fast(steps=0)},
     ],
     ids=lambda changes: next(iter(changes)),

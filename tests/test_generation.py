@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import ltm_pyro as ltm
 from ltm_pyro.data.tokenizer import ByteTokenizer
+from ltm_pyro.engine.kernels.kv_cache import Norm
 from ltm_pyro.models import decoder as decoder_module
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
-from ltm_pyro.models.writing import STRETCH, Norm
 from ltm_pyro.random import Noise, fresh_seed
 
 
@@ -171,8 +171,8 @@ def test_a_prompt_read_at_once_is_the_prompt_read_step_by_step(
 
 
 def test_long_texts_go_round_the_ring_many_times() -> None:
-    decoder = _model(window=5, seq_len=2 * STRETCH + 40)
-    z, tokens = _z(decoder, 2), torch.randint(TINY.vocab_size, (2, 2 * STRETCH + 40))
+    decoder = _model(window=5, seq_len=200)
+    z, tokens = _z(decoder, 2), torch.randint(TINY.vocab_size, (2, 200))
     with torch.no_grad():
         EXACT.assert_close(_stepwise(decoder, tokens, z), decoder.logits(tokens, z))
 
@@ -275,7 +275,9 @@ def _benchmark() -> Any:
 
 def test_the_benchmark_fills_its_tables() -> None:
     benchmark = _benchmark()
-    decoder = _model(window=4, dtype=torch.float32)
+    decoder = _model(
+        window=4, seq_len=6 + benchmark.BLOCK * (benchmark.ROUNDS + 1), dtype=torch.float32
+    )
     case = {"preset": "small", "rows": 2}
     case |= benchmark.by_position(decoder, 2, (3, 6), repeats=1)
     case |= benchmark.against_recomputing(decoder, 2, 16, repeats=1)

@@ -19,11 +19,11 @@ from torch.distributions import Categorical
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.kernels import cross_entropy
+from ltm_pyro.engine.kernels.cross_entropy import token_log_prob
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.row_adam import RowAdam
-from ltm_pyro.models import cross_entropy
-from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.layers import windowed_attention
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
@@ -111,13 +111,9 @@ def test_likelihood_has_the_references_gradients(model: LatentThoughtModel) -> N
         EXACT.assert_close(a, b)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 5, 4096])
-@pytest.mark.parametrize("rows", [4, 10, 10**6])
-def test_tiled_cross_entropy_is_log_softmax(
-    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cross_entropy, "TILE_COLUMNS", columns)
-    monkeypatch.setattr(cross_entropy, "TILE_ELEMENTS", rows * min(columns, 5))
+@pytest.mark.parametrize("most", [1, 4 * 5 * 10, 10**6])
+def test_cross_entropy_in_chunks_is_log_softmax(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most)
     h = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(5, (23,))

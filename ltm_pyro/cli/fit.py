@@ -290,12 +290,10 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     from ltm_pyro.cli.artefacts import list_files, write_artefacts, write_page
     from ltm_pyro.cli.printing import format_scores, printable
     from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.engine.allocator import give_back_freed
     from ltm_pyro.report.text import samples
     from ltm_pyro.run import load_run
     from ltm_pyro.run.scoring import score_run, summary
 
-    give_back_freed()
     parallel = fitted.parallel if fitted.parallel.size > 1 else None
     saved = load_run(fitted.folder, device=str(fitted.model.device), parallel=parallel)
     held_out = score_run(saved, corpus, split=corpus.held_out())

@@ -13,6 +13,7 @@ import torch
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
 from ltm_pyro.diagnostics.memory import MemoryReport
+from ltm_pyro.engine.kernels.cross_entropy import MOST_LOGITS
 from ltm_pyro.inference.clocks.schedules import fast_reach, kl_floor_per_sequence
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
@@ -200,7 +201,7 @@ def _mlp_flops(model: ModelConfig) -> float:
 
 
 def _head_flops(model: ModelConfig, products: int = 1) -> float:
-    """The output: logits; a second product is the gradient by h, made on the same visit."""
+    """The output: logits; a second product is the gradient by h."""
     return products * 2.0 * model.width * model.vocab_size
 
 
@@ -213,7 +214,7 @@ def _fast_backward_flops(model: ModelConfig) -> float:
     """Backward to the thoughts with frozen weights: one product per projection.
 
     Below the first cross-attention nothing depends on z, so that one's scores pass no gradient to
-    the positions, and nothing is passed on from there. The head's part was made on the way forward.
+    the positions, and nothing is passed on from there. The head's part is `_head_flops`.
     """
     attend = 2.0 * 4 * model.width**2 + _self_attention_backward(model)
     think = _think_flops(model) + 2 * _cross_product(model)
@@ -223,8 +224,8 @@ def _fast_backward_flops(model: ModelConfig) -> float:
 def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
     """Forward from the first cross-attention on, and backward to all weights.
 
-    Two products per projection, one where the input is z; for the head the logits again and the
-    gradient by the embedding.
+    Two products per projection, one where the input is z; for the head the gradients by h and by
+    the embedding, and where not all logits are held these once more.
     """
     think = (
         _thought_projection(model)
@@ -236,7 +237,10 @@ def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
     forward = _above_flops(model)
     # A checkpointed layer is computed again up to the input of its last product.
     again = forward - model.n_layers * _mlp_flops(model) / 3 if config.checkpointing else 0.0
-    return forward + again + backward + _head_flops(model, products=4)
+    particles = build_objective(config.objective, **config.objective_options).particles
+    rows = particles * (config.micro_batch or config.batch_size)
+    held = rows * model.seq_len * model.vocab_size <= MOST_LOGITS
+    return forward + again + backward + _head_flops(model, products=3 if held else 4)
 
 
 def format_cost(report: CostReport, memory: MemoryReport | None = None) -> str:

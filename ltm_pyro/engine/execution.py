@@ -6,14 +6,12 @@ in which processes. Choices here change what a step costs, and its result only i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
-from ltm_pyro.engine.allocator import freed_memory_kept
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, shown
 
@@ -81,18 +79,11 @@ class Execution:
         elif self.compile:
             model.compile_fast_loop()
 
-    def memory(self, model: Any) -> AbstractContextManager[None]:
-        """Inside the block freed tensors' memory waits for the next ones, on the CPU."""
-        return freed_memory_kept() if model.device.type == "cpu" else nullcontext()
-
-    @contextmanager
-    def computing(self, model: Any) -> Iterator[None]:
+    def computing(self, model: Any) -> AbstractContextManager[None]:
         """Inside the block the model's likelihood is computed in this way."""
-        with ExitStack() as stack:
-            stack.enter_context(self.memory(model))
-            if isinstance(model, Computes):
-                stack.enter_context(model.computing(self.precision, self.checkpointing))
-            yield
+        if isinstance(model, Computes):
+            return model.computing(self.precision, self.checkpointing)
+        return nullcontext()
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""

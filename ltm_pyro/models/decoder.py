@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.config import ModelConfig
-from ltm_pyro.models.cross_entropy import token_log_prob
+from ltm_pyro.engine.kernels.cross_entropy import token_log_prob
+from ltm_pyro.engine.kernels.kv_cache import LARGE, CachedLayer, Norm, RotaryTable, halve, product
+from ltm_pyro.engine.kernels.prepack import can_prepack, prepack
 from ltm_pyro.models.layers import DecoderLayer, Projection, rotary_angles
-from ltm_pyro.models.packed import arrange_frozen, can_arrange
-from ltm_pyro.models.writing import LARGE, LayerWriter, Norm, Turns, arrange, product
 
 
 @dataclass
@@ -31,18 +31,18 @@ class DecoderState:
     """What generation keeps between positions; valid while the decoder's weights stay.
 
     Attributes:
-        layers: Per layer, its memory of the last W positions.
+        layers: The layers, each with its KV cache.
         norm: The norm after the last layer.
         output: The output embedding, as `product` takes it.
-        turns: Rotary angles.
+        angles: Of all positions.
         t: The next position.
     """
 
     thoughts: list[Tensor]
-    layers: list[LayerWriter]
+    layers: list[CachedLayer]
     norm: Norm
     output: Tensor
-    turns: Turns
+    angles: RotaryTable
     t: int = 0
 
 
@@ -177,19 +177,19 @@ class Decoder(nn.Module):
         """Matrices that `score` multiplies by, for `functional_call`, while the weights stay.
 
         They are rounded as autocast would round them, again and again, at every step; those of the
-        layers are arranged for their products.
+        layers are prepacked.
         """
         device = self.bos.device.type
         low = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if low else self.bos.dtype
         out: dict[str, Tensor] = {}
-        if not low and not can_arrange(self.bos):
+        if not low and not can_prepack(self.bos):
             return out
         for name, module in self.named_modules():
             if name.startswith("layers.0.self_attention"):  # in the trunk, which is computed
                 continue
             if isinstance(module, Projection):
-                out[f"{name}.weight"] = arrange_frozen(module.weight.to(dtype))
+                out[f"{name}.weight"] = prepack(module.weight.to(dtype))
             elif low and isinstance(module, nn.Linear | nn.Embedding):
                 out[f"{name}.weight"] = module.weight.detach().to(dtype)
         return out
@@ -207,18 +207,18 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> DecoderState:
-        """An empty memory for generating B rows guided by z (B, K, D)."""
+        """An empty KV cache for generating B rows guided by z (B, K, D)."""
         size = min(self.config.window, self.config.seq_len)
         thoughts = self.thought_keys(z)
         large = sum(p.numel() for p in self.parameters()) >= LARGE
         halved = large and len(z) == 1 and z.is_cpu
         layers = [
-            LayerWriter(layer, kv, size, halved)
+            CachedLayer(layer, kv, size, halved)
             for layer, kv in zip(self._blocks(), thoughts, strict=True)
         ]
-        turns = Turns(self.config.width // self.config.n_heads, z)
-        output = arrange(self.embedding.weight, halved)
-        return DecoderState(thoughts, layers, Norm(self.norm), output, turns)
+        angles = RotaryTable(self.cosines.to(z.dtype), self.sines.to(z.dtype))
+        output = halve(self.embedding.weight, halved)
+        return DecoderState(thoughts, layers, Norm(self.norm), output, angles)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: DecoderState) -> None:
@@ -230,8 +230,8 @@ class Decoder(nn.Module):
         h = self.embed(tokens)
         angles = self._angles(tokens.shape[1])
         blocks = self._blocks()
-        for layer, memory, thoughts in zip(blocks, state.layers, state.thoughts, strict=True):
-            memory.remember(h, angles)
+        for layer, cached, thoughts in zip(blocks, state.layers, state.thoughts, strict=True):
+            cached.fill(*layer.self_attention.heads(layer.norm_self(h), angles)[1:])
             if layer is not blocks[-1]:  # what the last layer would pass on is not asked for
                 h = layer.think(layer.attend(h, angles), thoughts)
         state.t = tokens.shape[1]
@@ -251,8 +251,8 @@ class Decoder(nn.Module):
             h = self.bos.expand(state.thoughts[0].shape[1], -1)
         else:
             h = F.embedding(previous, self.embedding.weight)
-        turn = state.turns.at(state.t)
+        angles = state.angles.at(state.t)
         for layer in state.layers:
-            h = layer.step(h, turn, state.t)
+            h = layer.step(h, angles, state.t)
         state.t += 1
         return product(state.norm(h), state.output)

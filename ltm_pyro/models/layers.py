@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltm_pyro.models.packed import linear
+from ltm_pyro.engine.kernels.prepack import linear
 
 SMALL_BLOCK, LARGE_BLOCK = 16, 64
 """Queries per attention block: fewer make slow, small matrix products, more are masked in vain."""
@@ -116,7 +116,7 @@ def _fused_blocks(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor
 
 
 class Projection(nn.Linear):
-    """A linear map without bias; quicker where its weight is frozen and arranged."""
+    """A linear map without bias; quicker where its weight is frozen and prepacked."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -136,15 +136,15 @@ class SelfAttention(nn.Module):
         self.qkv = Projection(width, 3 * width)
         self.out = Projection(width, width)
 
-    def _heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, T, H), each (B, heads, T, head_dim)."""
         rows, length, _ = h.shape
         q, k, v = self.qkv(h).view(rows, length, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return rotate(q, angles), rotate(k, angles), v
 
     def forward(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, H) to (B, T, H)."""
-        q, k, v = self._heads(h)
-        mixed = windowed_attention(rotate(q, angles), rotate(k, angles), v, self.window)
+        mixed = windowed_attention(*self.heads(h, angles), self.window)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

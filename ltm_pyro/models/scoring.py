@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.models.compiled import CompiledScore, Score, bucket_length
+from ltm_pyro.engine.kernels.compiled import CompiledScore, Score, bucket_length
 from ltm_pyro.models.decoder import Decoder
 
 

@@ -356,7 +356,7 @@ class DualRateSVI:
         first, last = len(self.metrics), self.slow_step + steps
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
         following = followed(self, callbacks, held_out, last)
-        with bar, self.execution.memory(self.model), following as after:
+        with bar, following as after:
             for _ in range(steps):
                 row = self.step(
                     rows_of_step(

@@ -1,4 +1,4 @@
-"""Products with frozen matrices, arranged once: the same numbers, and plain where they must be."""
+"""Products with frozen matrices, prepacked once: the same numbers, and plain where they must be."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltm_pyro.models import packed
-from ltm_pyro.models.packed import arrange_frozen, arrangement, linear
+from ltm_pyro.engine.kernels import prepack as module
+from ltm_pyro.engine.kernels.prepack import linear, prepack, prepacked
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Sums of 48 products round in another order; bf16 has 8 bits."""
@@ -25,21 +25,21 @@ def matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="arrangements are oneDNN's"
+    not torch.backends.mkldnn.is_available(), reason="layouts are oneDNN's"
 )
 
 
 @needs_onednn
-@pytest.mark.parametrize("arranged", [True, False])
+@pytest.mark.parametrize("prepacks", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_and_gradient_are_those_of_the_plain_product(
-    dtype: torch.dtype, arranged: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, prepacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = matrices(dtype)
-    if not arranged:
-        monkeypatch.setattr(packed, "can_arrange", lambda weight: False)
-    weight = arrange_frozen(weight)
-    assert (arrangement(weight) is not None) == arranged
+    if not prepacks:
+        monkeypatch.setattr(module, "can_prepack", lambda weight: False)
+    weight = prepack(weight)
+    assert (prepacked(weight) is not None) == prepacks
     results = []
     for product in (linear, F.linear):
         at = x.clone().requires_grad_()
@@ -51,14 +51,14 @@ def test_value_and_gradient_are_those_of_the_plain_product(
 
 def test_a_weight_that_learns_has_its_gradient() -> None:
     x, weight = matrices(torch.float32)
-    arrange_frozen(weight)
+    prepack(weight)
     weight.requires_grad_()
     assert torch.autograd.grad(linear(x, weight).sum(), weight)[0].abs().sum() > 0
 
 
-def test_a_weight_that_changed_is_not_taken_for_the_one_that_was_arranged() -> None:
+def test_a_weight_that_changed_is_not_taken_for_the_one_that_was_prepacked() -> None:
     x, weight = matrices(torch.float32)
-    arrange_frozen(weight)
+    prepack(weight)
     weight.zero_()
     assert not linear(x, weight).any()
 
@@ -67,28 +67,28 @@ def test_autocast_rounds_a_weight_in_full_precision() -> None:
     x, weight = matrices(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
-        assert linear(x, arrange_frozen(weight.bfloat16())).dtype == torch.bfloat16
+        assert linear(x, prepack(weight.bfloat16())).dtype == torch.bfloat16
 
 
 @needs_onednn
-def test_the_arrangement_goes_with_the_weight() -> None:
-    weight = arrange_frozen(torch.randn(64, 48))
-    assert arrangement(weight) is not None
-    assert arrangement(weight.detach()) is None
-    before = len(packed._ARRANGED)
+def test_the_layout_goes_with_the_weight() -> None:
+    weight = prepack(torch.randn(64, 48))
+    assert prepacked(weight) is not None
+    assert prepacked(weight.detach()) is None
+    before = len(module._PREPACKED)
     del weight
     gc.collect()
-    assert len(packed._ARRANGED) == before - 1
+    assert len(module._PREPACKED) == before - 1
 
 
 def test_elsewhere_products_are_plain() -> None:
-    weight = arrange_frozen(torch.randn(64, 48, device="meta"))
-    assert arrangement(weight) is None
+    weight = prepack(torch.randn(64, 48, device="meta"))
+    assert prepacked(weight) is None
     assert linear(torch.randn(2, 48, device="meta"), weight).shape == (2, 64)
 
 
 def test_double_precision_is_left_as_it_is() -> None:
     x, weight = matrices(torch.float64)
-    weight = arrange_frozen(weight)
-    assert arrangement(weight) is None
+    weight = prepack(weight)
+    assert prepacked(weight) is None
     torch.testing.assert_close(linear(x, weight), x @ weight.T)

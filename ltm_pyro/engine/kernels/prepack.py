@@ -1,9 +1,12 @@
-"""Frozen matrices, arranged once for many products.
+"""Frozen matrices, prepacked once for many products.
 
 A matrix product on the CPU rearranges its second factor before it begins. In the fast loop that
 factor is a weight which stays as it is for T_fast steps, forward as W^T and backward as W. oneDNN
-can be handed both arranged; the product is the same, and sooner done. Where oneDNN has no such
-arrangement (other devices, other precisions) products are plain.
+can be handed both rearranged; the product is the same, and sooner done. Where oneDNN has no such
+layout (other devices, other precisions) products are plain.
+
+Measured alone (`benchmarks/tricks.py`): without it an eager fast loop takes 1.29 times as long on
+`nano` and 1.22 times on `tiny`, a whole slow step 1.22 and 1.13 times.
 """
 
 from __future__ import annotations
@@ -21,40 +24,40 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _PRECISIONS = (torch.float32, torch.bfloat16)
 _ROWS = 2048
-"""Rows of the first factor that an arrangement is made for; others are as welcome."""
+"""Rows of the first factor that a layout is made for; others are as welcome."""
 
 
-class Arranged(NamedTuple):
+class Prepacked(NamedTuple):
     """A matrix W as products take it: x W^T, and x W."""
 
     transposed: Tensor
     plain: Tensor
 
 
-_ARRANGED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weights to their arrangements; a weight that is gone takes its own along."""
+_PREPACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weights to their layouts; a weight that is gone takes its own along."""
 
 
-def arrange_frozen(weight: Tensor) -> Tensor:
-    """The same matrix, detached, with its products arranged while that tensor lives.
+def prepack(weight: Tensor) -> Tensor:
+    """The same matrix, detached, and prepacked while that tensor lives.
 
     Args:
         weight: (out, in); must not change as long as the result is used.
     """
     weight = weight.detach()
-    if can_arrange(weight):
-        _ARRANGED[weight] = Arranged(_arranged(weight), _arranged(weight.T))
+    if can_prepack(weight):
+        _PREPACKED[weight] = Prepacked(_reordered(weight), _reordered(weight.T))
     return weight
 
 
-def arrangement(weight: Tensor) -> Arranged | None:
-    """What `arrange_frozen` made for this very tensor."""
-    found: Arranged | None = _ARRANGED.get(weight)
+def prepacked(weight: Tensor) -> Prepacked | None:
+    """What `prepack` made for this very tensor."""
+    found: Prepacked | None = _PREPACKED.get(weight)
     return found
 
 
-def can_arrange(weight: Tensor) -> bool:
-    """Whether oneDNN has arrangements for a matrix of this device and precision."""
+def can_prepack(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout for a matrix of this device and precision."""
     known = all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
@@ -62,7 +65,7 @@ def can_arrange(weight: Tensor) -> bool:
     return usable and known
 
 
-def _arranged(second: Tensor) -> Tensor:
+def _reordered(second: Tensor) -> Tensor:
     """What a product with second^T takes."""
     if isinstance(second, FakeTensor):  # in a simulation of memory: as many bytes
         return second.clone(memory_format=torch.contiguous_format)
@@ -73,7 +76,7 @@ def _arranged(second: Tensor) -> Tensor:
 @torch.library.custom_op("ltm_pyro::frozen_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """The product of x (..., in) with W^T, or of x (..., out) with W."""
-    found = arrangement(weight)
+    found = prepacked(weight)
     if found is None:
         return x @ (weight.T if transposed else weight)
     second = found.transposed if transposed else found.plain
@@ -108,7 +111,7 @@ _product.register_autograd(_backward, setup_context=_keep)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x W^T, from the arrangement of a frozen weight where there is one.
+    """The product x W^T, from the layout of a prepacked weight where there is one.
 
     Args:
         x: (..., in).
@@ -122,7 +125,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.requires_grad or not weight.is_cpu or (casting and not low):
         return F.linear(x, weight)
     # A compiler cannot ask; in its graphs the product itself does.
-    if not torch.compiler.is_compiling() and arrangement(weight) is None:
+    if not torch.compiler.is_compiling() and prepacked(weight) is None:
         return F.linear(x, weight)
     product: Tensor = _product(x.to(weight.dtype), weight, True)
     return product
