@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.kernels.cross_entropy import token_log_prob
 from ltm_pyro.inference.generation import generate
-from ltm_pyro.models.cross_entropy import token_log_prob
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed
 from ltm_pyro.run.folder import Run
