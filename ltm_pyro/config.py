@@ -188,6 +188,29 @@ class CorpusConfig:
     """Further options of `load_corpus`, e.g. `{"classes": 8}` for `mixture`."""
 
 
+@settings("held_out")
+class HeldOut:
+    """The bound on held-out text while a fit goes on, in `metrics.csv`."""
+
+    every: CountOrNone = 0
+    """Slow steps between bounds; 0: none. With bounds, the best checkpoint is kept too."""
+    sequences: Count = 32
+    """Sequences of the validation split, the same ones each time."""
+    draws: Annotated[Whole, Ge(2), Le(10**9)] = 8
+    """S: fresh draws per sequence."""
+    fast_steps: FastSteps = 16
+    """T_fast when they are inferred."""
+    patience: CountOrNone = 0
+    """Bounds in a row without a new best one after which the fit stops; 0: it never does."""
+
+    def __post_init__(self) -> None:
+        if self.patience and not self.every:
+            raise InputError(
+                f"held_out.patience is {self.patience} and held_out.every 0: a fit stops early on "
+                "its held-out bound, so set held_out.every too"
+            )
+
+
 @settings("")
 class FitConfig:
     """One fit, whole: with the package's version it determines the result."""
@@ -214,8 +237,15 @@ class FitConfig:
     """Slow steps."""
     batch_size: Count = 16
     """B: sequences per slow step."""
+    held_out: HeldOut = field(default_factory=HeldOut)
+    """The bound on held-out text while the fit goes on, and early stopping."""
     seed: Seed = 0
     """Seed of initial weights, batches and noise."""
+    restarts: Annotated[Whole, Gt(0), Le(1000)] = 1
+    """Independent fits, with the seeds that follow; the chains of an export."""
+    init_from: Text = ""
+    """A run whose last weights the fit starts from; its model, tokenizer and settings too, where
+    nothing else is said."""
     device: Text = "cpu"
     """A torch device, e.g. `cpu` or `cuda`."""
     compile: Switch = True

@@ -28,6 +28,7 @@ from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_device
 from ltm_pyro.run.changes import first_change
 from ltm_pyro.run.checkpoint import Checkpoint
+from ltm_pyro.run.extending import extend
 from ltm_pyro.run.files import new_folder, refuse_protected, write_atomic, writing
 from ltm_pyro.run.metrics import MetricsFile
 from ltm_pyro.run.scoring import json_value, per_sequence_csv, score_run, summary
@@ -410,8 +411,8 @@ def test_scoring_settings_change_where_the_fit_does_not(tmp_path, config):
     finish(create_run(tmp_path / "run", config))
     run = load_run(tmp_path / "run")
     with pytest.raises(InputError, match="eval_draws is 1: must be 2 or more"):
-        run.score_by({"eval_draws": 1})
-    run.score_by({"eval_draws": 6, "eval_sequences": 3})
+        extend(run, {"eval_draws": 1})
+    extend(run, {"eval_draws": 6, "eval_sequences": 3})
     again = load_run(tmp_path / "run")
     assert (again.config.eval_draws, again.config.eval_sequences) == (6, 3)
     assert again.svi.slow_step == STEPS == again.control().slow_step

@@ -130,7 +130,8 @@ def _open(
     folder = as_path("out", default_folder(config) if out is None else out)
     from ltm_pyro.run import create_run
     from ltm_pyro.run.building import absolute_name, open_corpus
-    from ltm_pyro.run.changes import SCORING, refuse_changes
+    from ltm_pyro.run.changes import changes_in
+    from ltm_pyro.run.extending import extend
     from ltm_pyro.run.files import followed, refuse_protected
     from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
     from ltm_pyro.run.lock import sole_writer
@@ -148,8 +149,8 @@ def _open(
         for name in ("name", "tokenizer"):
             if name in corpus_given:
                 corpus_given[name] = absolute_name(corpus_given[name])
-        refuse_changes(fitted.config, given, fitted.label, "what was asked for")
-        fitted.score_by({name: given[name] for name in SCORING if name in given})
+        for line in extend(fitted, changes_in(fitted.config, given, fitted.label)):
+            print(line)
         return fitted, fitted.corpus(), False
     if resume:
         tell(f"no run in {str(folder)!r} yet: starting it")
@@ -215,8 +216,7 @@ def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[
         step = fitted.svi.slow_step if stage == "fit" else error.step
         return [f"the checkpoint of step {step} is kept in {str(fitted.folder)!r}"]
     if isinstance(error, ProcessLostError):
-        step = fitted.saved_step()
-        return [f"the last checkpoint is of step {step}", resume_line(fitted)]
+        return [f"the last checkpoint is of step {fitted.saved_step()}", resume_line(fitted)]
     if new and not fitted.svi.slow_step:
         undo_new(fitted.folder)
         return []

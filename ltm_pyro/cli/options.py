@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
 
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 def add_run(parser: Parser) -> None:
     """Which run, and where to compute."""
     parser.add_argument("run", type=str, metavar="RUN", help="a run folder, as fit leaves it")
+    parser.add_argument(
+        "--checkpoint",
+        type=str,
+        default="last",
+        help="last, or best: of the highest held-out bound",
+    )
     add_device(parser)
 
 
@@ -37,15 +45,17 @@ def add_scoring(parser: Parser, split: str | None = "val") -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
 
 
-def open_run(folder: str, device: str | None) -> Run:
-    """The run in `folder`, in every process that `torchrun` started."""
+def open_run(options: Namespace) -> Run:
+    """The run that `add_run` asked for, in every process that `torchrun` started."""
     from ltm_pyro.engine.processes import join
     from ltm_pyro.run import load_run
     from ltm_pyro.run.opening import recorded_config
 
+    folder, device, checkpoint = options.run, options.device, options.get("checkpoint", "last")
     if not many():
-        return load_run(folder, device=device)
-    return load_run(folder, parallel=join(device or recorded_config(Path(folder)).device))
+        return load_run(folder, checkpoint=checkpoint, device=device)
+    device = device or recorded_config(Path(folder)).device
+    return load_run(folder, checkpoint=checkpoint, parallel=join(device))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, merged, preset, to_
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.reading import open_regular
 
-_GROUPS = ("corpus", "model", "fast", "slow")
+_GROUPS = ("corpus", "model", "fast", "slow", "held_out")
 _FROM_CORPUS = "model.vocab_size"
 """Not a choice: the corpus has the vocabulary that it has."""
 _SHORTCUTS = {

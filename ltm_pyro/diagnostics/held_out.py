@@ -74,14 +74,15 @@ class HeldOutBound:
         name, se = ("elbo", scores["elbo_se"].values) if post.has_density else ("log_joint", 0.0)
         values = scores[name].values
         bound = clustered_mean(values, documents_of(scores))
-        found = {
-            name: bound.value,
-            f"{name}_se": float(np.sqrt(np.square(se).sum())) / len(values),
-            f"{name}_sampling_se": bound.error,
-            "kl": float(scores["kl"].mean()),
-            f"{name}_per_token": float(values.sum() / scores["n_tokens"].sum()),
-        }
-        return {f"{PREFIX}{key}": value for key, value in found.items() if math.isfinite(value)}
+        found = (
+            bound.value,
+            float(np.sqrt(np.square(se).sum())) / len(values),
+            bound.error,
+            float(scores["kl"].mean()),
+            float(values.sum() / scores["n_tokens"].sum()),
+        )
+        columns = zip(held_out_columns(post.has_density), found, strict=True)
+        return {column: value for column, value in columns if math.isfinite(value)}
 
 
 class EarlyStopping(Callback):
@@ -106,6 +107,13 @@ class EarlyStopping(Callback):
         """Whether a fit with these metrics has been stopped."""
         bounds = held_out_bounds(metrics)
         return bool(bounds) and len(bounds) - 1 - _best(list(bounds.values())) >= self.patience
+
+
+def held_out_columns(has_density: bool) -> tuple[str, ...]:
+    """Names of what a held-out bound adds to a step's metrics."""
+    name = "elbo" if has_density else "log_joint"
+    parts = (name, f"{name}_se", f"{name}_sampling_se", "kl", f"{name}_per_token")
+    return tuple(f"{PREFIX}{part}" for part in parts)
 
 
 def held_out_bounds(metrics: Iterable[Metrics]) -> dict[int, float]:

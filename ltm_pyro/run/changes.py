@@ -2,60 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.errors import InputError, shown
 
-SCORING = ("eval_sequences", "eval_draws", "eval_fast_steps")
-"""Settings of the scores after a fit, which no step of it depends on."""
+CHANGEABLE = (
+    *("eval_sequences", "eval_draws", "eval_fast_steps"),
+    *("steps", "restarts", "checkpoint_every", "held_out.every", "held_out.patience"),
+)
+"""Settings that a run may change: no step that is done depends on them."""
+UNBOUND = (*CHANGEABLE, "held_out", "fast", "slow")
+"""Settings in which a checkpoint may be older than its run: they do not shape its tensors."""
 
 _OPEN = ("options", "guide_options", "objective_options", "prior_options")
 """Settings whose keys are free: a key left out is a difference too."""
 
 
-def refuse_changes(config: FitConfig, other: Mapping[str, Any], here: str, there: str) -> None:
-    """Refuses settings that differ from those of a run.
+def changes_in(config: FitConfig, given: Mapping[str, Any], here: str) -> dict[str, Any]:
+    """What of `given` a run takes over; the rest must be as it is.
 
     Args:
         config: The run's.
-        other: Settings as plain types; those left out do not differ.
+        given: Settings as plain types; those left out do not change.
         here: What `config` belongs to, for the message.
-        there: What `other` belongs to.
 
     Raises:
-        InputError: naming the first setting that differs, those of the scores aside.
+        InputError: naming the first setting that a run cannot change.
     """
-    found = difference(config, other, here, there)
+    # Bounds on another set of sequences could not be told from those before.
+    free = CHANGEABLE if config.held_out.every else (*CHANGEABLE, "held_out")
+    found = difference(config, given, here, "what was asked for", free)
     if found is not None:
         raise InputError(
             f"{found}: a fit goes on with its own settings only; leave them out, or fit anew into "
             "another folder"
         )
+    names = {name.partition(".")[0] for name in CHANGEABLE}
+    return {name: value for name, value in given.items() if name in names}
 
 
-def difference(config: FitConfig, other: Mapping[str, Any], here: str, there: str) -> str | None:
-    """The first setting in `other` that `config` has otherwise, in words; see `refuse_changes`."""
+def difference(
+    config: FitConfig,
+    other: Mapping[str, Any],
+    here: str,
+    there: str,
+    free: Collection[str] = CHANGEABLE,
+) -> str | None:
+    """The first setting in `other` that `config` has otherwise, in words.
+
+    Args:
+        config: Of `here`.
+        other: Settings of `there`.
+        here: What `config` belongs to.
+        there: What `other` belongs to.
+        free: Dotted names of settings that may differ.
+    """
     mine = to_dict(config)
-    name = first_change(mine, other)
+    name = first_change(mine, other, free)
     if name is None:
         return None
     return f"{name} is {shown(_at(mine, name))} in {here} and {shown(_at(other, name))} in {there}"
 
 
-def first_change(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def first_change(
+    config: Mapping[str, Any],
+    other: Mapping[str, Any],
+    free: Collection[str] = CHANGEABLE,
+    prefix: str = "",
+) -> str | None:
     """Dotted name of the first setting in `other` that `config` has otherwise, or `None`."""
     for key, value in other.items():
-        mine = config.get(key)
-        if key in SCORING:
+        mine, name = config.get(key), f"{prefix}{key}"
+        if name in free:
             continue
         if isinstance(value, Mapping) and isinstance(mine, Mapping) and key not in _OPEN:
-            inner = first_change(mine, value)
+            inner = first_change(mine, value, free, f"{name}.")
             if inner is not None:
-                return f"{key}.{inner}"
+                return inner
         elif mine != value and not _same_items(mine, value):
-            return key
+            return name
     return None
 
 

@@ -3,46 +3,55 @@
     config.json      settings, versions, what the corpus was; written once
     tokenizer.json   all there is to the tokenizer
     checkpoint/      weights, AdamW's moments, and how far the fit is
+    best/            the same where the held-out bound was highest, if it is followed
     store/           persistent local parameters with their moments, one row per sequence
     metrics.csv      one row per slow step
     control/         the same for the decoder without thoughts
 
-A fit is a function of `config.json`: random numbers and batches are functions of seed and slow
-step, so a fit that was killed goes on from its checkpoint to the very weights of one that was not.
+A fit is a function of `config.json`, which says of a fit that was extended when it was: random
+numbers and batches are functions of seed and slow step, so a fit that was killed goes on from its
+checkpoint to the very weights of one that was not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ltm_pyro.config import FitConfig, from_dict, to_dict
+from ltm_pyro.checks import one_of
+from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.models.doors import door
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
-from ltm_pyro.run.changes import difference
+from ltm_pyro.run.changes import UNBOUND, difference
 from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, check_names, put, take
 from ltm_pyro.run.files import json_bytes, write_atomic
-from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.metrics import MetricsFile
 from ltm_pyro.run.schemas import State, checked
 
 CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
-CHECKPOINT, STORE, CONTROL = "checkpoint", "store", "control"
+CHECKPOINT, BEST, STORE, CONTROL = "checkpoint", "best", "store", "control"
+FOLDERS = {"last": CHECKPOINT, "best": BEST}
+"""Where a checkpoint lies, by what it is asked for."""
 
 
 class Run:
@@ -68,6 +77,7 @@ class Run:
         tokenizer: Tokenizer,
         device: str | None = None,
         parallel: Parallel | None = None,
+        svi: DualRateSVI | None = None,
     ) -> None:
         self.parallel = parallel or Parallel()
         if self.parallel.size > 1:
@@ -76,13 +86,23 @@ class Run:
         self.config = config
         self.facts = facts
         self.tokenizer = tokenizer
-        self.model = initial_model(config, device)
-        self.guide = initial_guide(config, self.model)
+        self.checkpoint_name = "last"
+        self.svi = self._fresh(device) if svi is None else svi
+        self.model = cast("LatentThoughtModel", self.svi.model)
+        self.guide = self.svi.guide
+        self.svi.horizon = config.steps
+        self._mark = ""
+        self.svi.tokenizer = tokenizer
+
+    def _fresh(self, device: str | None) -> DualRateSVI:
+        """The fit before its first step."""
+        config = self.config
+        model = initial_model(config, device)
         # Held-out sequences, of whatever number, are then inferred in parts of that size too.
         rows = max(1, config.batch_size // self.parallel.size)
-        self.svi = DualRateSVI(
-            self.model,
-            self.guide,
+        svi = DualRateSVI(
+            model,
+            initial_guide(config, model),
             fast=config.fast,
             slow=config.slow,
             elbo=build_objective(config.objective, **config.objective_options),
@@ -95,14 +115,13 @@ class Run:
                 parallel=self.parallel,
             ),
         )
-        self.svi.horizon = config.steps
-        self._mark = ""
-        self.svi.tokenizer = tokenizer
+        svi.batch_size = config.batch_size
+        return svi
 
     def __repr__(self) -> str:
         return (
             f"Run({str(self.folder)!r}: {self.config.preset} on {self.config.corpus.name}, "
-            f"step {self.svi.slow_step} of {self.config.steps})"
+            f"step {self.svi.slow_step} of {self.last_step})"
         )
 
     @property
@@ -139,22 +158,53 @@ class Run:
             )
         return corpus
 
-    def score_by(self, changes: Mapping[str, Any]) -> None:
-        """Takes over other settings of the scores; the fit does not depend on them.
+    @property
+    def last_step(self) -> int:
+        """The slow step that the fit ends with: `config.steps`, or where it stopped early."""
+        patience = self.config.held_out.patience
+        if patience and EarlyStopping(patience).over(self.svi.metrics):
+            return self.svi.slow_step
+        return self.config.steps
 
-        Args:
-            changes: Of `eval_sequences`, `eval_draws` and `eval_fast_steps`.
+    def adopt(self, config: FitConfig, **facts: Any) -> None:
+        """Takes `config` for the run's settings, in memory and on disk, and adds to its facts.
 
         Raises:
-            InputError: if the run could not be scored by them, or its folder not be written.
+            InputError: if the folder cannot be written.
         """
-        config = from_dict(FitConfig, {**to_dict(self.config), **changes})
-        refuse_unscorable(config)
-        refuse_oversize(config, self.parallel.size)
-        if config != self.config:
-            self.config = config
-            facts = json_bytes({**self.facts, "config": to_dict(config)})
-            write_atomic(self.folder / CONFIG, facts)
+        told = {**self.facts, **facts}
+        body = json_bytes({**told, "config": to_dict(config)})
+        write_atomic(self.folder / CONFIG, body)
+        self.config, self.facts = config, told
+
+    @door
+    def fit(
+        self,
+        corpus: Corpus | None = None,
+        *,
+        more: int | None = None,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+    ) -> Course:
+        """Goes on with the fit, and with its control where it has one; both are saved.
+
+        Args:
+            corpus: Its corpus; loaded again by default.
+            more: Slow steps to do from here. Beyond the run's `steps` the fit is extended, its
+                schedules restated, which a line on stderr tells. By default all that is left.
+            progress: Show progress on stderr.
+            callbacks: Follow the fit, and may stop it.
+
+        Returns:
+            The metrics of these steps.
+
+        Raises:
+            InputError: if the corpus is not at hand, or the folder cannot be written.
+            NonFiniteError: on NaN; the checkpoint is of the last good step.
+        """
+        from ltm_pyro.run.training import fit_run  # which is about runs
+
+        return fit_run(self, corpus, more, progress=progress, callbacks=callbacks)
 
     def checkpoint(self) -> Checkpoint:
         """All that the fit needs to go on."""
@@ -171,10 +221,13 @@ class Run:
         return Checkpoint(tensors, self._state(self.svi.slow_step))
 
     def save(self) -> None:
-        """Replaces the checkpoint on disk.
+        """Replaces the checkpoint on disk, whatever was changed since it was read.
+
+        Steps beyond `config.steps` and other clocks, set by hand, become the run's settings.
 
         Raises:
-            InputError: if it cannot be written; the one before is then still whole.
+            InputError: if it cannot be written, or not be read again; the one before is then still
+                whole.
         """
         if not self.svi.whole:
             raise InputError(
@@ -182,8 +235,10 @@ class Run:
                 "the run again"
             )
         store, step = self.svi.store, self.svi.slow_step
-        checkpoint = self.checkpoint()
+        checkpoint, config = self.checkpoint(), self._as_it_stands()
         with self.writing():
+            if config != self.config:
+                self.parallel.lead(lambda: self.adopt(config))
             # The checkpoint decides which rows count: see `ltm_pyro.engine.rows.database`.
             if isinstance(store, RowDatabase):
                 store.prepare(step)
@@ -191,6 +246,24 @@ class Run:
             self.parallel.lead(lambda: self._write(checkpoint))
             if isinstance(store, RowDatabase):
                 store.publish(step)
+
+    def _as_it_stands(self) -> FitConfig:
+        """The settings, those that were changed by hand included."""
+        svi, config = self.svi, self.config
+        steps = max(config.steps, svi.slow_step)
+        changed = replace(config, fast=svi.fast, slow=svi.slow, steps=steps)
+        to_dict(changed)  # a schedule that is a function cannot be written down
+        return changed
+
+    def save_best(self) -> None:
+        """Keeps the fit as it stands for the best.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        checkpoint = self.checkpoint()
+        with self.writing():
+            self.parallel.lead(lambda: checkpoints.save(self.folder / BEST, checkpoint))
 
     def save_alone(self) -> bool:
         """Replaces the checkpoint when other processes are gone, if this one holds all of it.
@@ -211,6 +284,11 @@ class Run:
         Raises:
             InputError: saying who writes to it, or that another has since it was read here.
         """
+        if self.checkpoint_name != "last":
+            raise InputError(
+                f"this is the {self.checkpoint_name} checkpoint of {self.label}, and a fit goes on "
+                "from the last: load that, or keep this one by save_run in another folder"
+            )
         with ExitStack() as held:
             self.parallel.lead(lambda: held.enter_context(self._alone()))
             yield
@@ -235,26 +313,42 @@ class Run:
         """Takes the checkpoint on disk for this run's own."""
         self._mark = checkpoints.mark(self.folder / CHECKPOINT)
 
-    def saved_step(self) -> int:
-        """Slow steps of the checkpoint on disk.
+    def saved_step(self, name: str = "last") -> int | None:
+        """Slow steps of a checkpoint on disk; `None` where there is no such.
 
         Raises:
             InputError: if it is damaged.
         """
-        return checkpoints.saved_step(self.folder / CHECKPOINT, self.label)
+        place = self.folder / FOLDERS[name]
+        return checkpoints.saved_step(place, self.label) if checkpoints.exists(place) else None
 
     @property
     def metrics_file(self) -> MetricsFile:
         """`metrics.csv`."""
-        return MetricsFile(self.folder / METRICS, self.label)
+        scored = self.config.held_out.every
+        later = held_out_columns(self.guide.has_density) if scored else ()
+        return MetricsFile(self.folder / METRICS, self.label, later)
 
-    def restore(self) -> None:
-        """Puts the checkpoint on disk into model, guide and optimiser.
+    def restore(self, name: str = "last") -> None:
+        """Puts a checkpoint on disk into model, guide and optimiser.
+
+        Args:
+            name: `last` or `best`; from the latter no fit goes on.
 
         Raises:
-            InputError: if it is damaged, or belongs to other settings.
+            InputError: if it is not there, is damaged, or belongs to other settings.
         """
-        self.take_up(self._load_with_rows())
+        self.checkpoint_name = one_of("checkpoint", name, FOLDERS)
+        if name == "last":
+            self.take_up(self._load_with_rows())
+        elif not checkpoints.exists(self.folder / FOLDERS[name]):
+            raise InputError(
+                f"{self.label} has no best checkpoint: it is kept with a held-out bound, so fit "
+                "with --held_out.every 50, or leave the checkpoint out"
+            )
+        else:
+            self.take_up(checkpoints.load(self.folder / FOLDERS[name], self.label))
+            self.svi.store = None  # rows on disk are the last checkpoint's
         self.svi.metrics = Course(self.metrics_file.read(self.svi.slow_step))
 
     def take_up(self, saved: Checkpoint) -> None:
@@ -368,7 +462,7 @@ class Run:
     def _checked_step(self, saved: Checkpoint) -> int:
         """The checkpoint's slow step, known to belong to this run's settings."""
         state = checked(State, saved.state, Path(STATE), self.label)
-        other = difference(self.config, to_dict(state.config), CONFIG, STATE)
+        other = difference(self.config, to_dict(state.config), CONFIG, STATE, UNBOUND)
         if other is not None:
             raise damaged(self.label, other)
         return state.slow_step

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ltm_pyro.inference.course import Metrics
@@ -24,11 +22,13 @@ class MetricsFile:
     Args:
         path: The file.
         owner: The run that it belongs to, for messages.
+        later: Names that rows of some steps have beyond those of the first; other cells are empty.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, path: Path, owner: str, later: Sequence[str] = ()) -> None:
         self.path = path
         self.owner = owner
+        self.later = later
 
     def append(self, row: Metrics) -> None:
         """Adds one row; the first brings the header.
@@ -36,12 +36,12 @@ class MetricsFile:
         Raises:
             InputError: if it cannot be written.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        known = self._columns()
+        columns = known or list(dict.fromkeys([*row, *self.later]))
         with writing(self.path), open(self.path, "ab") as stream:
-            if stream.tell() == 0:
-                writer.writerow(row)
-            stream.write(f"{text.getvalue()}{_line(row)}\n".encode())
+            if not known:
+                stream.write(f"{','.join(columns)}\n".encode())
+            stream.write(f"{_line(row, columns)}\n".encode())
 
     def sync(self) -> None:
         """Brings the rows to the disk, before a checkpoint that counts on them."""
@@ -79,8 +79,18 @@ class MetricsFile:
         Raises:
             InputError: if they cannot be written.
         """
-        if rows and self._last_line() != _line(rows[-1]):
+        columns = self._columns()
+        if rows and self._last_line() != _line(rows[-1], columns):
             self.truncate(rows)
+
+    def _columns(self) -> list[str]:
+        """The names in the first line; none where there is no file."""
+        try:
+            with open_regular(self.path) as stream:
+                line = stream.readline(_LONGEST_ROW).decode(errors="replace").rstrip("\n")
+        except OSError:
+            return []
+        return line.split(",") if line else []
 
     def _last_line(self) -> str:
         try:
@@ -96,16 +106,15 @@ class MetricsFile:
         Raises:
             InputError: if it cannot be written.
         """
-        text = io.StringIO()
-        if rows:
-            csv.writer(text, lineterminator="\n").writerow(rows[0])
-            text.writelines(f"{_line(row)}\n" for row in rows)
-        write_atomic(self.path, text.getvalue().encode())
+        names = (name for row in rows for name in row)
+        columns = dict.fromkeys([*(rows[0] if rows else ()), *self.later, *names])
+        lines = [",".join(columns), *(_line(row, columns) for row in rows), ""] if rows else []
+        write_atomic(self.path, "\n".join(lines).encode())
 
 
-def _line(row: Metrics) -> str:
+def _line(row: Metrics, columns: Iterable[str]) -> str:
     """One row as it is written; `repr` keeps every bit of a number."""
-    return ",".join(repr(value) for value in row.values())
+    return ",".join(repr(row[name]) if name in row else "" for name in columns)
 
 
 def _parsed(data: bytes) -> list[Metrics]:
@@ -118,7 +127,8 @@ def _parsed(data: bytes) -> list[Metrics]:
     for line in lines[1:]:
         cells = line.split(",")
         try:
-            row = dict(zip(header, map(float, cells), strict=True))
+            pairs = zip(header, cells, strict=True)
+            row = {name: float(cell) for name, cell in pairs if cell}
         except ValueError:
             continue
         step = row.get("step", math.nan)

@@ -21,6 +21,7 @@ from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
+from ltm_pyro.inference.course import Course
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
@@ -38,6 +39,7 @@ from ltm_pyro.run.folder import (
     CHECKPOINT,
     CONFIG,
     CONTROL,
+    FOLDERS,
     STORE,
     TOKENIZER,
     Run,
@@ -174,12 +176,17 @@ def _saved_tokenizer(tokenizer: Tokenizer) -> bytes:
 
 @door
 def load_run(
-    folder: str | Path, *, device: str | None = None, parallel: Parallel | None = None
+    folder: str | Path,
+    *,
+    checkpoint: str = "last",
+    device: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Run:
-    """A run as its last checkpoint left it. Nothing that the folder holds is executed.
+    """A run as a checkpoint left it. Nothing that the folder holds is executed.
 
     Args:
         folder: The run folder.
+        checkpoint: `last`, from which the fit can go on, or `best`, of the highest held-out bound.
         device: Where to put the model; where it was fitted by default.
         parallel: The processes that share the run: the first one reads it, and gives it to all.
 
@@ -188,8 +195,10 @@ def load_run(
     """
     folder = as_path("run folder", folder)
     if parallel is None or parallel.size == 1:
-        return read_run(folder, device)
-    return share_run(parallel, parallel.lead(lambda: read_run(folder, device, parallel)))
+        return read_run(folder, device, checkpoint=checkpoint)
+    return share_run(
+        parallel, parallel.lead(lambda: read_run(folder, device, parallel, checkpoint))
+    )
 
 
 def recorded_config(folder: Path) -> FitConfig:
@@ -201,7 +210,12 @@ def recorded_config(folder: Path) -> FitConfig:
     return _read_facts(as_path("run folder", folder))[1]
 
 
-def read_run(folder: Path, device: str | None = None, parallel: Parallel | None = None) -> Run:
+def read_run(
+    folder: Path,
+    device: str | None = None,
+    parallel: Parallel | None = None,
+    checkpoint: str = "last",
+) -> Run:
     """`load_run` in this process alone, whatever others do.
 
     Raises:
@@ -216,7 +230,7 @@ def read_run(folder: Path, device: str | None = None, parallel: Parallel | None 
             f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} {config.model.vocab_size}",
         )
     run = Run(folder, config, facts, tokenizer, device, parallel)
-    run.restore()
+    run.restore(checkpoint)
     return run
 
 
@@ -264,19 +278,25 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
     told = None
     if run is not None:
         tokenizer = run.tokenizer.to_json()
-        told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer)
+        name = run.checkpoint_name
+        told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer, name)
     told = parallel.say(told)
     assert told is not None
-    folder, config, facts, tokenizer = told
+    folder, config, facts, tokenizer, name = told
     if run is None:
         settings = from_dict(FitConfig, config)
         run = Run(Path(folder), settings, facts, load_tokenizer(tokenizer), parallel=parallel)
     own = run
-    saved = share_checkpoint(parallel, lambda: checkpoints.load(own.folder / CHECKPOINT, own.label))
+    place = own.folder / FOLDERS[name]
+    saved = share_checkpoint(parallel, lambda: checkpoints.load(place, own.label))
     assert saved is not None
+    rows = parallel.say(list(run.metrics))
     if not parallel.first:
+        run.checkpoint_name = name
         run.take_up(saved)
-        run.open_rows(run.svi.slow_step)
+        if name == "last":
+            run.open_rows(run.svi.slow_step)
+        run.svi.metrics = Course(rows)  # early stopping looks back
     return run
 
 

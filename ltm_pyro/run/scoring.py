@@ -155,7 +155,7 @@ def control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
     if not run.config.control:
         return None
     fit = run.control()
-    if fit.slow_step < run.config.steps:
+    if fit.slow_step < run.last_step:
         return None
     return evaluate(fit.model, None, batch, _CONTROL_DRAWS, mode="prior", parallel=run.parallel)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from tqdm.auto import tqdm
+
+from ltm_pyro.capacity import count
+from ltm_pyro.config import to_dict
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.diagnostics.held_out import EarlyStopping, HeldOutBound, best_step
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import AutoregressiveFit
-from ltm_pyro.inference.course import Metrics
+from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.run.extending import extend
 from ltm_pyro.run.files import refuse_protected, writing
 from ltm_pyro.run.folder import Run
 
@@ -53,7 +60,7 @@ def train(
             checkpoint is whole.
         Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
-    if run.svi.slow_step < run.config.steps:
+    if run.svi.slow_step < run.last_step:
         with run.writing():
             _train(run, corpus, progress, callbacks, after_step)
 
@@ -66,24 +73,28 @@ def _train(
     after_step: AfterStep,
 ) -> None:
     svi, config = run.svi, run.config
-    remaining, first = config.steps - svi.slow_step, run.parallel.first
+    bound = _held_out(run, corpus)
     run.parallel.lead(lambda: _ready(run))
+    if best_step(run.metrics) == svi.slow_step != run.parallel.say(run.saved_step("best")):
+        run.save_best()  # a fit was killed between its two checkpoints
     if config.compile:
         run.model.compile_fast_loop()
-
-    class Keeper(Callback):
-        """Writes metrics and checkpoints; before other callbacks, which may fail."""
-
-        def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
-            if first:
-                run.metrics_file.append(row)
-            if svi.slow_step % config.checkpoint_every == 0:
-                run.save()
-            return after_step(row)
-
+    patience = config.held_out.patience
+    followers = [
+        Keeper(run, after_step),
+        *([EarlyStopping(patience)] if patience else []),
+        *callbacks,
+    ]
+    remaining = config.steps - svi.slow_step
     try:
-        followers = [Keeper(), *callbacks]
-        svi.fit(corpus.train, remaining, config.batch_size, progress=progress, callbacks=followers)
+        svi.fit(
+            corpus.train,
+            remaining,
+            config.batch_size,
+            progress=progress,
+            callbacks=followers,
+            held_out=bound,
+        )
     except NonFiniteError:
         run.save()
         raise
@@ -97,8 +108,44 @@ def _train(
             _save_in_spite(run.save if run.parallel.size == 1 else run.save_alone)
         raise
     run.save()
-    if svi.slow_step < config.steps:
+    if svi.slow_step < run.last_step:
         raise Interrupted
+
+
+class Keeper(Callback):
+    """Writes metrics and checkpoints, before other callbacks, which may fail.
+
+    Args:
+        run: The run.
+        after_step: Says whether to stop, by the metrics of a slow step.
+    """
+
+    def __init__(self, run: Run, after_step: AfterStep) -> None:
+        self.run = run
+        self.after_step = after_step
+
+    def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
+        """Adds the row, and saves every `checkpoint_every` steps."""
+        if self.run.parallel.first:
+            self.run.metrics_file.append(row)
+        if svi.slow_step % self.run.config.checkpoint_every == 0:
+            self.run.save()
+        return self.after_step(row)
+
+    def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> None:
+        """Keeps the best checkpoint; the last one is never behind it."""
+        if best_step(svi.metrics) == svi.slow_step:
+            self.run.save()
+            self.run.save_best()
+
+
+def _held_out(run: Run, corpus: Corpus) -> HeldOutBound | None:
+    """The bound to follow, if the run follows one."""
+    settings = to_dict(run.config.held_out)
+    settings.pop("patience")
+    if not settings["every"]:
+        return None
+    return HeldOutBound(getattr(corpus, corpus.held_out()), **settings)
 
 
 def _save_in_spite(save: Callable[[], object]) -> None:
@@ -111,6 +158,31 @@ def _ready(run: Run) -> None:
     """Brings the files of a run to the step that it goes on from."""
     refuse_protected(run.folder)
     run.metrics_file.truncate(run.metrics)
+
+
+def fit_run(
+    run: Run,
+    corpus: Corpus | None,
+    more: int | None,
+    *,
+    progress: bool,
+    callbacks: Sequence[Callback],
+) -> Course:
+    """See `Run.fit`."""
+    corpus = run.corpus() if corpus is None else corpus
+    first, last = len(run.metrics), run.config.steps
+    if more is not None:
+        last = run.svi.slow_step + count("more", more)
+        if last > run.config.steps:
+            for line in extend(run, {"steps": last}):
+                if progress:
+                    tqdm.write(line, file=sys.stderr)
+    stop = (lambda row: row["step"] >= last) if last < run.config.steps else go_on
+    with suppress(Interrupted):
+        train(run, corpus, progress=progress, callbacks=callbacks, after_step=stop)
+        if run.config.control:
+            train_control(run, corpus, progress=progress)
+    return Course(run.metrics[first:])
 
 
 def train_control(
@@ -135,7 +207,7 @@ def train_control(
         Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
     fit = run.control()
-    if fit.slow_step < run.config.steps:
+    if fit.slow_step < run.last_step:
         with run.writing():
             fit = run.control()  # as it is now that nobody else goes on with it
             _train_control(run, fit, corpus, progress, after_step)
@@ -146,7 +218,7 @@ def _train_control(
     run: Run, fit: AutoregressiveFit, corpus: Corpus, progress: bool, after_step: AfterStep
 ) -> None:
     config = run.config
-    remaining = config.steps - fit.slow_step
+    remaining = run.last_step - fit.slow_step
     if config.compile:
         fit.model.compile_fast_loop()
     metrics, first = run.control_metrics_file, run.parallel.first

@@ -6,6 +6,7 @@ A schedule answers for step 0, 1, ..., total - 1, so nothing has to be saved to 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ltm_pyro.config import Fast, Slow
 
@@ -79,6 +80,26 @@ def slow_kl_weight(slow: Slow, step: int, total: int) -> float:
 def thoughts_joined(slow: Slow, step: int, total: int) -> bool:
     """Whether the slow step `step` of `total` uses thoughts."""
     return step >= round(slow.thoughts_start * total)
+
+
+def restated(slow: Slow, before: int, after: int) -> Slow:
+    """`slow` for a fit that is extended from `before` to `after` steps.
+
+    What is given as a share of the fit keeps its step: what a fit has passed (its warm-up, thoughts
+    that joined, a KL weight that has reached 1) it does not pass again. The cosine alone is
+    stretched to the new end.
+    """
+
+    def share(value: float) -> float:
+        return value * before / after
+
+    return replace(
+        slow,
+        warmup=round(slow.warmup * before) / after,
+        thoughts_start=round(slow.thoughts_start * before) / after,
+        kl_hold=share(slow.kl_hold),
+        kl_full=share(slow.kl_full),
+    )
 
 
 def fast_reach(fast: Fast) -> float:

@@ -1,0 +1,72 @@
+"""A run that takes over other settings: scored otherwise, or extended to more slow steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from ltm_pyro.config import FitConfig, Slow, from_dict, to_dict
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.clocks.schedules import learning_rate, restated
+from ltm_pyro.run.folder import Run
+from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
+
+
+def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
+    """Takes over settings that no step done depends on; more `steps` extend the fit.
+
+    An extended fit goes on with schedules over all of its steps: see `schedules.restated`.
+
+    Args:
+        run: At any step.
+        changes: Of `changes.CHANGEABLE`, nested as in a configuration.
+
+    Returns:
+        What an extension restates, in lines; nothing where there is none.
+
+    Raises:
+        InputError: if the fit would be shorter, the run could not be scored by them, or its folder
+            not be written.
+    """
+    before = run.config
+    held_out = {**to_dict(before.held_out), **changes.get("held_out", {})}
+    config = from_dict(FitConfig, {**to_dict(before), **changes, "held_out": held_out})
+    if config.steps < before.steps:
+        raise InputError(
+            f"steps is {config.steps} and {run.label} is a fit of {before.steps}: it can be "
+            "extended, not shortened; give more, or leave it out"
+        )
+    refuse_unscorable(config)
+    refuse_oversize(config, run.parallel.size)
+    facts: dict[str, Any] = {}
+    if config.steps > before.steps:
+        config = replace(config, slow=restated(before.slow, before.steps, config.steps))
+        told = {"at_step": run.svi.slow_step, "from_steps": before.steps, "to_steps": config.steps}
+        facts = {"extended": [*run.facts.get("extended", ()), told]}
+    if config != before:
+        run.adopt(config, **facts)
+        run.svi.slow, run.svi.horizon = config.slow, config.steps
+    return _in_words(before, config, run.svi.slow_step) if facts else []
+
+
+def _in_words(before: FitConfig, config: FitConfig, step: int) -> list[str]:
+    """What the extension of a fit restates."""
+    rates = [learning_rate(c.slow, step, c.steps) for c in (before, config)]
+    shares = [
+        f"slow.{name} {old:.4g} -> {new:.4g}"
+        for name, old, new in (
+            (f.name, getattr(before.slow, f.name), getattr(config.slow, f.name))
+            for f in fields(Slow)
+        )
+        if old != new
+    ]
+    lines = [
+        f"Extended from {before.steps} to {config.steps} slow steps; schedules are restated:",
+        f"  the {config.slow.schedule} learning rate now runs to step {config.steps}: at step "
+        f"{step + 1} it is {rates[1]:.3g} (over {before.steps} steps {rates[0]:.3g})",
+    ]
+    if shares:
+        kept = "shares of the fit, so that each keeps its step"
+        lines.append(f"  {', '.join(shares)} ({kept})")
+    return lines

@@ -1,0 +1,223 @@
+"""Runs that go on: extended, stopped early, started from another run, with a best checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import write_text
+
+import ltm_pyro as ltm
+from ltm_pyro.config import CorpusConfig, Fast, FitConfig, HeldOut, ModelConfig, Slow
+from ltm_pyro.diagnostics.held_out import held_out_bounds
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.clocks.schedules import (
+    learning_rate,
+    restated,
+    slow_kl_weight,
+    thoughts_joined,
+)
+from ltm_pyro.run import Interrupted, Run, create_run, load_run, train
+from ltm_pyro.run.extending import extend
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(tmp_path) -> FitConfig:
+    """A fit of a second that follows a held-out bound."""
+    return FitConfig(
+        corpus=CorpusConfig(name=str(write_text(tmp_path / "text.txt"))),
+        model=ModelConfig(
+            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
+        ),
+        fast=Fast(steps=2),
+        slow=Slow(kl_start=0.2, thoughts_start=0.4),
+        held_out=HeldOut(every=2, sequences=5, draws=2, fast_steps=2),
+        steps=STEPS,
+        batch_size=4,
+        compile=False,
+        control=False,
+        checkpoint_every=3,
+        eval_sequences=5,
+        eval_draws=4,
+    )
+
+
+def finish(run: Run) -> Run:
+    train(run, run.corpus(), progress=False)
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a fit has come to: every tensor, and the held-out columns of its metrics."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+    with open(folder / "metrics.csv", newline="") as stream:
+        rows = [
+            {k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(stream)
+        ]
+    return {**found, "metrics": repr(rows).encode()}
+
+
+def dies_at(step: int) -> type[ltm.Callback]:
+    class Dies(ltm.Callback):
+        def on_step(self, svi, row):
+            if svi.slow_step == step:
+                raise KeyboardInterrupt
+
+    return Dies
+
+
+def test_the_held_out_bound_is_in_the_metrics(tmp_path, config) -> None:
+    run = finish(create_run(tmp_path / "run", config))
+    assert list(held_out_bounds(run.metrics)) == [2, 4, 6]
+    with open(run.folder / "metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [bool(row["held_out_elbo_se"]) for row in rows] == [False, True] * 3
+    assert float(rows[-1]["held_out_elbo"]) == run.metrics[-1]["held_out_elbo"]
+    assert load_run(run.folder).metrics == run.metrics
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5])
+def test_a_fit_that_dies_finds_the_same_bounds_to_the_bit(tmp_path, config, step) -> None:
+    whole = finish(create_run(tmp_path / "whole", config))
+    broken = create_run(tmp_path / "broken", config)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, broken.corpus(), progress=False, callbacks=[dies_at(step)()])
+    finish(load_run(broken.folder))
+    assert files(broken.folder) == files(whole.folder)
+
+
+def test_a_fit_that_dies_between_last_and_best_keeps_both(tmp_path, config, monkeypatch) -> None:
+    whole = finish(create_run(tmp_path / "whole", config))
+    broken = create_run(tmp_path / "broken", config)
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save_best", die)
+        with pytest.raises(KeyboardInterrupt):
+            finish(broken)
+    assert load_run(broken.folder).svi.slow_step == 2
+    finish(load_run(broken.folder))
+    assert files(broken.folder) == files(whole.folder)
+
+
+def test_the_best_checkpoint_is_of_the_highest_bound(tmp_path, config) -> None:
+    slow = Slow(lr=2.0, schedule="constant")  # soon worse than at the start
+    run = finish(create_run(tmp_path / "run", dataclasses.replace(config, slow=slow)))
+    bounds = held_out_bounds(run.metrics)
+    best = max(bounds, key=bounds.__getitem__)
+    assert best < STEPS
+    chosen = load_run(run.folder, checkpoint="best")
+    assert chosen.svi.slow_step == best == len(chosen.metrics)
+    bound = ltm.HeldOutBound(chosen.corpus().val, sequences=5, draws=2, fast_steps=2)
+    assert bound.score(chosen.svi)["held_out_elbo"] == bounds[best]
+    with pytest.raises(InputError, match=r"best checkpoint of .* save_run"):
+        chosen.save()
+    with pytest.raises(InputError, match="checkpoint"):
+        load_run(run.folder, checkpoint="first")
+    plain = create_run(tmp_path / "plain", dataclasses.replace(config, held_out=HeldOut()))
+    with pytest.raises(InputError, match=r"held_out\.every"):
+        load_run(plain.folder, checkpoint="best")
+
+
+def test_early_stopping_ends_a_fit_and_stays_ended(tmp_path, config) -> None:
+    config = dataclasses.replace(
+        config,
+        steps=40,
+        slow=Slow(lr=2.0, schedule="constant"),
+        held_out=HeldOut(every=1, sequences=5, draws=2, fast_steps=2, patience=2),
+    )
+    run = finish(create_run(tmp_path / "run", config))
+    ended = run.svi.slow_step
+    assert ended < 40
+    again = load_run(run.folder)
+    assert again.last_step == ended == finish(again).svi.slow_step
+    extend(again, {"held_out": {"patience": 0}})
+    assert again.last_step == 40
+    assert load_run(run.folder).last_step == 40
+
+
+def test_an_extended_fit_keeps_what_it_has_passed() -> None:
+    slow = Slow(kl_start=0.1, kl_hold=0.2, kl_full=0.5, thoughts_start=0.3, warmup=0.05)
+    longer = restated(slow, 300, 700)
+    for step in (*range(0, 300, 7), 299):
+        assert thoughts_joined(longer, step, 700) == thoughts_joined(slow, step, 300)
+        weight = slow_kl_weight(slow, step, 300)
+        assert slow_kl_weight(longer, step, 700) == pytest.approx(weight, abs=1e-12)
+    for step in range(15):  # the warm-up
+        assert learning_rate(longer, step, 700) == pytest.approx(learning_rate(slow, step, 300))
+    assert learning_rate(longer, 699, 700) == pytest.approx(slow.lr * slow.final_fraction)
+    assert learning_rate(longer, 300, 700) > learning_rate(slow, 299, 300)
+
+
+def test_a_finished_run_is_extended(tmp_path, config) -> None:
+    run = finish(create_run(tmp_path / "run", config))
+    lines = "\n".join(extend(run, {"steps": 10}))
+    assert "from 6 to 10 slow steps" in lines
+    assert "slow.thoughts_start 0.4 -> 0.2" in lines
+    again = load_run(run.folder)
+    assert again.config.steps == again.svi.horizon == 10
+    assert again.svi.slow == again.config.slow == run.svi.slow
+    assert again.facts["extended"] == [{"at_step": 6, "from_steps": 6, "to_steps": 10}]
+    broken = load_run(run.folder)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, broken.corpus(), progress=False, callbacks=[dies_at(8)()])
+    finish(load_run(run.folder))
+    assert load_run(run.folder).svi.slow_step == 10
+    with pytest.raises(InputError, match=r"steps is 5 .* extended, not shortened"):
+        extend(again, {"steps": 5})
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_loaded_run_is_fitted_further_and_opens_again(
+    tmp_path, config, persistent, capsys
+) -> None:
+    config = dataclasses.replace(config, persistent=persistent, control=True)
+    create_run(tmp_path / "run", config)
+    run = load_run(tmp_path / "run")
+    assert [row["step"] for row in run.fit(more=2, progress=False)] == [1, 2]
+    assert load_run(run.folder).svi.slow_step == 2
+    assert len(load_run(run.folder).fit(progress=False)) == STEPS - 2
+    run = load_run(run.folder)
+    assert len(run.fit(more=3)) == 3
+    assert "Extended from 6 to 9" in capsys.readouterr().err
+    again = load_run(run.folder)
+    assert again.svi.slow_step == 9 == again.control().slow_step == again.config.steps
+    again.svi.fit(again.corpus().train, 2, batch_size=8, progress=False)
+    again.svi.fast = Fast(steps=3, lr=0.05)
+    again.save()
+    last = load_run(run.folder)
+    assert (last.svi.slow_step, last.config.steps, last.config.fast.steps) == (11, 11, 3)
+    assert last.metrics == again.metrics
+    last.svi.slow = Slow(schedule=lambda step, total: 1.0)
+    with pytest.raises(InputError, match="schedule is a function"):
+        last.save()
+    assert load_run(run.folder).svi.slow_step == 11
+
+
+def test_a_callback_stops_a_run_and_is_told(tmp_path, config) -> None:
+    run = create_run(tmp_path / "run", config)
+    told = []
+
+    class Once(ltm.Callback):
+        def on_evaluate(self, svi, row):
+            told.append(row["held_out_kl"])
+            return True
+
+        def on_stop(self, svi, reason):
+            told.append(reason)
+
+    assert len(run.fit(progress=False, callbacks=[Once()])) == 2
+    assert told[1] == "stopped"
+    assert load_run(run.folder).svi.slow_step == 2
+    with pytest.raises(Interrupted):
+        train(run, run.corpus(), progress=False, callbacks=[Once()])
+    assert json.loads((run.folder / "config.json").read_text())["config"]["steps"] == STEPS
+    assert torch.isfinite(run.model.decoder.bos).all()
