@@ -66,6 +66,7 @@ _HOME = {
     "compare_runs": "ltm_pyro.run",
     "RunComparison": "ltm_pyro.run",
     "sweep": "ltm_pyro.run",
+    "watch": "ltm_pyro.run.watching",
     "to_datatree": "ltm_pyro.export",
 }
 
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from ltm_pyro.run import compare_runs as compare_runs
     from ltm_pyro.run import load_run as load_run
     from ltm_pyro.run import sweep as sweep
+    from ltm_pyro.run.watching import watch as watch
 
 
 def __getattr__(name: str) -> Any:

@@ -99,6 +99,13 @@ def shown(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def printable(text: str) -> str:
+    """`text` without characters that a terminal would act upon: a model may write any byte."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or `None` when nothing is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -165,7 +165,9 @@ def test_a_finished_run_is_extended(tmp_path, config) -> None:
     again = load_run(run.folder)
     assert again.config.steps == again.svi.horizon == 10
     assert again.svi.slow == again.config.slow == run.svi.slow
-    assert again.facts["extended"] == [{"at_step": 6, "from_steps": 6, "to_steps": 10}]
+    [earlier] = again.facts["earlier"]
+    assert (earlier["until_step"], earlier["steps"]) == (6, 6)
+    assert earlier["slow"]["thoughts_start"] == 0.4
     broken = load_run(run.folder)
     with pytest.raises(KeyboardInterrupt):
         train(broken, broken.corpus(), progress=False, callbacks=[dies_at(8)()])

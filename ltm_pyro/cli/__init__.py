@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "compare runs, or guide families on the text of one",
     "generate": "write text with a fitted run",
     "report": "write a page on what a run has come to",
+    "watch": "follow a fit, whichever process it runs in",
     "export": "write posteriors and scores for ArviZ",
     "cost": "what a preset costs, before it is run",
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ltm_pyro.config import FitConfig
 from ltm_pyro.diagnostics.perplexity import PERPLEXITIES
 from ltm_pyro.errors import InputError, shown
+from ltm_pyro.errors import printable as printable
 from ltm_pyro.run import Run
 
 if TYPE_CHECKING:
@@ -180,13 +181,6 @@ def _number(value: float | None, digits: int = 3) -> str:
 def format_text(text: str) -> str:
     """A generated text behind a margin, with control characters made visible."""
     return "\n".join(f"  | {line}" for line in printable(text).split("\n"))
-
-
-def printable(text: str) -> str:
-    """`text` without characters that a terminal would act upon: a model may write any byte."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def resume_line(run: Run) -> str:

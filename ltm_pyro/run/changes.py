@@ -13,8 +13,8 @@ CHANGEABLE = (
     *("steps", "restarts", "checkpoint_every", "held_out.every", "held_out.patience"),
 )
 """Settings that a run may change: no step that is done depends on them."""
-UNBOUND = (*CHANGEABLE, "held_out", "fast", "slow")
-"""Settings in which a checkpoint may be older than its run: they do not shape its tensors."""
+UNBOUND = (*CHANGEABLE, "held_out")
+"""Settings in which a checkpoint may be older than its run."""
 
 _OPEN = ("options", "guide_options", "objective_options", "prior_options")
 """Settings whose keys are free: a key left out is a difference too."""

@@ -39,15 +39,13 @@ def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
         )
     refuse_unscorable(config)
     refuse_oversize(config, run.parallel.size)
-    facts: dict[str, Any] = {}
-    if config.steps > before.steps:
+    longer = config.steps > before.steps
+    if longer:
         config = replace(config, slow=restated(before.slow, before.steps, config.steps))
-        told = {"at_step": run.svi.slow_step, "from_steps": before.steps, "to_steps": config.steps}
-        facts = {"extended": [*run.facts.get("extended", ()), told]}
     if config != before:
-        run.adopt(config, **facts)
+        run.adopt(config)
         run.svi.slow, run.svi.horizon = config.slow, config.steps
-    return _in_words(before, config, run.svi.slow_step) if facts else []
+    return _in_words(before, config, run.svi.slow_step) if longer else []
 
 
 def _in_words(before: FitConfig, config: FitConfig, step: int) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ltm_pyro.checks import one_of
-from ltm_pyro.config import FitConfig, to_dict
+from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
 CHECKPOINT, BEST, STORE, CONTROL = "checkpoint", "best", "store", "control"
 FOLDERS = {"last": CHECKPOINT, "best": BEST}
 """Where a checkpoint lies, by what it is asked for."""
+_CLOCKS = ("steps", "fast", "slow")
 
 
 class Run:
@@ -166,16 +167,21 @@ class Run:
             return self.svi.slow_step
         return self.config.steps
 
-    def adopt(self, config: FitConfig, **facts: Any) -> None:
-        """Takes `config` for the run's settings, in memory and on disk, and adds to its facts.
+    def adopt(self, config: FitConfig) -> None:
+        """Takes `config` for the run's settings, in memory and on disk.
+
+        Clocks and steps that it had so far stay on record: its checkpoints may be of them.
 
         Raises:
             InputError: if the folder cannot be written.
         """
-        told = {**self.facts, **facts}
-        body = json_bytes({**told, "config": to_dict(config)})
-        write_atomic(self.folder / CONFIG, body)
-        self.config, self.facts = config, told
+        old, facts = self.config, dict(self.facts)
+        if (old.steps, old.fast, old.slow) != (config.steps, config.fast, config.slow):
+            mine = {name: value for name, value in to_dict(old).items() if name in _CLOCKS}
+            record = {"until_step": self.svi.slow_step, **mine}
+            facts["earlier"] = [*facts.get("earlier", ()), record]
+        write_atomic(self.folder / CONFIG, json_bytes({**facts, "config": to_dict(config)}))
+        self.config, self.facts = config, facts
 
     @door
     def fit(
@@ -462,7 +468,11 @@ class Run:
     def _checked_step(self, saved: Checkpoint) -> int:
         """The checkpoint's slow step, known to belong to this run's settings."""
         state = checked(State, saved.state, Path(STATE), self.label)
-        other = difference(self.config, to_dict(state.config), CONFIG, STATE, UNBOUND)
+        found = to_dict(state.config)
+        other = difference(self.config, found, CONFIG, STATE, UNBOUND)
+        for record in self.facts.get("earlier", ()):
+            was = from_dict(FitConfig, {**to_dict(self.config), **{k: record[k] for k in _CLOCKS}})
+            other = other and difference(was, found, CONFIG, STATE, UNBOUND)
         if other is not None:
             raise damaged(self.label, other)
         return state.slow_step

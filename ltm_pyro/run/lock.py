@@ -96,15 +96,42 @@ def _myself() -> dict[str, str | int]:
     }
 
 
-def _in_use(place: Path, file: Path) -> str:
-    """Who holds the lock, as far as the file tells."""
+def writer_of(place: str | Path) -> str | None:
+    """Who writes to `place`, as far as its lock tells; `None` if nobody does.
+
+    Nothing is locked to find out: whoever asks must not be in the way of a writer.
+    """
+    real = Path(os.path.realpath(place))
+    told = _told(real.parent / f".{real.name}.lock") or _told(real / ".lock")
+    if told is None:
+        return None
+    who, pid, host = told
+    return who if host != socket.gethostname() or _alive(pid) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another's process
+    return True
+
+
+def _told(file: Path) -> tuple[str, int, str] | None:
+    """Whom a lock file names, in words; and its process and machine."""
     try:
         told = json.loads(file.read_text(encoding="utf-8") if file.is_file() else "")
         what = "".join(c if c.isprintable() else "?" for c in str(told["command"])[:_LONGEST])
-        who = (
-            f"process {int(told['pid'])} on {str(told['host'])[:_LONGEST]!r} since "
-            f"{str(told['since'])[:19]!r} ({what})"
-        )
+        pid, host = int(told["pid"]), str(told["host"])[:_LONGEST]
+        return f"process {pid} on {host!r} since {str(told['since'])[:19]!r} ({what})", pid, host
     except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
+        return None
+
+
+def _in_use(place: Path, file: Path) -> str:
+    """Who holds the lock, as far as the file tells."""
+    told = _told(file)
+    who = "another process" if told is None else told[0]
     return f"{str(place)!r} is being written by {who}: wait for its end, or use another folder"

@@ -14,6 +14,8 @@ from ltm_pyro.run.files import write_atomic, writing
 
 _LONGEST_ROW = 4096
 """Bytes, of some twenty numbers."""
+_LARGEST = 2**31
+"""Bytes, of some ten million rows."""
 
 
 class MetricsFile:
@@ -72,6 +74,16 @@ class MetricsFile:
                 stacklevel=2,
             )
         return rows
+
+    def rows(self) -> list[Metrics]:
+        """All whole rows that there are, of a fit that may be writing more.
+
+        Raises:
+            InputError: if the file is a link, a pipe or the like, or larger than any fit's.
+        """
+        if not os.path.lexists(self.path):
+            return []
+        return _parsed(read_bytes(self.path, self.owner, most=_LARGEST, cut=True))
 
     def complete(self, rows: Sequence[Metrics]) -> None:
         """Writes all rows anew, unless `append` was given the last one already.

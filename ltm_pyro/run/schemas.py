@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict, JsonValue, Strict, StringConstraints
 from pydantic.dataclasses import dataclass
 
-from ltm_pyro.config import FitConfig
+from ltm_pyro.config import Fast, FitConfig, Slow
 from ltm_pyro.errors import InputError
 from ltm_pyro.reading import damaged
 from ltm_pyro.schema import Whole, validated
@@ -49,6 +49,16 @@ class CorpusFacts:
 
 
 @_record
+class Earlier:
+    """Settings that a run had, and up to which slow step."""
+
+    until_step: Step
+    steps: Step
+    fast: Fast
+    slow: Slow
+
+
+@_record
 class Facts:
     """`config.json`: settings, and what was recorded when the run was made."""
 
@@ -56,6 +66,7 @@ class Facts:
     corpus: CorpusFacts
     tokenizer_sha256: Digest
     versions: Mapping[str, Few]
+    earlier: tuple[Earlier, ...] = ()
 
 
 @_record
