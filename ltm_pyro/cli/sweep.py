@@ -137,10 +137,11 @@ def _is_done(place: Path, config: FitConfig) -> bool:
     """Whether a fit is at its end, and scored as asked: its scores are written last."""
     from ltm_pyro.run.opening import recorded_config
     from ltm_pyro.run.sweeping import same_scoring
+    from ltm_pyro.run.watching import last_step
 
     with suppress(OSError, ValueError):
         scores = json.loads((place / "scores.json").read_bytes())
-        return scores["step"] == config.steps and same_scoring(recorded_config(place), config)
+        return scores["step"] == last_step(place) and same_scoring(recorded_config(place), config)
     return False
 
 
@@ -149,9 +150,10 @@ def _fit_one(place: Path, config: FitConfig) -> int:
     from ltm_pyro.cli.fit import fit_and_report
     from ltm_pyro.run import load_run
     from ltm_pyro.run.changes import SCORING
+    from ltm_pyro.run.extending import extend
     from ltm_pyro.run.lock import sole_writer
 
     with sole_writer(place):
         fitted = load_run(place)
-        fitted.score_by({name: getattr(config, name) for name in SCORING})
+        extend(fitted, {name: getattr(config, name) for name in SCORING})
         return fit_and_report(fitted, fitted.corpus(), new=not fitted.svi.slow_step)

@@ -8,8 +8,10 @@ from typing import Any
 from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.errors import InputError, shown
 
+SCORING = ("eval_sequences", "eval_draws", "eval_fast_steps")
+"""Settings of the scores after a fit."""
 CHANGEABLE = (
-    *("eval_sequences", "eval_draws", "eval_fast_steps"),
+    *SCORING,
     *("steps", "restarts", "checkpoint_every", "held_out.every", "held_out.patience"),
 )
 """Settings that a run may change: no step that is done depends on them."""
@@ -33,14 +35,29 @@ def changes_in(config: FitConfig, given: Mapping[str, Any], here: str) -> dict[s
     """
     # Bounds on another set of sequences could not be told from those before.
     free = CHANGEABLE if config.held_out.every else (*CHANGEABLE, "held_out")
-    found = difference(config, given, here, "what was asked for", free)
+    refuse_changes(config, given, here, "what was asked for", free)
+    names = {name.partition(".")[0] for name in CHANGEABLE}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def refuse_changes(
+    config: FitConfig,
+    other: Mapping[str, Any],
+    here: str,
+    there: str,
+    free: Collection[str] = SCORING,
+) -> None:
+    """Refuses settings that differ from those of a run; arguments as in `difference`.
+
+    Raises:
+        InputError: naming the first setting that differs.
+    """
+    found = difference(config, other, here, there, free)
     if found is not None:
         raise InputError(
             f"{found}: a fit goes on with its own settings only; leave them out, or fit anew into "
             "another folder"
         )
-    names = {name.partition(".")[0] for name in CHANGEABLE}
-    return {name: value for name, value in given.items() if name in names}
 
 
 def difference(
@@ -48,7 +65,7 @@ def difference(
     other: Mapping[str, Any],
     here: str,
     there: str,
-    free: Collection[str] = CHANGEABLE,
+    free: Collection[str] = SCORING,
 ) -> str | None:
     """The first setting in `other` that `config` has otherwise, in words.
 
@@ -69,7 +86,7 @@ def difference(
 def first_change(
     config: Mapping[str, Any],
     other: Mapping[str, Any],
-    free: Collection[str] = CHANGEABLE,
+    free: Collection[str] = SCORING,
     prefix: str = "",
 ) -> str | None:
     """Dotted name of the first setting in `other` that `config` has otherwise, or `None`."""

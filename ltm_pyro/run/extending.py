@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ltm_pyro.config import FitConfig, Slow, from_dict, to_dict
+from ltm_pyro.config import FitConfig, Slow, from_dict, merged, to_dict
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.schedules import learning_rate, restated
 from ltm_pyro.run.folder import Run
@@ -30,8 +30,7 @@ def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
             not be written.
     """
     before = run.config
-    held_out = {**to_dict(before.held_out), **changes.get("held_out", {})}
-    config = from_dict(FitConfig, {**to_dict(before), **changes, "held_out": held_out})
+    config = from_dict(FitConfig, merged(to_dict(before), changes))
     if config.steps < before.steps:
         raise InputError(
             f"steps is {config.steps} and {run.label} is a fit of {before.steps}: it can be "

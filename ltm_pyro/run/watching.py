@@ -65,15 +65,13 @@ def glance(folder: str | Path, bars: str = BARS) -> str:
     rows = MetricsFile(folder / METRICS, label).rows()
     control = MetricsFile(folder / CONTROL / METRICS, label).rows() if config.control else []
     step = int(rows[-1]["step"]) if rows else 0
-    patience = config.held_out.patience
-    early = bool(patience) and EarlyStopping(patience).over(rows)
-    last = step if early else config.steps
+    last = last_step(folder)
     writer = writer_of(folder)
     done = step >= last and (not config.control or len(control) >= last)
     if writer is not None:
         state = f"written by {writer}"
     elif done:
-        state = "stopped early, done" if early else "done"
+        state = "stopped early, done" if last < config.steps else "done"
     else:
         state = "nobody writes to it; go on with ltm-pyro fit --resume"
     lines = [
@@ -86,6 +84,14 @@ def glance(folder: str | Path, bars: str = BARS) -> str:
         lines.append(_curve("control nll/token", [row["nll_per_token"] for row in control], bars))
         lines.append(f"  {'control':<19}slow step {int(control[-1]['step'])} of {last}")
     return "\n".join(printable(line) for line in lines)
+
+
+def last_step(folder: Path) -> int:
+    """The slow step that the fit in `folder` ends with, as far as it is: see `Run.last_step`."""
+    config = recorded_config(folder)
+    patience = config.held_out.patience
+    rows = MetricsFile(folder / METRICS, f"run folder {str(folder)!r}").rows() if patience else []
+    return int(rows[-1]["step"]) if rows and EarlyStopping(patience).over(rows) else config.steps
 
 
 def watch(
