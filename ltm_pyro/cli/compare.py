@@ -118,7 +118,7 @@ def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[
     from ltm_pyro.diagnostics.held_out import spread
     from ltm_pyro.inference.objectives import build_objective
 
-    fitted = open_run(options)
+    fitted = open_run(options.run, options.device)
     corpus, config = fitted.corpus(), fitted.config
     count = config.eval_sequences if options.sequences is None else options.sequences
     # The run's own encoder or flow has been trained; another of its family would start anew.

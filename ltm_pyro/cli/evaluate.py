@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
 
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
     with StopSignals() if many() else contextlib.nullcontext():
-        fitted = open_run(options)
+        fitted = open_run(options.run, options.device, options.checkpoint)
         if options.as_published:
             table = published_table(
                 fitted,

@@ -61,7 +61,7 @@ def _export(options: Namespace, target: Path) -> None:
     from ltm_pyro.cli.artefacts import write_posterior
     from ltm_pyro.run.scoring import score_run
 
-    fitted = open_run(options)
+    fitted = open_run(options.run, options.device, options.checkpoint)
     held_out = score_run(
         fitted,
         fitted.corpus(),
@@ -82,7 +82,7 @@ def _embed(options: Namespace, target: Path) -> None:
 
     if options.split not in SPLITS:
         raise unknown_name("split", options.split, SPLITS)
-    fitted = open_run(options)
+    fitted = open_run(options.run, options.device, options.checkpoint)
     split = getattr(fitted.corpus(), options.split)
     batch = spread(split, len(split) if options.sequences is None else options.sequences)
     frame = batch.metadata.join(embed(fitted, batch, fitted.config.eval_fast_steps))

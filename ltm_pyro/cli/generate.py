@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
     from ltm_pyro.inference.thoughts import interpolate
 
     z = None if options.z is None else _thoughts(options.z)
-    fitted = open_run(options)
+    fitted = open_run(options.run, options.device, options.checkpoint)
     names = ("prompt", "seed", "length", "max_new_tokens", "greedy", "temperature", "top_k")
     rule = {name: getattr(options, name) for name in (*names, "top_p")}
     if options.between is not None:

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
-
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
 
@@ -45,13 +43,12 @@ def add_scoring(parser: Parser, split: str | None = "val") -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
 
 
-def open_run(options: Namespace) -> Run:
-    """The run that `add_run` asked for, in every process that `torchrun` started."""
+def open_run(folder: str, device: str | None, checkpoint: str = "last") -> Run:
+    """The run in `folder`, in every process that `torchrun` started."""
     from ltm_pyro.engine.processes import join
     from ltm_pyro.run import load_run
     from ltm_pyro.run.opening import recorded_config
 
-    folder, device, checkpoint = options.run, options.device, options.get("checkpoint", "last")
     if not many():
         return load_run(folder, checkpoint=checkpoint, device=device)
     device = device or recorded_config(Path(folder)).device

@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
 def _report(options: Namespace, target: Path) -> None:
     from ltm_pyro.report import make_report, write_report
 
-    fitted = open_run(options)
+    fitted = open_run(options.run, options.device, options.checkpoint)
     report = make_report(
         fitted,
         fitted.corpus(),
