@@ -139,9 +139,10 @@ class Slow:
     """Decoupled weight decay of matrices; gains and embeddings are not decayed."""
     clip_norm: Rate = 1.0
     """Largest Euclidean norm of the slow gradient (per-token loss); longer ones are shortened."""
-    thoughts_start: ShareBelowOne = 0.0
-    """Share of the fit after which thoughts join. Until then z is 0 and no fast loop runs: the
-    decoder, whose cross-attention starts at zero, trains as the autoregressive model."""
+    thoughts_start: Share = 0.0
+    """Share of the fit after which thoughts join (1: never, as in the control). Until then z is 0
+    and no fast loop runs: the decoder, whose cross-attention starts at zero, trains as the
+    autoregressive model."""
     kl_start: Share = 1.0
     """KL weight at the start of the fit; 1 means no annealing."""
     kl_hold: Share = 0.3

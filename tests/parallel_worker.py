@@ -18,7 +18,7 @@ from torch import Tensor
 import ltm_pyro as ltm
 from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
-from ltm_pyro.inference.control import AutoregressiveFit
+from ltm_pyro.inference.control import control as control_of
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.training_data import RowsOf
 
@@ -82,9 +82,8 @@ def metrics(rows: list[dict[str, float]]) -> Tensor:
 def control(parallel: Parallel) -> Answer:
     """Ten slow steps of the control."""
     model = make_language_model()
-    fit = AutoregressiveFit(model, ltm.Slow(), execution=ltm.Execution(parallel=parallel))
-    rows: list[dict[str, float]] = []
-    fit.fit(RowsOf(make_tokens(ROWS)), 10, BATCH, progress=False, on_step=rows.append)
+    fit = control_of(model, ltm.Slow(), 10, execution=ltm.Execution(parallel=parallel))
+    rows = fit.fit(RowsOf(make_tokens(ROWS)), 10, BATCH, progress=False)
     return {"weights": flat(list(model.state_dict().values())), "metrics": metrics(rows)}
 
 

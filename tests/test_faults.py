@@ -22,7 +22,6 @@ from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.export import load_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.guides import guide_families
 from ltm_pyro.run import Run, create_run, load_run, train, train_control
 from ltm_pyro.run.building import open_corpus
@@ -97,7 +96,7 @@ def test_a_rate_too_high_is_told_with_the_sequences(tmp_path, config, family):
     assert load_run(run.folder).svi.slow_step == caught.value.step == run.svi.slow_step
 
 
-def fail_at(step: int, of: DualRateSVI | AutoregressiveFit, error: Exception, target, name: str):
+def fail_at(step: int, of: DualRateSVI, error: Exception, target, name: str):
     """`target.name` raises `error` once, in the step after `step` slow steps."""
     real, done = getattr(target, name), []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def surprise(held_out: HeldOut, run: Run, seed: int) -> list[dict[str, Any]]:
     z = held_out.post.sample(_DRAWS, derive_seed(seed, Stream.SCORE))[:, rows]
     nats = torch.stack([_token_nats(run.model, tokens, each) for each in z]).mean(0)
     zero = torch.zeros_like(z[0])
-    control = None if held_out.control is None else run.control().model
+    control = None if held_out.control is None else cast("LatentThoughtModel", run.control().model)
     without = _token_nats(run.model if control is None else control, tokens, zero)
     return [
         {

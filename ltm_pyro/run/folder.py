@@ -33,7 +33,7 @@ from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.control import AutoregressiveFit
+from ltm_pyro.inference.control import control
 from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.doors import door
@@ -409,7 +409,7 @@ class Run:
                     raise
         return saved
 
-    def control(self) -> AutoregressiveFit:
+    def control(self) -> DualRateSVI:
         """The control, as far as it has been fitted; see `ltm_pyro.inference.control`.
 
         Raises:
@@ -417,8 +417,7 @@ class Run:
         """
         config = self.config
         model = initial_model(config, str(self.model.device))
-        fit = AutoregressiveFit(model, config.slow, config.seed, self.svi.execution)
-        fit.horizon = config.steps
+        fit = control(model, config.slow, config.steps, config.seed, self.svi.execution)
         saved = share_checkpoint(self.parallel, self._control_checkpoint)
         if saved is not None:
             fit.slow_step = self._checked_step(saved)
@@ -433,7 +432,7 @@ class Run:
         folder = self.folder / CONTROL
         return checkpoints.load(folder, self.label) if checkpoints.exists(folder) else None
 
-    def save_control(self, fit: AutoregressiveFit) -> None:
+    def save_control(self, fit: DualRateSVI) -> None:
         """Replaces the control's checkpoint on disk.
 
         Raises:

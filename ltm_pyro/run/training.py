@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import cast
 
 from tqdm.auto import tqdm
 
@@ -15,8 +16,8 @@ from ltm_pyro.diagnostics.held_out import EarlyStopping, HeldOutBound, best_step
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.control import AutoregressiveFit
 from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run.extending import extend
 from ltm_pyro.run.files import refuse_protected, writing
 from ltm_pyro.run.folder import Run
@@ -187,7 +188,7 @@ def fit_run(
 
 def train_control(
     run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
-) -> AutoregressiveFit:
+) -> DualRateSVI:
     """Fits the same decoder without thoughts, for as many slow steps, or goes on with it.
 
     Args:
@@ -215,31 +216,30 @@ def train_control(
 
 
 def _train_control(
-    run: Run, fit: AutoregressiveFit, corpus: Corpus, progress: bool, after_step: AfterStep
+    run: Run, fit: DualRateSVI, corpus: Corpus, progress: bool, after_step: AfterStep
 ) -> None:
-    config = run.config
-    remaining = run.last_step - fit.slow_step
+    config, metrics = run.config, run.control_metrics_file
     if config.compile:
-        fit.model.compile_fast_loop()
-    metrics, first = run.control_metrics_file, run.parallel.first
+        cast("LatentThoughtModel", fit.model).compile_fast_loop()
     run.parallel.lead(lambda: _ready_control(run, fit.slow_step))
 
     def save() -> None:
-        if first:
+        if run.parallel.first:
             metrics.sync()
         run.save_control(fit)
 
-    def on_step(row: Metrics) -> None:
-        if first:
-            metrics.append(row)
-        if fit.slow_step % config.checkpoint_every == 0:
-            save()
-        if after_step(row) or run.parallel.stopping:
-            raise Interrupted
+    class Keeper(Callback):
+        def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
+            if run.parallel.first:
+                metrics.append(row)
+            if svi.slow_step % config.checkpoint_every == 0:
+                save()
+            return after_step(row)
 
+    remaining = run.last_step - fit.slow_step
     try:
-        fit.fit(corpus.train, remaining, config.batch_size, progress=progress, on_step=on_step)
-    except (Interrupted, NonFiniteError):
+        fit.fit(corpus.train, remaining, config.batch_size, progress=progress, callbacks=[Keeper()])
+    except NonFiniteError:
         save()
         raise
     except (InputError, ProcessLostError):
@@ -249,6 +249,8 @@ def _train_control(
             _save_in_spite(save)
         raise
     save()
+    if fit.slow_step < run.last_step:
+        raise Interrupted
 
 
 def _ready_control(run: Run, step: int) -> None:
