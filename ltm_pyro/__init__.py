@@ -66,6 +66,8 @@ _HOME = {
     "compare_runs": "ltm_pyro.run",
     "RunComparison": "ltm_pyro.run",
     "sweep": "ltm_pyro.run",
+    "save_run": "ltm_pyro.run",
+    "Run": "ltm_pyro.run",
     "watch": "ltm_pyro.run.watching",
     "to_datatree": "ltm_pyro.export",
 }
@@ -124,9 +126,11 @@ if TYPE_CHECKING:
     from ltm_pyro.models.priors import build_prior as build_prior
     from ltm_pyro.models.priors import register_prior as register_prior
     from ltm_pyro.models.simulation import simulate as simulate
+    from ltm_pyro.run import Run as Run
     from ltm_pyro.run import RunComparison as RunComparison
     from ltm_pyro.run import compare_runs as compare_runs
     from ltm_pyro.run import load_run as load_run
+    from ltm_pyro.run import save_run as save_run
     from ltm_pyro.run import sweep as sweep
     from ltm_pyro.run.watching import watch as watch
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from cli_helpers import write_text
+from known_models import make_oracle
+from pyro.infer import Trace_ELBO
 
 import ltm_pyro as ltm
-from ltm_pyro.config import CorpusConfig, Fast, FitConfig, HeldOut, ModelConfig, Slow
+from ltm_pyro.config import (
+    CorpusConfig,
+    Fast,
+    FitConfig,
+    HeldOut,
+    ModelConfig,
+    Slow,
+    from_dict,
+    merged,
+    to_dict,
+)
+from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.held_out import held_out_bounds
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.schedules import (
@@ -21,7 +35,8 @@ from ltm_pyro.inference.clocks.schedules import (
     slow_kl_weight,
     thoughts_joined,
 )
-from ltm_pyro.run import Interrupted, Run, create_run, load_run, train
+from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
 from ltm_pyro.run.extending import extend
 
 STEPS = 6
@@ -223,3 +238,127 @@ def test_a_callback_stops_a_run_and_is_told(tmp_path, config) -> None:
         train(run, run.corpus(), progress=False, callbacks=[Once()])
     assert json.loads((run.folder / "config.json").read_text())["config"]["steps"] == STEPS
     assert torch.isfinite(run.model.decoder.bos).all()
+
+
+def small_svi(corpus: Corpus, guide: str = "mean_field", **options) -> ltm.DualRateSVI:
+    """A fit made in Python."""
+    torch.manual_seed(0)
+    model = ltm.LatentThoughtModel(
+        ModelConfig(
+            vocab_size=corpus.vocab_size, seq_len=16, n_layers=1, width=16, n_heads=2,
+            mlp_hidden=16, thought_dim=4, window=4,
+        )
+    )  # fmt: skip
+    built = ltm.build_guide(guide, model, **options.pop("guide_options", {}))
+    return ltm.DualRateSVI(model, built, Fast(steps=2), Slow(lr=1e-3), **options)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return ltm.load_corpus(str(write_text(tmp_path / "book.txt")), seq_len=16)
+
+
+@pytest.mark.parametrize(
+    ("guide", "options"),
+    [
+        ("mean_field", {}),
+        ("mean_field", {"persistent": True}),
+        ("low_rank", {"guide_options": {"rank": 3}, "elbo": "stl"}),
+        ("semi_amortized", {"seed": 4}),
+    ],
+)
+def test_a_fit_made_in_python_is_saved_as_a_run(tmp_path, corpus, guide, options) -> None:
+    svi = small_svi(corpus, guide, **options)
+    svi.fit(corpus.train, 4, batch_size=6, progress=False)
+    run = ltm.save_run(svi, tmp_path / "run", corpus=corpus)
+    assert run.svi is svi
+    again = load_run(tmp_path / "run")
+    assert again.metrics == svi.metrics
+    assert again.corpus().sha256 == corpus.sha256
+    for name, value in svi.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+    batch = corpus.val.batch([0])
+    assert torch.equal(again.svi.infer(batch, 3).mean, svi.infer(batch, 3).mean)
+    # Both go on alike, stored rows and AdamW's moments included.
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copied = load_run(tmp_path / "copy").fit(more=2, progress=False)
+    expected = run.fit(more=2, progress=False)
+    assert [row["elbo"] for row in copied] == [row["elbo"] for row in expected]
+
+
+def test_saving_never_replaces_unasked(tmp_path, corpus) -> None:
+    svi = small_svi(corpus)
+    ltm.save_run(svi, tmp_path / "run", corpus=corpus)
+    with pytest.raises(InputError, match="exists"):
+        ltm.save_run(svi, tmp_path / "run", corpus=corpus)
+    svi.fit(corpus.train, 1, progress=False)
+    ltm.save_run(svi, tmp_path / "run", corpus=corpus, overwrite=True)
+    assert load_run(tmp_path / "run").svi.slow_step == 1
+    memory = ltm.load_corpus([f"a text of number {i}, {i * i}" for i in range(60)], seq_len=16)
+    other = small_svi(memory)
+    run = ltm.save_run(other, tmp_path / "memory", corpus=memory)
+    assert len(run.fit(memory, more=1, progress=False)) == 1
+    with pytest.raises(InputError, match="memory of a program"):
+        load_run(tmp_path / "memory").fit(more=1)
+
+
+def _frozen(svi: ltm.DualRateSVI) -> ltm.DualRateSVI:
+    svi.model.decoder.bos.requires_grad_(False)
+    return ltm.DualRateSVI(svi.model, "mean_field")
+
+
+UNSAVED = {
+    "a function": lambda svi: setattr(svi, "slow", Slow(schedule=lambda *_: 1.0)),
+    "LinearGaussian": lambda svi: ltm.DualRateSVI(make_oracle(), "mean_field"),
+    "frozen": _frozen,
+    "float32": lambda svi: ltm.DualRateSVI(svi.model.double(), "mean_field"),
+    "build_guide": lambda svi: ltm.DualRateSVI(svi.model, GUIDES["low_rank"](svi.model, rank=2)),
+    "elbo": lambda svi: ltm.DualRateSVI(svi.model, "mean_field", elbo=Trace_ELBO()),
+}
+
+
+@pytest.mark.parametrize("what", UNSAVED)
+def test_what_a_run_cannot_record_is_refused_and_leaves_nothing(tmp_path, corpus, what) -> None:
+    svi = small_svi(corpus)
+    other = UNSAVED[what](svi) or svi
+    with pytest.raises(InputError, match=what) as caught:
+        ltm.save_run(other, tmp_path / "run", corpus=corpus)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fit_starts_from_another_s_weights(tmp_path, config) -> None:
+    config = dataclasses.replace(config, control=True)
+    first = finish(create_run(tmp_path / "first", config))
+    train_control(first, first.corpus(), progress=False)
+    text = write_text(tmp_path / "other.txt", blocks=20)
+    settings = dataclasses.replace(
+        config, init_from=str(first.folder), corpus=CorpusConfig(name=str(text)), seed=3
+    )
+    second = create_run(tmp_path / "second", settings)
+    again = load_run(second.folder)
+    for one, other in ((first.model, again.model), (first.control().model, again.control().model)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name])
+    assert (again.svi.slow_step, again.control().slow_step) == (0, 0)
+    finish(again)
+    shutil.rmtree(first.folder)
+    assert load_run(second.folder).svi.slow_step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {"width": 32}}, r"model\.width"),
+        ({"model": {"thought_dim": 8}}, r"model\.thought_dim"),
+        ({"model": {"prior": "mixture"}}, r"model\.prior"),
+        ({"corpus": {"tokenizer": "bpe", "options": {"vocab_size": 270}}}, "tokenizer"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path, config, change, told) -> None:
+    first = create_run(tmp_path / "first", config)
+    values = merged(to_dict(config), {**change, "init_from": str(first.folder)})
+    with pytest.raises(InputError, match=told) as caught:
+        create_run(tmp_path / "second", from_dict(FitConfig, values))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "second").exists()

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltm_pyro.cli.parsing import Parser
@@ -41,6 +42,9 @@ _EXAMPLES = """\
 ltm-pyro fit --preset nano                         Python's documentation, on a CPU
 ltm-pyro fit --corpus book.txt --out runs/book     your own text, folder or .jsonl
 ltm-pyro fit --resume --out runs/book              go on after an interruption
+ltm-pyro fit --resume --steps 900 --out runs/book  extend a fit, its schedules restated
+ltm-pyro fit --init_from runs/book --corpus other.txt --out runs/other
+ltm-pyro fit --held_out.every 50 --held_out.patience 5
 ltm-pyro fit --steps 1000 --fast.steps 8 --slow.lr 1e-3
 ltm-pyro fit --corpus mixture --corpus.options.classes 4
 ltm-pyro fit --config mine.yaml --seed 1           lines like  steps: 1000
@@ -129,13 +133,19 @@ def _open(
 
     folder = as_path("out", default_folder(config) if out is None else out)
     from ltm_pyro.run import create_run
-    from ltm_pyro.run.building import absolute_name, open_corpus
+    from ltm_pyro.run.building import absolute_name
     from ltm_pyro.run.changes import changes_in
     from ltm_pyro.run.extending import extend
     from ltm_pyro.run.files import followed, refuse_protected
     from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
     from ltm_pyro.run.lock import sole_writer
-    from ltm_pyro.run.opening import read_run, recover_replaced, refuse_existing, refuse_foreign
+    from ltm_pyro.run.opening import (
+        first_corpus,
+        read_run,
+        recover_replaced,
+        refuse_existing,
+        refuse_foreign,
+    )
 
     folder = followed(folder)
     if not resume:
@@ -149,6 +159,8 @@ def _open(
         for name in ("name", "tokenizer"):
             if name in corpus_given:
                 corpus_given[name] = absolute_name(corpus_given[name])
+        if given.get("init_from"):
+            given["init_from"] = str(Path(given["init_from"]).absolute())
         for line in extend(fitted, changes_in(fitted.config, given, fitted.label)):
             print(line)
         return fitted, fitted.corpus(), False
@@ -157,7 +169,7 @@ def _open(
     refuse_existing(folder, overwrite)
     refuse_unscorable(config)
     refuse_oversize(config, 1 if parallel is None else parallel.size)
-    corpus = open_corpus(config)
+    corpus = first_corpus(config)
     corpus.held_out()  # a fit that cannot be scored does not start
     fitted = create_run(
         folder, config, corpus=corpus, overwrite=overwrite, parallel=parallel, keep_replaced=True

@@ -11,9 +11,9 @@ import docstring_parser
 
 from ltm_pyro.cli import yaml_text
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.config import SCHEDULES, FitConfig, from_dict, merged, preset, to_dict
+from ltm_pyro.config import SCHEDULES, CorpusConfig, FitConfig, from_dict, merged, preset, to_dict
 from ltm_pyro.errors import InputError, shown, unknown_name
-from ltm_pyro.reading import open_regular
+from ltm_pyro.reading import as_path, open_regular
 
 _GROUPS = ("corpus", "model", "fast", "slow", "held_out")
 _FROM_CORPUS = "model.vocab_size"
@@ -83,13 +83,28 @@ def build_config(given: Settings) -> FitConfig:
     Raises:
         InputError: if a value is out of range.
     """
-    base = to_dict(preset(given.get("preset", "nano")))
+    base = _starting_point(given)
     chosen = given.get("corpus", {})
     # A preset's corpus options are its tokenizer's: with another tokenizer they mean nothing.
     tokenizer = base["corpus"]["tokenizer"]
     if chosen.get("tokenizer", tokenizer) != tokenizer or chosen.get("name") == "mixture":
         base["corpus"]["options"] = {}
     return from_dict(FitConfig, merged(base, given))
+
+
+def _starting_point(given: Settings) -> Settings:
+    """The settings of the preset; of a run that is started from, its own."""
+    start = given.get("init_from")
+    base = to_dict(preset(given.get("preset", "nano")))
+    if not start:
+        return base
+    from ltm_pyro.run.opening import recorded_config  # only then: it takes seconds
+
+    its = to_dict(recorded_config(as_path("init_from", start)))
+    if "name" in given.get("corpus", {}):  # another text, in the tokens of the first
+        its["corpus"] = to_dict(CorpusConfig(tokenizer=its["corpus"]["tokenizer"]))
+    base = {**base, "corpus": its["corpus"]} if "preset" in given else its
+    return {**base, "init_from": "", "restarts": 1}
 
 
 def _fields(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ def absolute_paths(config: FitConfig) -> FitConfig:
     """`config` with the paths in it made absolute, so that the run can be used from anywhere."""
     corpus = config.corpus
     paths = {"name": absolute_name(corpus.name), "tokenizer": absolute_name(corpus.tokenizer)}
-    return replace(config, corpus=from_dict(CorpusConfig, {**to_dict(corpus), **paths}))
+    start = config.init_from and str(Path(config.init_from).absolute())
+    corpus = from_dict(CorpusConfig, {**to_dict(corpus), **paths})
+    return replace(config, corpus=corpus, init_from=start)
 
 
 def absolute_name(name: str) -> str:

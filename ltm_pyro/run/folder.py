@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from ltm_pyro.checks import one_of
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
@@ -147,7 +149,7 @@ class Run:
                 f"the corpus of {self.label} was in the memory of a program: load it again by "
                 "load_corpus, with tokenizer=run.tokenizer, and give it where a corpus is asked for"
             )
-        corpus = open_corpus(self.config)
+        corpus = open_corpus(self.config, self.tokenizer if self.config.init_from else None)
         if corpus.tokenizer.to_json() != self.tokenizer.to_json():
             corpus = open_corpus(self.config, self.tokenizer)
         recorded = self.facts["corpus"]["sha256"]
@@ -214,16 +216,7 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """All that the fit needs to go on."""
-        shared = {
-            name: value
-            for name, value in self.guide.state_dict().items()
-            if not name.startswith(("local.", "inputs."))
-        }
-        tensors = {
-            **put("model.", self.model.state_dict()),
-            **put("guide.", shared),
-            **put("adamw.", self.svi.clock.state()),
-        }
+        tensors = {**weights_of(self.svi), **put("adamw.", self.svi.clock.state())}
         return Checkpoint(tensors, self._state(self.svi.slow_step))
 
     def save(self) -> None:
@@ -475,6 +468,14 @@ class Run:
         if other is not None:
             raise damaged(self.label, other)
         return state.slow_step
+
+
+def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
+    """Every weight that the slow clock fits, model's and guide's, as a checkpoint calls it."""
+    model = cast("LatentThoughtModel", svi.model)
+    local = ("local.", "inputs.")
+    shared = {k: v for k, v in svi.guide.state_dict().items() if not k.startswith(local)}
+    return {**put("model.", model.state_dict()), **put("guide.", shared)}
 
 
 def share_checkpoint(

@@ -118,10 +118,14 @@ class MetricsFile:
         Raises:
             InputError: if it cannot be written.
         """
+        write_atomic(self.path, self.content(rows))
+
+    def content(self, rows: Sequence[Metrics]) -> bytes:
+        """What the file holds when it holds `rows`."""
         names = (name for row in rows for name in row)
         columns = dict.fromkeys([*(rows[0] if rows else ()), *self.later, *names])
         lines = [",".join(columns), *(_line(row, columns) for row in rows), ""] if rows else []
-        write_atomic(self.path, "\n".join(lines).encode())
+        return "\n".join(lines).encode()
 
 
 def _line(row: Metrics, columns: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.course import Course
 from ltm_pyro.inference.point_mass import refuse_runaway
 from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
+from ltm_pyro.run.changes import difference
+from ltm_pyro.run.checkpoint import Checkpoint, put, take
 from ltm_pyro.run.files import (
     followed,
     json_bytes,
@@ -40,10 +44,12 @@ from ltm_pyro.run.folder import (
     CONFIG,
     CONTROL,
     FOLDERS,
+    METRICS,
     STORE,
     TOKENIZER,
     Run,
     share_checkpoint,
+    weights_of,
 )
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
@@ -91,18 +97,36 @@ def create_run(
     with sole_writer(folder):
         recover_replaced(folder)
         refuse_existing(folder, overwrite)
-        run = _create(folder, absolute_paths(config), corpus, parallel)
+        run = make_run(folder, absolute_paths(config), corpus, parallel)
         if not keep_replaced:
             forget_replaced(folder)
     return run
 
 
-def _create(
-    folder: Path, config: FitConfig, corpus: Corpus | None, parallel: Parallel | None
+def make_run(
+    folder: Path,
+    config: FitConfig,
+    corpus: Corpus | None,
+    parallel: Parallel | None = None,
+    *,
+    svi: DualRateSVI | None = None,
+    rows: Mapping[str, bytes] | None = None,
 ) -> Run:
-    """The new run, the one that it replaces kept aside."""
+    """The new run, the one that it replaces kept aside.
+
+    Args:
+        folder: Where, with the lock held.
+        config: With absolute paths.
+        corpus: That of `config` by default.
+        parallel: The processes that will share the fit.
+        svi: A fit that is under way; a new one by default.
+        rows: The files of its store, where it has one.
+
+    Raises:
+        InputError: if the run could not be opened again, or the folder cannot be written.
+    """
     if corpus is None:
-        corpus = open_corpus(config)
+        corpus = first_corpus(config)
     else:
         config = _described(config, corpus)
     shape = replace(config.model, vocab_size=corpus.vocab_size, seq_len=corpus.seq_len)
@@ -120,24 +144,81 @@ def _create(
         "corpus": corpus.describe(),
         "tokenizer_sha256": sha256(tokenizer),
     }
-    run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel)
+    run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel, svi=svi)
     refuse_runaway(run.model, run.guide)
+    control = start_from(run, read_run(Path(config.init_from), "cpu")) if config.init_from else {}
     files = {
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),
         TOKENIZER: tokenizer,
         **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
     }
+    files |= control
+    if run.metrics:
+        files[METRICS] = run.metrics_file.content(run.metrics)
     if config.persistent:
-        rows = new_store_files()
-        files |= {f"{STORE}/{name}": data for name, data in rows.items()}
+        files |= rows or {f"{STORE}/{name}": data for name, data in new_store_files().items()}
     _replace_folder(folder, files)
     try:
-        run.open_rows(0)
+        run.open_rows(run.svi.slow_step)
         run.note_checkpoint()
     except BaseException:
         undo_new(folder)
         raise
     return run
+
+
+def first_corpus(config: FitConfig) -> Corpus:
+    """The corpus of a new run; one that starts from another run's weights reads as that does.
+
+    Raises:
+        InputError: as `load_corpus` does, and where another tokenizer is asked for.
+    """
+    if not config.init_from:
+        return open_corpus(config)
+    start = Path(config.init_from)
+    facts, its = _read_facts(start)
+    asked, known = absolute_paths(config).corpus.tokenizer, its.corpus.tokenizer
+    if asked != known:
+        raise InputError(
+            f"tokenizer is {shown(asked)} and the weights of {shown(str(start), 200)} are for its "
+            f"own, {shown(known)}: leave --tokenizer or --init_from out"
+        )
+    label = f"run folder {str(start)!r}"
+    return open_corpus(config, _read_tokenizer(start / TOKENIZER, facts["tokenizer_sha256"], label))
+
+
+def start_from(run: Run, other: Run) -> dict[str, bytes]:
+    """Gives a new run the weights of another, and its control those of the other's control.
+
+    The guide's shared weights go along where the guide is the same one. A run that was fitted
+    without a control lends its own decoder to the new control: both start alike, as always.
+
+    Returns:
+        The files of the control's first checkpoint, if there is one.
+
+    Raises:
+        InputError: if models or tokenizers differ.
+    """
+    mine, its = run.config, other.config
+    asked = {k: v for k, v in to_dict(its.model).items() if k != "seq_len"}
+    changed = difference(mine, {"model": asked}, "this fit", other.label)
+    if changed is not None:
+        raise InputError(f"{changed}: --init_from needs the same model; leave that setting out")
+    if run.tokenizer.to_json() != other.tokenizer.to_json():
+        raise InputError(
+            f"the tokenizer of this fit's corpus is not that of {other.label}, whose weights it "
+            "should start from: load the corpus with tokenizer=run.tokenizer"
+        )
+    run.model.load_state_dict(other.model.state_dict())
+    if (mine.guide, dict(mine.guide_options)) == (its.guide, dict(its.guide_options)):
+        run.guide.load_state_dict(take(weights_of(other.svi), "guide."))
+    if not mine.control:
+        return {}
+    fitted = other.control().model if its.control else other.model
+    first = Checkpoint(
+        put("model.", fitted.state_dict()), {"slow_step": 0, "config": to_dict(mine)}
+    )
+    return {f"{CONTROL}/{k}": v for k, v in checkpoints.to_files(first).items()}
 
 
 def _described(config: FitConfig, corpus: Corpus) -> FitConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ltm_pyro.engine.rows.layout import RowLayout
@@ -50,6 +51,17 @@ class MemoryRows:
         return self._layout.filled(
             fresh, {row: self._rows[i] for row, i in enumerate(numbers) if i in self._rows}
         )
+
+    def all(self) -> tuple[Tensor, Rows]:
+        """Every id, (n,), and its row."""
+        columns = {} if self._layout is None else self._layout.columns
+        rows = {
+            name: torch.zeros((len(self._rows), *shape), dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in columns.items()
+        }
+        if self._layout is not None:
+            rows = self._layout.filled(rows, dict(enumerate(self._rows.values())))
+        return torch.tensor(list(self._rows), dtype=torch.int64), rows
 
     def scatter(self, ids: Tensor, rows: Rows) -> None:
         """Stores `rows` (B, ...) under `ids` (B,).

@@ -59,6 +59,8 @@ class LocalGuide(Program, ABC):
     """False for a point mass, which has no ELBO."""
 
     anchor: Tensor
+    built_with: dict[str, Any] | None = None
+    """The options that `build_guide` was given."""
 
     def __init__(self, model: LatentModel) -> None:
         super().__init__()
@@ -251,4 +253,5 @@ def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
     """
     require_model(model)
     guide: LocalGuide = GUIDES.build(name, model, options=options)
+    guide.built_with = options
     return guide.to(model.device)
