@@ -1,11 +1,18 @@
-"""What people give, checked where it comes in: one line with the name, the value and the remedy."""
+"""What people give, checked where it comes in: one line with the name, the value and the remedy.
+
+Sizes here are the least that a count must cost: what passes may still be too much, and then ends in
+the line on memory that has run out. `ltm-pyro cost` has the whole estimate.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 
@@ -20,29 +27,103 @@ QUIET_SECONDS = 3.0
 MOST_SEED = 2**63 - 1
 """What torch's generators take."""
 
+MOST = 10**9
+"""Above it no count means anything, whatever a single one costs."""
+
 MEMORY_SHARE = 0.5
-"""Of the machine's memory that the draws of one call may take."""
+"""Of the machine's memory that what is counted may take by itself."""
+
+WIDEST_LOG_VARIANCE = 30.0
+"""A scale of exp(15), 3 million: beyond it float32 has no room for what is made of it."""
+
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@functools.cache
+def memory_bytes() -> float:
+    """The memory that this process may use; infinite where the system does not tell."""
+    found = [math.inf]
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):
+        found.append(int(_CGROUP.read_text()))
+    return min(size for size in found if size > 0)
+
+
+def refuse_too_large(what: str, n_bytes: float, remedy: str, most: float | None = None) -> None:
+    """Refuses what cannot be held.
+
+    Args:
+        what: Names what was asked for, e.g. `"batch_size is 1000000"`.
+        n_bytes: The least memory that it takes.
+        remedy: What to do.
+        most: Memory that there is; the machine's by default.
+
+    Raises:
+        InputError: if it is more than there is.
+    """
+    most = memory_bytes() if most is None else most
+    if n_bytes > most:
+        raise InputError(
+            f"{what}: it takes {n_bytes / 1e9:,.3g} GB at least, and there are {most / 1e9:,.3g} "
+            f"GB of memory; {remedy}"
+        )
 
 
 def whole_number(
-    name: str, value: object, at_least: int | None = None, at_most: int | None = None
+    name: str,
+    value: object,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    *,
+    limit: str = "",
+    bytes_each: float = 0,
 ) -> int:
     """`value` as an `int`, known to be a whole number in its range.
 
+    Args:
+        name: Of what was given.
+        value: What was given.
+        at_least: Smallest.
+        at_most: Largest.
+        limit: What sets `at_most`, for the message.
+        bytes_each: The least memory that one takes; all of them may take `MEMORY_SHARE`.
+
     Raises:
-        InputError: if it is not, naming `name`.
+        InputError: if it is not, naming `name` and what would do.
     """
+    if bytes_each:
+        fit = min(MOST, MEMORY_SHARE * memory_bytes() / bytes_each)
+        if at_most is None or fit < at_most:
+            at_most, limit = max(int(fit), at_least or 0), "for which there is memory"
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if (
         not whole
         or (at_least is not None and int(value) < at_least)  # type: ignore[call-overload]
         or (at_most is not None and int(value) > at_most)  # type: ignore[call-overload]
     ):
-        bounds = "" if at_least is None else f", {at_least} or more"
-        if at_most is not None:
-            bounds = f" from {at_least} to {at_most}" if at_least is not None else f" to {at_most}"
-        raise InputError(f"{name} is {shown(value)}: must be a whole number{bounds}")
+        least = "" if at_least is None else f"{at_least} or more"
+        most = "" if at_most is None else f"at most {at_most}"
+        bounds = " and ".join(bound for bound in (least, most) if bound)
+        expected = ", ".join(part for part in ("a whole number", bounds, limit) if part)
+        raise InputError(f"{name} is {shown(value)}: must be {expected}")
     return int(value)  # type: ignore[call-overload]
+
+
+def log_variance(value: object) -> float:
+    """`value`, known to be a log variance that a fit can start from.
+
+    Raises:
+        InputError: naming the range.
+    """
+    widest = WIDEST_LOG_VARIANCE
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and -widest <= value <= widest:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise InputError(
+        f"init_log_variance is {shown(value)}: must be a finite number from {-widest:g} to "
+        f"{widest:g}"
+    )
 
 
 def switch(name: str, value: object) -> bool:
@@ -76,22 +157,3 @@ def real_number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         raise InputError(f"{name} is {shown(value)}: must be a number")
     return float(value)
-
-
-def fits_memory(name: str, count: int, bytes_each: int) -> None:
-    """Refuses a count whose tensors would not fit into this machine's memory.
-
-    Args:
-        name: The argument.
-        count: Its value.
-        bytes_each: What one more of it takes.
-
-    Raises:
-        InputError: naming the largest value that would fit.
-    """
-    room = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if count * bytes_each > room:
-        raise InputError(
-            f"{name} is {shown(count)}: would take {count * bytes_each / 2**30:,.0f} GiB; "
-            f"at most {room // bytes_each} fit into half of this machine's memory"
-        )

@@ -123,7 +123,7 @@ def test_symbols_refuse_other_letters_and_sizes() -> None:
     with pytest.raises(InputError, match=r"'e' is no symbol .* a \.\. d"):
         SymbolTokenizer(4).encode("abe")
     for size in (0, 5000, True, "4"):
-        with pytest.raises(InputError, match="whole number from 1 to 4096"):
+        with pytest.raises(InputError, match="1 or more and at most 4096"):
             SymbolTokenizer(size)  # type: ignore[arg-type]
 
 

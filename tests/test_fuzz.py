@@ -331,7 +331,7 @@ REFUSED = {
     "width": ([*NEW, "--model.width", "1000000"], ["model.width 1000000", "GB"]),
     "transforms": ([*NEW, *FLOW, HUGE], ["transforms", "at most"]),
     "hidden": ([*NEW, *FLOW[:2], "--guide_options.hidden", HUGE], ["hidden", "at most"]),
-    "particles": ([*NEW, *PARTICLES, HUGE], ["particles", "GB"]),
+    "particles": ([*NEW, *PARTICLES, HUGE], ["particles", "at most"]),
     "many particles": ([*NEW, *PARTICLES, str(10**6), "--batch_size", str(10**5)], ["GB"]),
     "components": ([*NEW, "--guide", "mixture", *COMPONENTS, HUGE], ["components", "at most"]),
     "prior": (

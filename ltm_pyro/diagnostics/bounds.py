@@ -24,8 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 import ltm_pyro
-from ltm_pyro.capacity import count
-from ltm_pyro.checks import one_of
+from ltm_pyro.checks import one_of, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean
@@ -110,7 +109,7 @@ def evaluate(
     one_of("mode", mode, MODES)
     # A standard error needs two.
     each = 4 * len(batch) * math.prod(model.thought_shape)
-    count("draws", draws, at_least=2, bytes_each=each)
+    whole_number("draws", draws, 2, bytes_each=each)
     batch = batch.to(model.device)
     model.check(batch)
     scored = _scored_part(batch, post, mode)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
@@ -225,7 +225,7 @@ def _together(p_values: Floats) -> dict[str, float | int | str]:
 
 def _check_counts(replications: int, draws: int) -> None:
     whole_number("replications", replications, at_most=MOST_COUNT)
-    fits_memory("draws", draws, 8)
+    whole_number("draws", draws, bytes_each=8)
     if replications < 2 * _LEAST_EXPECTED:
         raise InputError(
             f"replications is {replications}: {2 * _LEAST_EXPECTED} or more are needed to test "

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ltm_pyro.checks import fits_memory
+from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
@@ -221,7 +221,7 @@ def _check(steps: int, draws: int, tolerance: float) -> None:
         raise InputError(f"steps is {steps}: a fast loop to judge has at least 1")
     if draws < MIN_DRAWS:
         raise InputError(f"draws is {draws}: a verdict needs at least {MIN_DRAWS}")
-    fits_memory("draws", draws, 8)
+    whole_number("draws", draws, bytes_each=8)
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise InputError(f"tolerance is {tolerance}: must be a number of nats above 0")
 

@@ -7,19 +7,14 @@ letters as elsewhere: B, T, H, V, L, D, and K_l thoughts per layer. Memory: see 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
-from ltm_pyro.diagnostics.memory import MemoryReport
+from ltm_pyro.diagnostics.memory import MemoryReport, small_fit
 from ltm_pyro.engine.kernels.cross_entropy import MOST_LOGITS
 from ltm_pyro.inference.clocks.schedules import fast_reach, kl_floor_per_sequence
-from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.layers import block_shape, fused
-from ltm_pyro.random import seeded
 
 KL_FLOOR_WARNING = 0.05
 """Nats per token above which the fast schedule, and not the text, decides the ELBO."""
@@ -94,9 +89,10 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
         InputError: for an unknown guide family or option.
     """
     model = config.model
-    guide_start, n_prior = _guide_start_and_prior_weights(config)
+    small, guide = small_fit(config)
+    n_prior = sum(p.numel() for p in small.thought_prior.parameters())
     if start_log_variance is None:
-        start_log_variance = guide_start
+        start_log_variance = guide.start_log_variance
     # Particles are further rows of the batch for everything that depends on z.
     particles = build_objective(config.objective, **config.objective_options).particles
     below, above = _attend_flops(model), _above_flops(model)
@@ -130,16 +126,6 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
         if start_log_variance is None
         else kl_floor_per_sequence(config.fast, n_local, start_log_variance) / model.seq_len,
     )
-
-
-def _guide_start_and_prior_weights(config: FitConfig) -> tuple[float | None, int]:
-    """Asks guide and prior, built with a decoder as small as can be for thoughts of this shape."""
-    small = replace(config.model, vocab_size=1, width=2, n_heads=1, mlp_hidden=1)
-    with seeded(0, torch.device("cpu")):
-        model = LatentThoughtModel(small)
-        guide = build_guide(config.guide, model, **config.guide_options)
-    n_prior = sum(p.numel() for p in model.thought_prior.parameters())
-    return guide.start_log_variance, n_prior
 
 
 def paper_flops_per_token(model: ModelConfig, fast: Fast) -> float:
@@ -243,12 +229,15 @@ def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
     return forward + again + backward + _head_flops(model, products=3 if held else 4)
 
 
-def format_cost(report: CostReport, memory: MemoryReport | None = None) -> str:
+def format_cost(
+    report: CostReport, memory: MemoryReport | None = None, measured: int | None = None
+) -> str:
     """The report as text for the terminal.
 
     Args:
         report: From `cost_report`.
         memory: From `memory_report`, to be told too.
+        measured: From `measured_bytes`, to be told too.
     """
     paper = report.flops_training_step / report.flops_paper
     rows = [
@@ -263,6 +252,7 @@ def format_cost(report: CostReport, memory: MemoryReport | None = None) -> str:
         ("weights, gradients, AdamW", _bytes(report.weight_bytes)),
         ("KL floor of the fast schedule", f"{report.kl_floor_per_token:.4f} nats per token"),
         *(_memory_rows(memory) if memory is not None else []),
+        *([] if measured is None else [("  measured, one real step", _bytes(measured))]),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"Cost of {report.preset}", *(f"  {name:<{width}}  {value}" for name, value in rows)]
@@ -279,13 +269,14 @@ def format_cost(report: CostReport, memory: MemoryReport | None = None) -> str:
 
 def _memory_rows(memory: MemoryReport) -> list[tuple[str, str]]:
     return [
-        ("memory: weights and moments", _bytes(memory.staying_bytes)),
-        ("  fast loop, beyond them", _bytes(memory.fast_loop_bytes)),
-        ("  training step, beyond them", _bytes(memory.step_bytes)),
-        ("  peak of all tensors", _bytes(memory.peak_tensor_bytes)),
+        ("memory, at most: weights and moments", _bytes(memory.weights_bytes)),
+        ("  activations of a micro batch", _bytes(memory.activations_bytes)),
+        ("  rows of q, with moments", _bytes(memory.rows_bytes)),
+        ("  or draws while scoring", _bytes(memory.scoring_bytes)),
+        ("  peak of all tensors", _bytes(memory.tensor_bytes)),
         ("  Python, libraries, compiler", _bytes(memory.process_bytes)),
         ("  kept by the C library", _bytes(memory.allocator_bytes)),
-        ("  peak of the process, on a CPU", _bytes(memory.peak_process_bytes)),
+        ("  peak of the process, on a CPU", _bytes(memory.peak_bytes)),
     ]
 
 

@@ -26,7 +26,7 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
@@ -191,7 +191,7 @@ def _check(
     whole_number("converged_steps", converged_steps, 1, MOST_COUNT)
     if draws < MIN_DRAWS:
         raise InputError(f"draws is {draws}: a gap needs at least {MIN_DRAWS}")
-    fits_memory("draws", draws, 8 * math.prod(model.thought_shape))
+    whole_number("draws", draws, bytes_each=8 * math.prod(model.thought_shape))
     if isinstance(evidence, xr.Dataset):
         if missing := {"lower", "lower_se"} - set(evidence.data_vars):
             raise InputError(f"evidence has no {' and no '.join(sorted(missing))} (nats)")

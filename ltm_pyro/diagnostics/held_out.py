@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import MOST_FAST_STEPS
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
@@ -50,10 +50,10 @@ class HeldOutBound:
     ) -> None:
         if not isinstance(data, SequenceSet | Batch):
             raise InputError(f"data is {shown(data)}: must be corpus.val, or a Batch")
-        self.every = count("every", every)
-        self.draws = count("draws", draws, at_least=2)
-        self.fast_steps = count("fast_steps", fast_steps, at_most=MOST_FAST_STEPS)
-        count("sequences", sequences)
+        self.every = whole_number("every", every, 1, MOST)
+        self.draws = whole_number("draws", draws, 2, MOST)
+        self.fast_steps = whole_number("fast_steps", fast_steps, 1, MOST_FAST_STEPS)
+        whole_number("sequences", sequences, 1, MOST)
         self.batch = data if isinstance(data, Batch) else spread(data, sequences)
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int = 5) -> None:
-        self.patience = count("patience", patience)
+        self.patience = whole_number("patience", patience, 1, MOST)
 
     def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> bool:
         """Whether patience is at its end: a function of `svi.metrics`, so that nothing is kept."""

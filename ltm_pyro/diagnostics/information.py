@@ -35,7 +35,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from ltm_pyro.checks import fits_memory, whole_number
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
 from ltm_pyro.errors import InputError
@@ -320,8 +320,8 @@ def information_by_block(
     """
     if len(post) < 2:
         raise InputError("mutual information needs at least 2 sequences: it tells them apart")
-    whole_number("draws", draws, at_least=1)
-    fits_memory("draws", draws, 8 * len(post) * math.prod(post.prior.event_shape))
+    each = 8 * len(post) * math.prod(post.prior.event_shape)
+    whole_number("draws", draws, 1, bytes_each=each)
     n_thoughts = post.prior.event_shape[0]
     layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
     parts = [*blocks(n_thoughts, n_thoughts), *layers]

@@ -1,228 +1,233 @@
-"""The memory that a fit takes at its worst moment, found without running it.
+"""The memory that a fit takes at its worst moment: by a formula, or measured in one real step.
 
-A training step of the engine itself is run on tensors that have shapes and no values (torch's
-`FakeTensorMode`), and the bytes of those that would live are added up. So the answer holds for
-every guide, prior, objective and setting, and stays right when the engine changes. It is that of
-one process which takes the whole batch, with the kernels of the CPU and uncompiled: compiled code
-keeps less. What `ltm-pyro fit` does after training is not in it: the run is read a second time and
-scored, which took 3.1 GB of `ltm-small` where training took 2.7.
+The formula errs on the high side, so that a fit stays below it; `benchmarks/memory.py` tells by how
+much. It knows the decoder layer by layer, and of guide and prior the numbers that they hold and the
+widths of their networks. What a corpus takes while it is read is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-import pyro
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from ltm_pyro.config import FitConfig
+from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.live_tensors import LiveTensors
 from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.kernels.cross_entropy import MOST_LOGITS
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.inference.guides import LocalGuide, build_guide
+from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.objectives import OBJECTIVES, build_objective
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.layers import block_shape, fused
+from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.random import seeded
+from ltm_pyro.registry import load_plugins
 
-PROCESS_BYTES = 380_000_000
-"""Python, torch and Pyro, 340 MB after a step of a model of a few weights, and 40 MB of work space
-that the libraries for matrix products take at any larger size; by `benchmarks/memory.py`."""
-COMPILER_BYTES = 115_000_000
-"""What torch's compiler adds; measured likewise."""
-ALLOCATOR_SHARE = 0.45
-"""Of the tensors' peak: memory that glibc keeps, in pieces, when tensors are freed.
+LIBRARY_BYTES = 720_000_000
+"""Python, torch and Pyro, and what scores, figures and export load, with their work space."""
+COMPILER_BYTES = 260_000_000
+"""What torch's compiler adds."""
+ALLOCATOR_SHARE = 0.4
+"""Of the tensors: what the C library keeps, in pieces, when they are freed; no two runs agree."""
+LEAST_SHARE = 0.4
+"""Of the decoder's part of the formula: what a step cannot do without."""
 
-Measured from 0 to 0.6 in uncompiled code, and no two runs agree; with
-`MALLOC_MMAP_THRESHOLD_=4194304` in the environment it is near 0, and steps take longer."""
-COMPILED_ALLOCATOR_SHARE = 0.08
-"""The same in compiled code, which holds fewer tensors than are counted: 0 to 0.15 measured."""
-
-_FAST_STEPS = 2
-"""As many as are simulated: the third finds nothing that the second did not find."""
+_PER_WEIGHT = 24
+"""Bytes: weight, gradient and AdamW's two moments, and at the worst moment two more."""
+_PER_LOCAL = 48
+"""Bytes of a local parameter: the same, noise, a draw, and what densities hold of them."""
+_PER_SCORED_DRAW = 24
+"""Bytes of a number of z in the draws that are scored and exported."""
+_STEPS = 2  # AdamW's moments exist from the second on
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The peak memory of a fit, in bytes.
+    """The peak memory of a fit on a CPU, in bytes.
 
     Attributes:
-        staying_bytes: Weights of decoder, prior and guide with AdamW's two moments, which stay.
-        fast_loop_bytes: Beyond these at the worst moment of a fast loop: the trunk, activations
-            kept for the backward pass, local parameters with their moments, temporaries.
-        step_bytes: The same for a whole training step, the slow gradient included.
-        peak_tensor_bytes: Of all tensors: what an accelerator holds.
-        process_bytes: Python, torch and Pyro, and the compiler where it is used.
-        allocator_bytes: Freed by tensors and kept by the C library, on the CPU; an estimate.
-        peak_process_bytes: Of the whole process where everything is on the CPU.
+        weights_bytes: Of decoder, prior and guide, with gradients and AdamW's moments.
+        activations_bytes: What is held of one micro batch at the worst moment.
+        rows_bytes: Local parameters of one batch with their moments, and draws.
+        scoring_bytes: Draws of the held-out sequences, when all else is free again.
+        process_bytes: Python and the libraries, with the compiler where it is used.
     """
 
-    staying_bytes: int
-    fast_loop_bytes: int
-    step_bytes: int
+    weights_bytes: int
+    activations_bytes: int
+    rows_bytes: int
+    scoring_bytes: int
     process_bytes: int
-    allocator_bytes: int
 
     @property
-    def peak_tensor_bytes(self) -> int:
-        """Of all tensors at the worst moment."""
-        return self.staying_bytes + self.step_bytes
+    def tensor_bytes(self) -> int:
+        """Of all tensors: what an accelerator holds."""
+        return self.weights_bytes + max(
+            self.activations_bytes + self.rows_bytes, self.scoring_bytes
+        )
 
     @property
-    def peak_process_bytes(self) -> int:
-        """Resident memory of the process at the worst moment, on the CPU."""
-        return self.process_bytes + self.peak_tensor_bytes + self.allocator_bytes
+    def allocator_bytes(self) -> int:
+        """What the C library keeps of freed tensors."""
+        return round(ALLOCATOR_SHARE * self.tensor_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The resident memory of the process, which it stays below."""
+        return self.process_bytes + self.tensor_bytes + self.allocator_bytes
 
     def as_dict(self) -> dict[str, int]:
         """Every figure by its name."""
-        return {
-            **asdict(self),
-            "peak_tensor_bytes": self.peak_tensor_bytes,
-            "peak_process_bytes": self.peak_process_bytes,
-        }
+        derived = ("tensor_bytes", "allocator_bytes", "peak_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def memory_report(config: FitConfig) -> MemoryReport:
-    """The peak memory of a fit, without running it; takes some seconds, and the weights' memory.
-
-    Args:
-        config: The fit. What tells in the answer: `model`, `guide`, `objective`, `batch_size`,
-            `micro_batch`, `checkpointing`, `precision`, `compile`, and word dropout.
+    """The peak memory of one process that takes the whole batch, by the formula.
 
     Raises:
         InputError: for an unknown guide family, objective or option.
     """
-    svi = _without_values(config, shapes := FakeTensorMode(allow_non_fake_inputs=True))
-    with shapes, _NoMemory(), pyro.validation_enabled(False):
-        stays, fast = _peak(svi, config, lambda batch: svi.infer(batch))
-        # Its fast loop is known by now.
-        svi.fast = replace(svi.fast, steps=min(svi.fast.steps, 1))
-        _, whole = _peak(svi, config, lambda batch: svi.step(batch))
-    peak = max(fast, whole)
-    share = COMPILED_ALLOCATOR_SHARE if config.compile else ALLOCATOR_SHARE
+    model, guide = small_fit(config)
+    rows, part = rows_at_once(config)
+    draws = max(draws_at_once(config))
+    shared = [*model.thought_prior.parameters(), *guide.shared_parameters()]
+    local = sum(p.numel() for p in guide.local_parameters().values())
+    positions = config.model.seq_len if guide.inputs.values() else draws
+    networks = positions * _widths(guide) + draws * _widths(model.thought_prior)
+    scored = (
+        min(config.eval_sequences * config.eval_draws, 10**12) * model.prior().event_shape.numel()
+    )
     return MemoryReport(
-        staying_bytes=stays,
-        fast_loop_bytes=fast - stays,
-        step_bytes=peak - stays,
-        process_bytes=PROCESS_BYTES + (COMPILER_BYTES if config.compile else 0),
-        allocator_bytes=round(share * peak),
+        weights_bytes=_PER_WEIGHT * (config.model.n_weights + sum(p.numel() for p in shared)),
+        activations_bytes=decoder_bytes(config) + 16 * part * networks,
+        rows_bytes=_PER_LOCAL * local * (rows + part * draws),
+        scoring_bytes=_PER_SCORED_DRAW * scored,
+        process_bytes=LIBRARY_BYTES + (COMPILER_BYTES if config.compile else 0),
     )
 
 
-def _without_values(config: FitConfig, shapes: FakeTensorMode) -> DualRateSVI:
-    """The fit as it would start, with tensors of `shapes` in place of its own."""
-    with seeded(0, torch.device("cpu")):  # some parts look at values while they are built
-        model = LatentThoughtModel(config.model)
+def rows_at_once(config: FitConfig, processes: int = 1) -> tuple[int, int]:
+    """(rows of a process, rows of them that are computed together)."""
+    rows = -(-config.batch_size // processes)
+    return rows, min(rows, config.micro_batch or rows)
+
+
+def draws_at_once(config: FitConfig) -> tuple[int, int]:
+    """Draws of each sequence that a step of the fast loop, and a slow step, scores together."""
+    particles = build_objective(config.objective, **config.objective_options).particles
+    fixed = config.fast.fixed_draws if config.fast.noise == "fixed" else 1
+    return fixed * particles, particles
+
+
+def decoder_bytes(config: FitConfig, processes: int = 1) -> int:
+    """What one micro batch holds of the decoder, at the worst moment of a fast loop or slow step.
+
+    A layer holds so many times its input, H numbers a position: 14 while weights learn, 6 in the
+    fast loop; 5 times the hidden units, and 3 times its scores where attention is not fused. These
+    are least upper factors of 90 random shapes; tensors took 0.5 to 1.0 of the sum.
+    """
+    model = config.model
+    _, part = rows_at_once(config, processes)
+    fast_draws, slow_draws = (part * draws for draws in draws_at_once(config))
+    size = 2 if config.precision == "bf16" else 4
+    scores = 0.0
+    if model.window > 1 and not fused(model.window, model.seq_len):
+        n_blocks, block, span = block_shape(model.window, model.seq_len)
+        scores = model.n_heads * n_blocks * block * span / model.seq_len
+    met = model.n_heads * model.thoughts_per_layer
+
+    def held(draws: int, layers: int, widths: int, attention: float) -> float:
+        layer = widths * model.width + 5 * model.mlp_hidden + attention * scores
+        around = 40 * model.width + 32 * layers * met
+        return draws * model.seq_len * (layers * size * layer + around)
+
+    learning = 1 if config.checkpointing else model.n_layers
+    slow = held(slow_draws, learning, 14, 3)
+    if config.checkpointing:
+        slow += 40 * slow_draws * model.seq_len * model.n_layers * model.width
+    most = max(slow, held(fast_draws, model.n_layers, 6, 1.5))
+    draws = max(fast_draws, slow_draws)
+    thoughts = 32 * model.n_layers * draws * met * model.width
+    logits = draws * model.seq_len * model.vocab_size
+    head = 12 * logits if logits <= MOST_LOGITS else 3 * MOST_LOGITS
+    return round(most + thoughts + head)
+
+
+def small_fit(config: FitConfig) -> tuple[LatentThoughtModel, LocalGuide]:
+    """Prior and guide as they are, the guide holding one row, with hardly a decoder."""
+    small = replace(config.model, vocab_size=1, width=2, n_heads=1, mlp_hidden=1)
+    with seeded(0, torch.device("cpu")):
+        model = LatentThoughtModel(small)
+        model.config = config.model  # an encoder is as wide as the decoder
         guide = build_guide(config.guide, model, **config.guide_options)
-    for module in (*model.modules(), *guide.modules()):
-        tensors: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for own in tensors:
-            for name, value in own.items():
-                if value is not None:
-                    own[name] = shapes.from_tensor(value)
-    return DualRateSVI(
+    guide.reset(Batch(torch.zeros(1, config.model.seq_len, dtype=torch.long)))
+    return model, guide
+
+
+def _widths(network: nn.Module) -> int:
+    """Numbers that the linear maps of a network take and give for one input."""
+    maps = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    return sum(m.in_features + m.out_features for m in maps)
+
+
+def measured_bytes(config: FitConfig) -> int:
+    """Resident memory of a process that takes one real step, at its worst moment.
+
+    On random tokens, in two fast steps, on the CPU, with the weights of AdamW's moments in place.
+    What a fit does beyond training is not in it.
+
+    Raises:
+        InputError: if the process was ended, as it is when there is too little memory.
+    """
+    chosen = (GUIDES, config.guide), (OBJECTIVES, config.objective), (PRIORS, config.model.prior)
+    modules = [known[name].__module__ for known, name in chosen]
+    command = [sys.executable, "-m", __name__]
+    told = json.dumps([to_dict(config), modules])
+    done = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["it was ended, out of memory as a rule"])[-1]
+        raise InputError(f"the measured step failed: {why[:200]}; choose smaller settings")
+    return int(done.stdout.split()[-1])
+
+
+def _step(config: FitConfig) -> None:
+    model = LatentThoughtModel(config.model)
+    svi = DualRateSVI(
         model,
-        guide,
-        fast=replace(config.fast, steps=min(config.fast.steps, _FAST_STEPS)),
-        slow=config.slow,
+        build_guide(config.guide, model, **config.guide_options),
+        fast=replace(config.fast, steps=min(config.fast.steps, 2)),
+        slow=replace(config.slow, thoughts_start=0.0),
         elbo=build_objective(config.objective, **config.objective_options),
         execution=Execution(
+            compile=config.compile,
             precision=config.precision,
             micro_batch=config.micro_batch or None,
             checkpointing=config.checkpointing,
         ),
     )
+    shape = (config.batch_size, config.model.seq_len)
+    for _ in range(_STEPS):
+        svi.step(Batch(torch.randint(config.model.vocab_size, shape)))
 
 
-def _peak(svi: DualRateSVI, config: FitConfig, run: Callable[[Batch], Any]) -> tuple[int, int]:
-    """(bytes of weights and moments, peak of all tensors while `run` runs)."""
-    weights = svi.clock.parameters
-    moments = [torch.zeros_like(p) for p in weights for _ in range(2)]
-    batch = Batch(torch.zeros(_rows(config), config.model.seq_len, dtype=torch.long))
-    with _Answering(batch.observed, *weights, *moments) as live:
-        stays = live.live_bytes
-        live.add(batch.observed, batch.mask)
-        run(batch)
-    return stays, live.peak_bytes
+def _measure() -> None:
+    """The child's part: settings from stdin, bytes to stdout."""
+    import resource  # Unix
+
+    values, modules = json.load(sys.stdin)
+    load_plugins(tuple(modules))
+    _step(from_dict(FitConfig, values))
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _rows(config: FitConfig) -> int:
-    """Rows to simulate: the parts of a batch are alike, and from the second on gradients add up."""
-    return min(config.batch_size, 2 * config.micro_batch or config.batch_size)
-
-
-class _Answering(LiveTensors):
-    """`LiveTensors` in which questions for a value get the answer of a fit that goes well.
-
-    Numbers are finite, no sequence is bad, tokens are in the vocabulary and fill all T positions.
-
-    Args:
-        tokens: (B, T) token ids.
-        *held: Tensors that live already.
-    """
-
-    def __init__(self, tokens: Tensor, *held: Tensor) -> None:
-        super().__init__(*held)
-        self._tokens = tokens
-        self._some: Tensor | None = None
-        self._token: Tensor | None = None
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answers a question for a value, runs any other operation and counts what it returns."""
-        aten = torch.ops.aten
-        if func is aten._local_scalar_dense.default:
-            return self._answer(args[0])
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is aten.any.default:
-            self._some = out
-        elif func in (aten.max.default, aten.min.default) and args[0] is self._tokens:
-            self._token = out
-        return out
-
-    def _answer(self, value: Tensor) -> bool | int | float:
-        if value.dtype == torch.bool:
-            return value is not self._some
-        if value.is_floating_point():
-            return 1.0
-        return 0 if value is self._token else self._tokens.shape[1]
-
-
-class _NoMemory(TorchFunctionMode):
-    """Inside the block tensors without values can be copied deeply, and say where they lie.
-
-    Torch would read the memory that they do not have.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answers these two, and does anything else as it would be done."""
-        if func is Tensor.data_ptr:
-            return id(args[0].untyped_storage())
-        if func is Tensor.__deepcopy__:
-            return self._copy(*args)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _copy(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
-        if id(tensor) not in memo:
-            copied = tensor.detach().clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(copied) if is_parameter else copied
-            memo[id(tensor)].requires_grad_(tensor.requires_grad)
-        return memo[id(tensor)]
+if __name__ == "__main__":
+    _measure()

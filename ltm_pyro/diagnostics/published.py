@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
@@ -64,7 +64,7 @@ def as_published(
     Raises:
         InputError: if the batch is not of sequences of tokens, or too short to leave a token out.
     """
-    count("draws", draws, at_least=2)
+    whole_number("draws", draws, 2, MOST)
     if batch.mask.dim() != 2 or int(batch.n_tokens.sum()) <= len(batch) or batch.mask.shape[1] < 2:
         raise InputError("as_published scores sequences of 2 tokens or more: give such a batch")
     batch = batch.to(svi.model.device)

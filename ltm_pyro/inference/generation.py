@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltm_pyro.capacity import count
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch, as_tensor
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -77,7 +76,7 @@ def generate(
     n = (len(z) if z is not None and z.dim() == 3 else 1) if n is None else n
     shape = model.config
     each = 8 * shape.n_layers * shape.width * min(shape.window, shape.seq_len)  # keys and values
-    count("n", n, at_most=_MOST_TEXTS, bytes_each=each)
+    whole_number("n", n, 1, _MOST_TEXTS, bytes_each=each)
     for method in ("encode", "decode"):
         if not callable(getattr(tokenizer, method, None)):
             raise InputError(f"tokenizer is {shown(tokenizer)}: must be one, e.g. corpus.tokenizer")

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -113,7 +113,7 @@ def interpolate(
         InputError: if there is no text, or an option cannot be used.
     """
     svi = svi_of(fitted)
-    n = count("n", n, at_least=2, at_most=_MOST)
+    n = whole_number("n", n, 2, _MOST)
     taken = {"z", "n", "svi"} & set(options)
     if taken:
         raise InputError(f"{sorted(taken)[0]} is not for interpolate: it makes its own thoughts")

@@ -26,7 +26,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ltm_pyro.capacity import count, refuse_too_large
+from ltm_pyro.checks import MOST, refuse_too_large, whole_number
 from ltm_pyro.errors import unknown_name
 from ltm_pyro.models.zuko_import import (
     MaskedAutoregressiveTransform,
@@ -88,10 +88,10 @@ class ConditionalFlow(nn.Module):
         super().__init__()
         if kind not in FLOW_KINDS:
             raise unknown_name("flow kind", str(kind), FLOW_KINDS)
-        count("flow transforms", transforms, at_most=_MOST_TRANSFORMS)
-        count("flow bins", bins, at_most=_MOST_BINS)
-        count("flow context_dim", context)
-        count("flow hidden", hidden)
+        whole_number("flow transforms", transforms, 1, _MOST_TRANSFORMS)
+        whole_number("flow bins", bins, 1, _MOST_BINS)
+        whole_number("flow context_dim", context, 1, MOST)
+        whole_number("flow hidden", hidden, 1, MOST)
         weights = transforms * hidden * (2 * features + context + hidden)
         refuse_too_large(
             f"a flow of {transforms} transforms with {hidden} hidden units and context_dim "

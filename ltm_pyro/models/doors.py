@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.capacity import MOST
-from ltm_pyro.checks import MOST_SEED, real_number, whole_number
+from ltm_pyro.checks import MOST, MOST_SEED, real_number, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively, usual_modes

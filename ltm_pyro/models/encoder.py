@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltm_pyro.capacity import count, refuse_too_large
+from ltm_pyro.checks import MOST, refuse_too_large, whole_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.latent_thought import LatentThoughtModel
@@ -42,9 +42,9 @@ def build_encoder(
     Raises:
         InputError: for a size out of range, or a model of another kind.
     """
-    count("encoder layers", layers, at_most=_MOST_LAYERS)
+    whole_number("encoder layers", layers, 1, _MOST_LAYERS)
     if width is not None:
-        count("encoder width", width)
+        whole_number("encoder width", width, 1, MOST)
         refuse_too_large(
             f"encoder width {width} in {layers} layers", 4 * layers * width**2, "choose less"
         )

@@ -17,8 +17,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import refuse_too_large
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import refuse_too_large, whole_number
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown, unknown_name

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from ltm_pyro.capacity import memory_bytes, refuse_too_large
+from ltm_pyro.checks import memory_bytes, refuse_too_large
 from ltm_pyro.config import FitConfig
+from ltm_pyro.diagnostics.memory import LEAST_SHARE, decoder_bytes, draws_at_once, rows_at_once
 from ltm_pyro.errors import InputError
 
-_PER_WEIGHT = 16  # bytes: weight, gradient, and AdamW's two moments in float32
-_PER_LOCAL = 16  # the same of a local parameter
+_PER_NUMBER = 16
+"""Bytes of a weight or local parameter at least: itself, gradient, Adam's two moments."""
 
 
 def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = None) -> None:
     """Refuses settings whose least memory is more than there is, before anything is allocated.
 
-    The least is a part of what a fit takes, and easily told: `ltm-pyro cost` has the whole.
+    The least is `LEAST_SHARE` of what the formula of `ltm-pyro cost` gives. What lies between may
+    fit or not; if not, the fit ends in the line on memory that has run out, or by the system's
+    hand.
 
     Args:
         config: The fit.
@@ -30,34 +33,27 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
         f"model.n_layers {model.n_layers}, model.width {model.width}, model.mlp_hidden "
         f"{model.mlp_hidden} and model.vocab_size {model.vocab_size} make {model.n_weights:,} "
         "weights",
-        _PER_WEIGHT * model.n_weights,
+        _PER_NUMBER * model.n_weights,
         "choose a smaller model",
         most,
     )
     local = model.n_thoughts * model.thought_dim
-    rows = -(-config.batch_size // processes)
-    part = min(rows, config.micro_batch or rows)
-    particles = config.objective_options.get("particles", 1)
-    draws = particles if isinstance(particles, int) and particles > 0 else 1
-    if config.fast.noise == "fixed":
-        draws *= config.fast.fixed_draws
-    kept = model.width if config.checkpointing else 4 * model.width + 2 * model.mlp_hidden
-    # Two bytes a number: bf16 keeps half of what is kept.
-    row = draws * (2 * model.seq_len * model.n_layers * kept + 4 * local)
-    held = 8 * model.seq_len + _PER_LOCAL * local
+    rows, part = rows_at_once(config, processes)
+    draws = max(draws_at_once(config))
     many = "" if draws == 1 else f" and {draws} draws (particles, fast.fixed_draws)"
-    for name, value, size, each in (
-        ("micro_batch" if config.micro_batch else "batch_size", part, part, row),
-        ("batch_size", config.batch_size, rows, held),
-        ("eval_draws", config.eval_draws, config.eval_draws, 4 * local),
+    for name, value, size, taken in (
+        (
+            "micro_batch" if config.micro_batch else "batch_size",
+            *(part, part),
+            LEAST_SHARE * decoder_bytes(config, processes),
+        ),
+        ("batch_size", config.batch_size, rows, (8 * model.seq_len + _PER_NUMBER * local) * rows),
+        ("eval_draws", *(config.eval_draws, config.eval_draws), 4 * local * config.eval_draws),
     ):
-        fits = int(most // each) if most < float("inf") else value
+        fits = int(most / taken * size) if taken > most else size
         remedy = f"at most {fits} fit" if fits else "choose a smaller model or seq_len"
         refuse_too_large(
-            f"{name} is {value}, with model.seq_len {model.seq_len}{many}",
-            size * each,
-            remedy,
-            most,
+            f"{name} is {value}, with model.seq_len {model.seq_len}{many}", taken, remedy, most
         )
 
 

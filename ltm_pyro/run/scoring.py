@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.split import SPLITS
@@ -101,7 +101,7 @@ def score_run(
     post = again = None
     if mode == "prefix":
         prefix = corpus.seq_len // 2 if prefix is None else prefix
-        count("prefix", prefix, at_most=corpus.seq_len - 1)
+        whole_number("prefix", prefix, 1, corpus.seq_len - 1)
         _refuse_long(prefix, batch)
         post = run.svi.infer(batch.prefix(prefix), fast_steps)
     elif mode == "oracle":

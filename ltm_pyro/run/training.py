@@ -9,7 +9,7 @@ from typing import cast
 
 from tqdm.auto import tqdm
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.held_out import EarlyStopping, HeldOutBound, best_step
@@ -173,7 +173,7 @@ def fit_run(
     corpus = run.corpus() if corpus is None else corpus
     first, last = len(run.metrics), run.config.steps
     if more is not None:
-        last = run.svi.slow_step + count("more", more)
+        last = run.svi.slow_step + whole_number("more", more, 1, MOST)
         if last > run.config.steps:
             for line in extend(run, {"steps": last}):
                 if progress:

@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 import ltm_pyro
-from ltm_pyro.checks import QUIET_SECONDS, fits_memory, whole_number
+from ltm_pyro.checks import QUIET_SECONDS, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock, fit_and_score
@@ -121,7 +121,8 @@ def compare(
         gaps,
         seed,
     )
-    fits_memory("draws", draws, 8 * len(batch) * math.prod(model.thought_shape))
+    each = 8 * len(batch) * math.prod(model.thought_shape)
+    whole_number("draws", draws, bytes_each=each)
     batch = batch.to(model.device)
     model.check(batch)
     sampled = _spread(batch, subset)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.checks import MOST_COUNT, fits_memory, whole_number
+from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.errors import unknown_name
 from ltm_pyro.inference.mcmc import MCMCDraws
 from ltm_pyro.inference.posterior import Posterior
@@ -41,7 +41,7 @@ def check_reference(options: Mapping[str, Any], reals: int) -> None:
             whole_number(f"reference_options[{name!r}]", options[name], least, MOST_COUNT)
     chains, draws = options.get("chains", 4), options.get("draws", 1000)
     # As they come, and stacked.
-    fits_memory("reference_options['draws']", draws, 16 * chains * reals)
+    whole_number("reference_options['draws']", draws, bytes_each=16 * chains * reals)
 
 
 def against_reference(

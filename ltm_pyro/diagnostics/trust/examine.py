@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 import ltm_pyro
-from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, fits_memory, whole_number
+from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
@@ -168,7 +168,7 @@ def _check(batch: Batch, counts: dict[str, int], reals: int) -> None:
     if counts["chains"] == 1:
         raise InputError("chains is 1: an error needs 2 or more; 0 leaves the annealing out")
     for name in ("draws", "chains"):
-        fits_memory(name, counts[name], COPIES * 8 * reals)
+        whole_number(name, counts[name], bytes_each=COPIES * 8 * reals)
 
 
 def _silent(errors: NDArray[np.float64]) -> dict[str, str]:

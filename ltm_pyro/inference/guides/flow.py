@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import count, log_variance
+from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
@@ -55,7 +55,7 @@ class Flow(LocalGuide):
         super().__init__(model)
         _refuse_half_precision(self.anchor.dtype)
         self.init_log_variance = log_variance(init_log_variance)
-        self.context_dim = count("flow context_dim", context_dim, bytes_each=4)
+        self.context_dim = whole_number("flow context_dim", context_dim, 1, bytes_each=4)
         features = math.prod(self.thought_shape)
         network = ConditionalFlow(features, context_dim, kind, transforms, hidden, bins)
         self.network = network.to(self.anchor)

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import log_variance
+from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.gaussian_kl import gaussian_kl

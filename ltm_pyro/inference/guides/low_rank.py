@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import count, log_variance
+from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
@@ -44,7 +44,7 @@ class LowRank(LocalGuide):
         n_thoughts, dim = model.thought_shape
         size = n_thoughts * dim
         limit = f"the dimension of the thoughts, K * D = {n_thoughts} * {dim}"
-        count("rank", rank, at_most=size, limit=limit)
+        whole_number("rank", rank, 1, size, limit=limit)
         super().__init__(model)
         self.rank = rank
         self.init_log_variance = log_variance(init_log_variance)

@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import log_variance
+from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide

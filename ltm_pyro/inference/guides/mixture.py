@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.capacity import count, log_variance
+from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
@@ -52,7 +52,7 @@ class Mixture(LocalGuide):
         self, model: LatentModel, components: int = 2, init_log_variance: float = 0.0
     ) -> None:
         each = _ROW_BYTES * math.prod(model.thought_shape)
-        count("components", components, bytes_each=each)
+        whole_number("components", components, 1, bytes_each=each)
         super().__init__(model)
         self.components = components
         self.init_log_variance = log_variance(init_log_variance)

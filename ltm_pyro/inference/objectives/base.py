@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
@@ -50,7 +50,7 @@ class Objective(ELBO):
     """Whether it pays for the KL as such (`Terms.kl`), in closed form where the guide has one."""
 
     def __init__(self, particles: int = 1, **options: Any) -> None:
-        count("particles", particles, at_most=_MOST_PARTICLES)
+        whole_number("particles", particles, 1, _MOST_PARTICLES)
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=particles, max_plate_nesting=1, vectorize_particles=particles > 1
         )

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ltm_pyro.capacity import MOST
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.registry import Registry
 
 

@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import nn
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 from ltm_pyro.models.shaped import Shaped
@@ -44,8 +44,8 @@ class FlowPrior(ThoughtPrior):
         features = n_thoughts * thought_dim
         if features < 2:
             raise InputError("a flow prior couples dimensions: it needs at least 2, not 1")
-        count("transforms of the flow prior", transforms, at_least=2, at_most=_MOST_TRANSFORMS)
-        count("hidden of the flow prior", hidden, bytes_each=12 * transforms * features)
+        whole_number("transforms of the flow prior", transforms, 2, _MOST_TRANSFORMS)
+        whole_number("hidden of the flow prior", hidden, 1, bytes_each=12 * transforms * features)
         super().__init__(n_thoughts, thought_dim)
         # Imported here: only those who use a flow wait for the library.
         from ltm_pyro.models.zuko_import import MAF

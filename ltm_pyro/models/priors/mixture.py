@@ -23,7 +23,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 from ltm_pyro.models.priors.em import fit_mixture
@@ -58,7 +58,7 @@ class MixturePrior(ThoughtPrior):
 
     def __init__(self, n_thoughts: int, thought_dim: int, components: int = 8) -> None:
         each = 4 * (DRAWS_PER_COMPONENT + 2) * n_thoughts * thought_dim
-        count("components of the mixture prior", components, bytes_each=each)
+        whole_number("components of the mixture prior", components, 1, bytes_each=each)
         super().__init__(n_thoughts, thought_dim)
         shape = (components, n_thoughts, thought_dim)
         self.pseudo_thoughts = nn.Parameter(_SPREAD * torch.randn(shape))
