@@ -200,7 +200,7 @@ def _parser() -> Parser:
     parser = Parser("compare", "RUN [RUN ...] [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", type=str, nargs="+", metavar="RUN", help="run folders")
     add_device(parser)
-    parser.add_argument("--per", type=str, help="token or byte, for several runs")
+    parser.add_argument("--per", type=str, help="token, byte or word, for several runs")
     parser.add_argument("--csv", type=str, help="where to write the table of several runs")
     parser.add_argument("--figure", type=str, help="where to draw several runs, as a PNG")
     parser.add_argument(

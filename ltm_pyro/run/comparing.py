@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from ltm_pyro.run.opening import load_run
 from ltm_pyro.run.run_comparison import RunComparison
 from ltm_pyro.run.scoring import control_scores
 
-Per = Literal["token", "byte"]
+Per = Literal["token", "byte", "word"]
 
 _NO_CHOICE = ("model.vocab_size", "corpus.name")
 """Follow from the corpus, which is the same."""
@@ -68,7 +68,8 @@ def compare_runs(
         sequences: How many, drawn over the split's documents. This, `draws` and the steps of
             inference are by default the most that any run's settings ask for, the same for all.
         draws: S, fresh draws per sequence.
-        per: `token` or `byte`; by default tokens where all runs have the same ones.
+        per: `token`, `byte` or `word`; by default tokens where all runs have the same ones, else
+            bytes.
         seed: Of the draws.
         device: Where to compute; where each was fitted by default.
         progress: Show a progress bar on stderr, if it takes longer than a few seconds.
@@ -93,7 +94,7 @@ def compare_runs(
     _refuse_other_documents(opened, parts)
     same = len({part.corpus for part in parts}) == 1
     if per is not None:
-        one_of("per", per, ("token", "byte"))
+        one_of("per", per, get_args(Per))
     if per == "token" and not same:
         raise InputError("per is 'token', and tokens differ between these runs: choose per='byte'")
     per = per or ("token" if same else "byte")
@@ -200,7 +201,9 @@ def _scores(run: Run, batch: Batch, draws: int, steps: int, per: Per, seed: int)
     post = run.svi.infer(batch, steps, progress=False)
     scores = evaluate(run.model, post, batch, draws, controls=False, seed=seed)
     control = control_scores(run, batch)
-    size = scores["n_tokens"].values if per == "token" else _bytes(run, batch)
+    if f"n_{per}s" not in scores:
+        raise InputError(f"the {per}s of {run.label} are not known: compare runs per token")
+    size = scores[f"n_{per}s"].values.astype(np.float64)
     columns = {
         "elbo": scores["elbo"].values,
         "iw_bound": scores["iw_bound"].values,
@@ -216,13 +219,6 @@ def _scores(run: Run, batch: Batch, draws: int, steps: int, per: Per, seed: int)
     }
     totals["n_sequences"] = ((), len(batch))  # type: ignore[assignment]
     return xr.Dataset(totals, coords={"document": documents})
-
-
-def _bytes(run: Run, batch: Batch) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(B,) bytes of the raw text of each sequence."""
-    if run.tokenizer.unit != "token":
-        return batch.n_tokens.cpu().numpy().astype(np.float64)
-    return np.array([len(text.encode()) for text in batch.texts(run.tokenizer)], dtype=np.float64)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
