@@ -69,6 +69,9 @@ _HOME = {
     "save_run": "ltm_pyro.run",
     "Run": "ltm_pyro.run",
     "watch": "ltm_pyro.run.watching",
+    "model_card": "ltm_pyro.report.model_card",
+    "push_to_hub": "ltm_pyro.run.hub",
+    "from_pretrained": "ltm_pyro.run.hub",
     "to_datatree": "ltm_pyro.export",
 }
 
@@ -126,12 +129,15 @@ if TYPE_CHECKING:
     from ltm_pyro.models.priors import build_prior as build_prior
     from ltm_pyro.models.priors import register_prior as register_prior
     from ltm_pyro.models.simulation import simulate as simulate
+    from ltm_pyro.report.model_card import model_card as model_card
     from ltm_pyro.run import Run as Run
     from ltm_pyro.run import RunComparison as RunComparison
     from ltm_pyro.run import compare_runs as compare_runs
     from ltm_pyro.run import load_run as load_run
     from ltm_pyro.run import save_run as save_run
     from ltm_pyro.run import sweep as sweep
+    from ltm_pyro.run.hub import from_pretrained as from_pretrained
+    from ltm_pyro.run.hub import push_to_hub as push_to_hub
     from ltm_pyro.run.watching import watch as watch
 
 

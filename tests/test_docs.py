@@ -28,6 +28,7 @@ SMALL = {
     "evaluate": ["--sequences", "3", "--draws", "4"],
     "generate": ["--prompt", "The cat", "--length", "14"],
     "export": ["--sequences", "2"],
+    "share": [],
     "report": ["--sequences", "3", "--draws", "2"],
     "cost": [],
 }

@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": "write text with a fitted run",
     "report": "write a page on what a run has come to",
     "watch": "follow a fit, whichever process it runs in",
+    "share": "write a run's model card, and put it on the Hugging Face Hub",
     "export": "write posteriors and scores for ArviZ",
     "cost": "what a preset costs, before it is run",
 }

@@ -134,14 +134,15 @@ def _has(settings: Mapping[str, Any], name: str) -> bool:
 
 
 def _is_done(place: Path, config: FitConfig) -> bool:
-    """Whether a fit is at its end, and scored as asked: its scores are written last."""
+    """Whether a fit is at its end, and scored as asked: scores and page are written last."""
     from ltm_pyro.run.opening import recorded_config
     from ltm_pyro.run.sweeping import same_scoring
     from ltm_pyro.run.watching import last_step
 
     with suppress(OSError, ValueError):
         scores = json.loads((place / "scores.json").read_bytes())
-        return scores["step"] == last_step(place) and same_scoring(recorded_config(place), config)
+        ended = scores["step"] == last_step(place) and (place / "report.html").exists()
+        return ended and same_scoring(recorded_config(place), config)
     return False
 
 

@@ -125,7 +125,7 @@ def _numbers(
     held_out = modes["oracle"]
     scores = summary(run, held_out)
     rows = held_out_rows(modes, run.tokenizer.unit)
-    comparison = _comparison(run.folder)
+    comparison = recorded_comparison(run.folder)
     recorded = run.folder / "scores.json"
     numbers = {
         "format": FORMAT,
@@ -206,7 +206,7 @@ def _documents(held_out: HeldOut) -> dict[str, Any] | None:
     return {"rows": rows, "above": sum(row["iw_bound_gain"] > 0 for row in rows)}
 
 
-def _comparison(folder: Path) -> dict[str, Any] | None:
+def recorded_comparison(folder: Path) -> dict[str, Any] | None:
     """What `ltm-pyro compare` has left in the folder."""
     path = folder / "comparison.nc"
     if not path.exists():

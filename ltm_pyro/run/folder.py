@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+import ltm_pyro
 from ltm_pyro.checks import one_of
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
@@ -32,7 +33,8 @@ from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, shown
+from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import control
@@ -127,8 +129,29 @@ class Run:
             f"step {self.svi.slow_step} of {self.last_step})"
         )
 
+    def _repr_html_(self) -> str:
+        corpus = self.facts["corpus"]
+        facts = {
+            "corpus": f"{shown(corpus['name'])} (SHA-256 {corpus['sha256'][:12]})",
+            "model": self.model,
+            "guide": self.config.guide,
+            "objective": self.config.objective,
+            "seed": self.config.seed,
+        }
+        return show(repr(self), facts, tables=[self.metrics.frame().tail(3)])
+
+    def model_card(self, repo_id: str = "OWNER/NAME") -> str:
+        """What it is, how it scores, and when not to use it; see `ltm_pyro.report.model_card`."""
+        card: str = ltm_pyro.model_card(self, repo_id)
+        return card
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Puts the run on the Hugging Face Hub with its card; see `ltm_pyro.push_to_hub`."""
+        address: str = ltm_pyro.push_to_hub(self, repo_id, **options)
+        return address
+
     @property
-    def metrics(self) -> list[Metrics]:
+    def metrics(self) -> Course:
         """One row per slow step done; see `DualRateSVI.step`."""
         return self.svi.metrics
 

@@ -18,6 +18,7 @@ import ltm_pyro
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
+from ltm_pyro.data.hub import PREFIX
 from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
@@ -266,7 +267,8 @@ def load_run(
     """A run as a checkpoint left it. Nothing that the folder holds is executed.
 
     Args:
-        folder: The run folder.
+        folder: The run folder; or `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`, see
+            `from_pretrained`.
         checkpoint: `last`, from which the fit can go on, or `best`, of the highest held-out bound.
         device: Where to put the model; where it was fitted by default.
         parallel: The processes that share the run: the first one reads it, and gives it to all.
@@ -274,6 +276,11 @@ def load_run(
     Raises:
         InputError: if there is no run there, it is damaged, or another version wrote it.
     """
+    if str(folder).startswith(PREFIX):
+        from ltm_pyro.run.hub import fetch  # which opens runs
+
+        repo_id, _, revision = str(folder).removeprefix(PREFIX).partition("@")
+        folder = fetch(repo_id, revision=revision or None)
     folder = as_path("run folder", folder)
     if parallel is None or parallel.size == 1:
         return read_run(folder, device, checkpoint=checkpoint)
