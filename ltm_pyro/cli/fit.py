@@ -285,8 +285,7 @@ class _Watch:
         if step == 1 and self.parallel.first:
             forget_replaced(self.folder)  # the new run has started
         if not self.bars and (step % self.every == 0 or step == self.total):
-            bound = bound_name(row) if self.stage == "fit" else "nll"
-            shown = f"{bound}_per_token"
+            shown = f"{bound_name(row)}_per_token"
             print(
                 f"{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}", flush=True
             )

@@ -81,7 +81,7 @@ def glance(folder: str | Path, bars: str = BARS) -> str:
         lines += _curves(rows, bars)
         lines.append(_pace("fit", rows, last, bars))
     if control:
-        lines.append(_curve("control nll/token", [row["nll_per_token"] for row in control], bars))
+        lines.append(_curve("control elbo/token", [row["elbo_per_token"] for row in control], bars))
         lines.append(f"  {'control':<19}slow step {int(control[-1]['step'])} of {last}")
     return "\n".join(printable(line) for line in lines)
 
