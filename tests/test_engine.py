@@ -15,15 +15,14 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.config import Fast, ModelConfig, Slow
-from ltm_pyro.data.batches import Batch
-from ltm_pyro.engine.kernels.compiled import SHORTEST, bucket_length, bucket_rows
+from ltm_pyro.data.batches import SHORTEST, Batch
+from ltm_pyro.engine.kernels.compiled import bucket_rows
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.models.doors import meet
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.models.scoring import PreparedBatch
 from ltm_pyro.random import seeded
 
 FAST, SLOW = Fast(steps=3), Slow(lr=0.01, kl_start=0.1)
@@ -241,7 +240,7 @@ def test_buckets_are_few_and_hold_what_they_are_for() -> None:
     assert sorted(sizes.values()) == list(sizes.values())
     for longest in range(1, 301):
         mask = torch.arange(300) < torch.tensor([1, longest])[:, None]
-        length = bucket_length(Batch(torch.zeros(2, 300, dtype=torch.long), mask))
+        length = Batch(torch.zeros(2, 300, dtype=torch.long), mask).filled_length
         assert longest <= length <= 300
         assert length == 300 or (length >= SHORTEST and length & (length - 1) == 0)
         assert length <= max(SHORTEST, 2 * longest)
@@ -255,8 +254,7 @@ def test_a_ragged_batch_scores_the_same_after_it_is_prepared(longest: int) -> No
     batch = Batch(torch.randint(WIDE.vocab_size, (3, 60)), mask)
     z = torch.randn(3, *model.thought_shape)
     prepared = model.prepare(batch)
-    assert isinstance(prepared, PreparedBatch)
-    assert prepared.mask.shape[1] == bucket_length(batch)
+    assert prepared.mask.shape[1] == batch.filled_length
     with torch.no_grad():
         scores = model.log_likelihood(z, prepared), model.log_likelihood(z, batch)
     torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)

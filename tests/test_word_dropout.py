@@ -15,7 +15,6 @@ from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.models.scoring import HiddenInputs
 
 
 def thoughts(model: LatentThoughtModel, rows: int) -> Tensor:
@@ -36,7 +35,7 @@ def test_a_hidden_token_is_scored_and_not_read() -> None:
     changed = Batch(torch.where(hidden, (x + 1) % TINY.vocab_size, x))
     with torch.no_grad():
         trunks = [
-            model.prepare(model.hide_inputs(b, hidden)).trunk  # type: ignore[attr-defined]
+            model.prepare(model.hide_inputs(b, hidden)).covariates["trunk"]
             for b in (batch, changed)
         ]
         EXACT.assert_close(trunks[0], trunks[1])
@@ -55,7 +54,7 @@ def test_all_inputs_hidden_leave_position_and_thoughts() -> None:
     model = make_language_model()
     x = Batch(make_tokens(2).observed)
     hidden = model.hide_inputs(x, torch.ones_like(x.mask))
-    trunk = model.prepare(hidden).trunk  # type: ignore[attr-defined]
+    trunk = model.prepare(hidden).covariates["trunk"]
     EXACT.assert_close(trunk[0], trunk[1])
 
 
@@ -78,8 +77,7 @@ def test_what_is_hidden_is_a_function_of_seed_and_step() -> None:
 
     def hidden(share: float, seed: int, step: int) -> Tensor:
         out = WordDropout(model, share, seed)(batch, step)
-        assert isinstance(out, HiddenInputs)
-        return out.hidden
+        return out.covariates["hidden"]
 
     first = hidden(0.3, 0, 5)
     assert torch.equal(first, hidden(0.3, 0, 5))

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -19,6 +20,10 @@ from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
 
 _SHOWN = 5  # rows in a notebook
+
+
+SHORTEST = 16
+"""Tokens of the shortest length that a batch is cut to."""
 
 
 class Origin(Protocol):
@@ -211,6 +216,37 @@ class Batch:
     def plain_fields(self) -> dict[str, Any]:
         """The fields of a plain `Batch` by name, for the constructor of a subclass."""
         return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether there is something to look at: a simulation computes with shapes alone."""
+        return not (isinstance(self.mask, FakeTensor) or self.mask.is_meta)
+
+    def distinct(self) -> Batch:
+        """The batch, known to hold each sequence once.
+
+        Raises:
+            InputError: if an id is there twice: rows and noise belong to ids.
+        """
+        ordered = self.ids.sort().values if self.holds_numbers else self.ids[:0]
+        repeated = ordered[1:] == ordered[:-1]
+        if bool(repeated.any()):
+            twice = int(ordered[1:][repeated][0])
+            times = int((ordered == twice).sum())
+            raise InputError(
+                f"batch has sequence id {twice} {times} times: give each row an id of its "
+                "own (Batch(x, ids=...))"
+            )
+        return self
+
+    @property
+    def filled_length(self) -> int:
+        """The length that it can be cut to: a power of two that holds every row, or all of it."""
+        whole = self.mask.shape[1]
+        if self.mask.is_meta:
+            return whole
+        longest = int((self.mask.any(0) * (self.positions + 1)).max())
+        return min(whole, max(SHORTEST, 1 << (longest - 1).bit_length()))
 
     def texts(self, tokenizer: Tokenizer | None = None) -> list[str]:
         """The text of each sequence, masked positions left out; cut characters become U+FFFD.

@@ -15,7 +15,7 @@ from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.training_data import RowsOf, TrainingData
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.contract import holds_numbers, require_model
+from ltm_pyro.models.contract import require_model
 from ltm_pyro.models.doors import usable
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
     if isinstance(data, SequenceSet):
         return data.batch(range(len(data)))
     if isinstance(data, Batch):
-        return with_own_ids(usable(data))
+        return usable(data).distinct()
     texts = [data] if isinstance(data, str) else data
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise InputError(
@@ -120,26 +120,6 @@ def _described(data: object) -> str:
     return f"a tensor {tuple(data.shape)}" if isinstance(data, torch.Tensor) else shown(data)
 
 
-def with_own_ids(batch: Batch) -> Batch:
-    """The batch, known to hold each sequence once.
-
-    Raises:
-        InputError: if an id is there twice: rows and noise belong to ids.
-    """
-    if not holds_numbers(batch):
-        return batch
-    ordered = batch.ids.sort().values
-    repeated = ordered[1:] == ordered[:-1]
-    if bool(repeated.any()):
-        twice = int(ordered[1:][repeated][0])
-        times = int((ordered == twice).sum())
-        raise InputError(
-            f"batch has sequence id {twice} {times} times: give each row an id of its "
-            "own (Batch(x, ids=...))"
-        )
-    return batch
-
-
 def training_data(data: TrainingData | Batch) -> TrainingData:
     """Where slow steps take their batches; of a single batch, random rows.
 
@@ -147,7 +127,7 @@ def training_data(data: TrainingData | Batch) -> TrainingData:
         InputError: if it is nothing of the kind.
     """
     if isinstance(data, Batch):
-        return RowsOf(with_own_ids(usable(data)))
+        return RowsOf(usable(data).distinct())
     if not callable(getattr(data, "training_batch", None)):
         raise InputError(
             f"data is {_described(data)}: must be the training split of a corpus "

@@ -20,7 +20,6 @@ from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import ContractError, InputError, shown
@@ -88,11 +87,6 @@ def check_model(model: LatentModel, batch: Batch) -> None:
         _run(clause, model, batch)
 
 
-def holds_numbers(batch: Batch) -> bool:
-    """Whether there is something to look at: a simulation of memory computes with shapes alone."""
-    return not (isinstance(batch.mask, FakeTensor) or batch.mask.is_meta)
-
-
 _MET: WeakSet[nn.Module] = WeakSet()
 
 
@@ -107,7 +101,7 @@ def first_use(model: LatentModel, batch: Batch) -> None:
         ContractError: for a second latent site, another name, or a `log_likelihood` that is not
             the program's.
     """
-    if model in _MET or not holds_numbers(batch):
+    if model in _MET or not batch.holds_numbers:
         return
     rows = batch.select(slice(0, 2))
     for clause in (_prior_has_a_shape, _program):

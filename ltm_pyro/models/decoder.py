@@ -10,16 +10,20 @@ clocks in `inference`, not of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ltm_pyro.config import ModelConfig
+from ltm_pyro.config import ModelConfig, Precision
+from ltm_pyro.engine.kernels.compiled import CompiledScore, Score
 from ltm_pyro.engine.kernels.cross_entropy import token_log_prob
 from ltm_pyro.engine.kernels.kv_cache import LARGE, CachedLayer, Norm, RotaryTable, halve, product
 from ltm_pyro.engine.kernels.prepack import can_prepack, prepack
@@ -256,3 +260,94 @@ class Decoder(nn.Module):
             h = layer.step(h, angles, state.t)
         state.t += 1
         return product(state.norm(h), state.output)
+
+
+class Scoring:
+    """Log p(x | z) by a decoder, with frozen weights or with learning ones.
+
+    A fast loop asks for it T_fast times with weights and tokens that stay: what does not depend on
+    z is then computed once (`prepare`). Both clocks may be compiled, each to a graph of its own;
+    scores and simulations stay uncompiled.
+
+    Args:
+        decoder: The decoder.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.precision: Precision = "fp32"
+        self._frozen: Score = self._score
+        self._learning: Score | None = None
+        self._weights = WeakTensorKeyDictionary()  # of a trunk, while it lives
+
+    def compile(self) -> None:
+        """Compiles the likelihood where the two clocks ask for it; falls back, with a warning."""
+        if self._learning is None:
+            self._frozen = CompiledScore(self._score)
+            self._learning = CompiledScore(self.decoder.score_embedded)
+
+    @contextmanager
+    def computing(self, precision: Precision, checkpointing: bool) -> Iterator[None]:
+        """Inside the block the decoder computes in this way; see `LatentThoughtModel.computing`."""
+        before = self.precision, self.decoder.checkpointing
+        self.precision, self.decoder.checkpointing = precision, checkpointing
+        try:
+            yield
+        finally:
+            self.precision, self.decoder.checkpointing = before
+
+    @torch.no_grad()
+    def prepare(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """The trunk (B, T, H); with it, while it lives, go the matrices in their products' form."""
+        with self._autocast():
+            trunk = self.decoder.trunk(tokens, hidden)
+            self._weights[trunk] = self.decoder.frozen_weights()
+        return trunk
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        hidden: Tensor | None = None,
+        trunk: Tensor | None = None,
+    ) -> Tensor:
+        """Log p(tokens | z) in nats, (..., B).
+
+        Args:
+            tokens: (..., B, T).
+            mask: (B, T).
+            z: (..., B, K, D).
+            hidden: (B, T) bool, tokens that are not read.
+            trunk: From `prepare`.
+        """
+        learning, plain = self.decoder.learning, tokens.dim() == 2 and z.dim() == 3
+        if learning and self._learning is not None and plain:
+            with self._autocast():
+                return self._learning(self.decoder.embed(tokens, hidden), tokens, mask, z)
+        weights = {} if trunk is None else self._weights.get(trunk, {})
+        if trunk is None:
+            unread = None if hidden is None else hidden.expand_as(tokens).flatten(0, -2)
+            with self._autocast():
+                trunk = self.decoder.trunk(tokens.flatten(0, -2), unread)
+            trunk = trunk.view(*tokens.shape, -1)
+        draws = z.shape[:-2]
+        if len(draws) > 1:
+            trunk = trunk.expand(*draws, *trunk.shape[-2:]).flatten(0, -3)
+            tokens, mask = (a.expand(*draws, a.shape[-1]).flatten(0, -2) for a in (tokens, mask))
+        # Only a fast loop differentiates by thoughts alone; one compiled graph serves just that.
+        score = self._frozen if z.requires_grad and not learning else self._score
+        with self._autocast():
+            return score(trunk, tokens, mask, z.flatten(0, -3), weights=weights).view(draws)
+
+    def _score(self, *inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`Decoder.score` with some weights replaced."""
+        if not weights:
+            return self.decoder.score(*inputs)
+        score: Tensor = functional_call(self.decoder, dict(weights), inputs)
+        return score
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.decoder.bos.device.type, dtype=torch.bfloat16)

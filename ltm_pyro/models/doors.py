@@ -27,7 +27,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusively, usual_modes
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.contract import first_use, holds_numbers, require_model
+from ltm_pyro.models.contract import first_use, require_model
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,6 +138,6 @@ def meet(model: LatentModel, batch: Batch) -> None:
     """Checks a batch against a model, and a model against its contract where it is new."""
     batch = batch.to(model.device)
     model.check(batch)
-    if holds_numbers(batch) and not bool(batch.mask.any()):
+    if batch.holds_numbers and not bool(batch.mask.any()):
         raise InputError("batch has no position that its mask scores: mask is false throughout")
     first_use(model, batch)

@@ -23,10 +23,12 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.exclusive import exclusively
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
-from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.decoder import Decoder, Scoring
 from ltm_pyro.models.likelihood import TokenSequence
 from ltm_pyro.models.priors import ThoughtPrior, build_prior
-from ltm_pyro.models.scoring import HiddenInputs, Scoring
+
+HIDDEN, TRUNK = "hidden", "trunk"
+"""What a batch may know besides its tokens, as covariates: what is not read, what stays."""
 
 
 class LatentThoughtModel(LatentModel):
@@ -132,13 +134,14 @@ class LatentThoughtModel(LatentModel):
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""
 
         def score(tokens: Tensor, thoughts: Tensor) -> Tensor:
-            return self.scoring(tokens, thoughts, batch)
+            return self.scoring(tokens, batch.mask, thoughts, batch.covariates.get(HIDDEN))
 
         return TokenSequence(self.decoder, score, z, batch.mask.shape[1])
 
     def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
         """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
-        return self.scoring(batch.observed, z, batch)
+        known = batch.covariates
+        return self.scoring(batch.observed, batch.mask, z, known.get(HIDDEN), known.get(TRUNK))
 
     def computing(
         self,
@@ -157,15 +160,22 @@ class LatentThoughtModel(LatentModel):
         return self.scoring.computing(precision, checkpointing)
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the part below the first cross-attention computed once."""
-        return self.scoring.prepare(batch)
+        """The batch with the part below the first cross-attention computed once.
+
+        Valid while the weights stay. Columns that are padding in every row may be cut off.
+        """
+        length, hidden = batch.filled_length, batch.covariates.get(HIDDEN)
+        x, mask = batch.observed[:, :length], batch.mask[:, :length]
+        known = {} if hidden is None else {HIDDEN: hidden[:, :length]}
+        known[TRUNK] = self.scoring.prepare(x, known.get(HIDDEN))
+        return replace(batch, x=x, mask=mask, covariates={**batch.covariates, **known})
 
     def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
         """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
 
         Every token is still scored.
         """
-        return HiddenInputs(**batch.plain_fields(), hidden=hidden)
+        return replace(batch, covariates={**batch.covariates, HIDDEN: hidden})
 
     def check(self, batch: Batch) -> None:
         """Refuses tokens that the decoder has no row for, and sequences that are too long.

@@ -1,9 +1,9 @@
 """The likelihood compiled, for batches of any size in a bounded number of graphs.
 
 A graph is compiled for one shape, and compiling takes tens of seconds. Batches are therefore filled
-up with empty rows to one of a few sizes; how long their sequences are, `bucket_length` has already
-rounded. Which graph serves a batch depends on its shape alone, so a fit that is interrupted and
-goes on uses the same ones.
+up with empty rows to one of a few sizes; how long their sequences are, `Batch.filled_length` has
+already rounded. Which graph serves a batch depends on its shape alone, so a fit that is interrupted
+and goes on uses the same ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.cache import default_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,20 +29,9 @@ Score = Callable[..., Tensor]
 
 GRAPHS = 32
 """Shapes that are compiled in one process; torch runs further ones uncompiled."""
-SHORTEST = 16
-"""Tokens of the shortest bucket."""
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _SETTLED = 10.0
 """Seconds after which no process still writes a file."""
-
-
-def bucket_length(batch: Batch) -> int:
-    """The length that a batch can be cut to: a power of two that holds every row, or all of it."""
-    whole = batch.mask.shape[1]
-    if batch.device.type == "meta":  # has shapes and no values
-        return whole
-    longest = int((batch.mask.any(0) * (batch.positions + 1)).max())
-    return min(whole, max(SHORTEST, 1 << (longest - 1).bit_length()))
 
 
 def bucket_rows(rows: int) -> int:

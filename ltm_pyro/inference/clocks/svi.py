@@ -51,7 +51,6 @@ from ltm_pyro.inference.inputs import (
     settings,
     tokenizer_of,
     training_data,
-    with_own_ids,
 )
 from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import (
@@ -270,7 +269,7 @@ class DualRateSVI:
             ProcessLostError: if another process is gone, before any weight has changed.
         """
         began = time.perf_counter()
-        with_own_ids(batch)
+        batch.distinct()
         refuse_runaway(self.model, self.guide)
         batch = batch.to(self.model.device)
         meet(self.model, batch)
