@@ -11,12 +11,13 @@ import torch
 import xarray as xr
 from tolerances import MC
 
+import ltm_pyro as ltm
 from ltm_pyro import compat_arviz
 from ltm_pyro.config import Fast, ModelConfig
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.errors import InputError
-from ltm_pyro.export import load_datatree, save_datatree, to_datatree
+from ltm_pyro.export import load_datatree, save_datatree, to_datatree, write_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.posterior import Posterior
@@ -73,7 +74,8 @@ def test_groups_and_dimensions(tree: xr.DataTree) -> None:
         "posterior": {"chain": 1, "draw": 50, "sequence": B, "thought": K, "dim": D},
         "prior": {"chain": 1, "draw": 50, "thought": K, "dim": D},
         "posterior_predictive": {"chain": 1, "draw": 2, "sequence": B, "position": T},
-        "log_likelihood": {"chain": 1, "draw": 50, "sequence": B},
+        "prior_predictive": {"chain": 1, "draw": 2, "sequence": B, "position": T},
+        "log_likelihood": {"chain": 1, "draw": 50, "sequence": B, "position": T},
         "observed_data": {"sequence": B, "position": T},
         "constant_data": {"sequence": B, "position": T},
         "sample_stats": {"chain": 1, "draw": 50, "sequence": B},
@@ -118,6 +120,26 @@ def test_values_belong_to_their_draws(
     assert predicted.min() >= 0
     assert predicted.max() < 16
     assert len(np.unique(predicted.reshape(-1, T), axis=0)) == 2 * B
+
+
+def test_tokens_add_up_to_their_sequence(tree: xr.DataTree, batch: Batch) -> None:
+    by_token = tree["log_likelihood/x_token"]
+    assert by_token.dims == ("chain", "draw", "sequence", "position")
+    np.testing.assert_allclose(by_token.sum("position"), tree["log_likelihood/x"], rtol=1e-5)
+    assert (by_token.values[..., ~batch.mask.numpy()] == 0).all()
+    assert (by_token.values[..., batch.mask.numpy()] < 0).all()
+
+
+def test_the_text_and_what_is_known_of_it_go_along() -> None:
+    texts = [f"{name} went to sea and came back again." for name in ("Anna", "Ben", "Cleo")]
+    records = [{"text": t, "author": t[:2]} for t in texts * 4]
+    corpus = ltm.load_corpus(records, seq_len=8, name="three")
+    batch = corpus.train.batch(range(4))
+    model = LatentThoughtModel.from_preset("mixture", vocab_size=corpus.vocab_size, seq_len=8)
+    tree = to_datatree(svi_for(model).infer(batch, 0), batch, draws=2)
+    assert tree["constant_data/text"].values.tolist() == batch.texts()
+    assert {"mask", "n_tokens", "text"} == set(tree["constant_data"].data_vars)
+    assert "mask" not in tree["observed_data"]
 
 
 def test_draws_have_the_posteriors_moments(post: Posterior) -> None:
@@ -224,6 +246,38 @@ def test_file_round_trip(tree: xr.DataTree, tmp_path: Path) -> None:
     save_datatree(tree, again)
     save_datatree(tree, path)
     assert path.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["all.nc", "all.zarr"])
+def test_blocks_are_written_as_one_tree(
+    model: LatentThoughtModel, batch: Batch, post: Posterior, tmp_path: Path, name: str
+) -> None:
+    """Draws belong to sequences, so blocks hold what one tree of all holds."""
+    rows = [{"step": 1.0, "elbo": -80.0}]
+    svi = svi_for(model)
+    options = {"draws": 4, "model": model, "fit_trace": rows}
+    blocks = [batch.select(slice(0, 2)), batch.select(slice(2, 3))]
+    trees = (to_datatree(svi.infer(block), block, **options) for block in blocks)
+    path = write_datatree(trees, tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+    loaded, whole = load_datatree(path), to_datatree(post, batch, **options)
+    assert set(loaded.children) == set(whole.children)
+    drawn = {"posterior_predictive", "prior_predictive"}  # by each block's own noise
+    for group in set(whole.children) - drawn:
+        xr.testing.assert_allclose(loaded[group].to_dataset(), whole[group].to_dataset())
+    for group in drawn:
+        assert loaded[group].sizes == whole[group].sizes
+    xr.testing.assert_equal(load_datatree(save_datatree(whole, path)), whole)  # over the old one
+
+
+def test_blocks_that_cannot_be_written_are_named(tree: xr.DataTree, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tree"):
+        write_datatree([], tmp_path / "none.nc")
+    (tmp_path / "mine.zarr").mkdir()
+    with pytest.raises(InputError, match="choose another name"):
+        save_datatree(tree, tmp_path / "mine.zarr")
+    with pytest.raises(InputError, match="cannot be read as zarr"):
+        load_datatree(tmp_path / "mine.zarr")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tree: xr.DataTree, tmp_path: Path) -> None:

@@ -173,9 +173,13 @@ class Decoder(nn.Module):
         Returns:
             (B,).
         """
+        return torch.where(mask, self.score_tokens(trunk, tokens, z), 0.0).sum(-1)
+
+    def score_tokens(self, trunk: Tensor, tokens: Tensor, z: Tensor) -> Tensor:
+        """Log p of each token given those before it and z, (B, T)."""
         h = self.above(trunk, z)
         log_prob = token_log_prob(h.flatten(0, 1), self.embedding.weight, tokens.flatten())
-        return torch.where(mask, log_prob.view_as(tokens), 0.0).sum(-1)
+        return log_prob.view_as(tokens)
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """Matrices that `score` multiplies by, for `functional_call`, while the weights stay.

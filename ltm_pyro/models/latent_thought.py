@@ -143,6 +143,11 @@ class LatentThoughtModel(LatentModel):
         known = batch.covariates
         return self.scoring(batch.observed, batch.mask, z, known.get(HIDDEN), known.get(TRUNK))
 
+    def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log p of each token given those before it and z (B, K, D): (B, T), 0 at padding."""
+        scores = self.decoder.score_tokens(self.decoder.trunk(batch.observed), batch.observed, z)
+        return torch.where(batch.mask, scores, 0.0)
+
     def computing(
         self,
         precision: Precision = "fp32",
