@@ -140,6 +140,7 @@ def test_the_text_and_what_is_known_of_it_go_along() -> None:
     assert tree["constant_data/text"].values.tolist() == batch.texts()
     assert {"mask", "n_tokens", "text"} == set(tree["constant_data"].data_vars)
     assert "mask" not in tree["observed_data"]
+    assert tree["constant_data"]["author"].values.tolist() == batch.metadata["author"].tolist()
 
 
 def test_draws_have_the_posteriors_moments(post: Posterior) -> None:

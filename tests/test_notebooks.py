@@ -48,6 +48,7 @@ def executor() -> Any:
 
 
 def test_the_course_is_numbered_and_listed() -> None:
+    assert [name[:3] for name in NAMES] == [f"{n:02d}_" for n in range(1, len(NAMES) + 1)]
     listed = re.findall(r"^notebooks/(\w+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
     assert listed == NAMES
     assert re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text()) == NAMES
@@ -82,6 +83,10 @@ def test_it_teaches(path: Path) -> None:
     assert missing == []
     assert any("assert " in cell.source for cell in cells(path, "code"))
     assert "__version__" in cells(path, "code")[-1].source
+    place = NAMES.index(path.stem)
+    around = [name for i, name in enumerate(NAMES) if abs(i - place) == 1]
+    last = cells(path, "markdown")[-1].source
+    assert re.findall(r"\]\((\w+)\.ipynb\)", last) == around
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _imported_packages(path: Path) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     imported = set().union(*map(_imported_packages, (ROOT / "ltm_pyro").rglob("*.py")))
     third_party = imported - set(sys.stdlib_module_names) - {"ltm_pyro"}
-    declared = set(_ranges([*PROJECT["dependencies"], *EXTRAS["hf"]]))
+    declared = set(_ranges([*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["hf"]]))
     distributions = packages_distributions()
     undeclared = {
         name

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
-from ltm_pyro.export import save_datatree, to_datatree
+from ltm_pyro.export import save_datatree, to_datatree, write_datatree
 from ltm_pyro.run import Run
 from ltm_pyro.run.files import json_bytes, write_atomic
 from ltm_pyro.run.scoring import HeldOut, per_sequence_csv
 
 POSTERIOR, EMBEDDING = "posterior.nc", "embedding.csv"
+_BLOCK = 256  # sequences whose draws are held at once while they are written
 FILES = {
     "config.json": "settings, versions, and what the corpus was",
     "tokenizer.json": "the tokenizer",
@@ -58,16 +60,25 @@ def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:
     """
     if held_out.post is None:
         raise InputError("there is no posterior to write in mode 'prior'")
-    tree = to_datatree(
-        held_out.post,
-        held_out.batch,
-        held_out.scores,
+    rows = range(0, len(held_out.post), _BLOCK)
+    trees = (_tree(run, held_out, slice(row, row + _BLOCK)) for row in rows)
+    if len(rows) == 1:
+        save_datatree(next(trees), target)
+    else:
+        write_datatree(trees, target)
+
+
+def _tree(run: Run, held_out: HeldOut, rows: slice) -> xr.DataTree:
+    assert held_out.post is not None
+    return to_datatree(
+        held_out.post[rows],
+        held_out.batch.select(rows),
+        held_out.scores.isel(sequence=rows),
         int(held_out.scores.attrs["draws"]),
         model=run.model,
         fit_trace=run.metrics,
         seed=run.config.seed,
     )
-    save_datatree(tree, target)
 
 
 def _write_figures(run: Run, held_out: HeldOut) -> None:
