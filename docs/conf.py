@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ltm_pyro
 
@@ -29,7 +30,7 @@ extensions = [
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
 exclude_patterns = ["_build", "*.json"]
 nb_execution_mode = "off"
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -39,3 +40,12 @@ napoleon_numpy_docstring = False
 default_role = "code"
 html_theme = "furo"
 html_title = "ltm_pyro"
+
+
+def setup(app: Any) -> None:
+    """Links to notebooks are written as they lie in the repository, so that they work there too."""
+    app.connect("source-read", _notebooks_beside_the_pages)
+
+
+def _notebooks_beside_the_pages(app: Any, name: str, source: list[str]) -> None:
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/")

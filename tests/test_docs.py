@@ -192,3 +192,30 @@ def test_every_public_name_is_in_the_pages() -> None:
     listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)", reference, flags=re.MULTILINE)
     assert sorted({*ltm.__all__} - {*listed}) == ["__version__"]
     assert len(listed) == len(set(listed))
+
+
+def test_every_line_beside_its_formula_is_in_its_file() -> None:
+    page = (ROOT / "docs" / "pyro_to_maths.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| .* \| `(ltm_pyro/[\w/]+\.py)` \|$", page, flags=re.MULTILINE)
+    assert len(rows) > 12
+    for line, file in rows:
+        assert line in (ROOT / file).read_text(), f"{file} has no line {line!r}"
+
+
+@pytest.mark.parametrize("page", ["from_svi.md", "arviz.md"])
+def test_the_python_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    for block in blocks:
+        with nothing_left_behind():
+            exec(compile(block, page, "exec"), {"__name__": page})
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= set(re.findall(r"^(\w+)$", index, flags=re.MULTILINE))

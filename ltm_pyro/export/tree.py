@@ -13,7 +13,7 @@ import xarray as xr
 
 import ltm_pyro
 from ltm_pyro import compat_arviz
-from ltm_pyro.checks import fits_memory, whole_number
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.labels import sequence_coords
@@ -151,9 +151,9 @@ def _check(
     if not chains:
         raise InputError("to_datatree needs at least one posterior")
     first = chains[0]
-    whole_number("draws", draws, at_least=1)
+    each = 8 * len(chains) * len(first) * math.prod(first.prior.event_shape)
+    whole_number("draws", draws, 1, bytes_each=each)
     whole_number("predictive_draws", predictive_draws, at_least=0)
-    fits_memory("draws", draws, 8 * len(chains) * len(first) * math.prod(first.prior.event_shape))
     for other in chains[1:]:
         if other.family != first.family:
             raise InputError(
