@@ -86,7 +86,7 @@ def whole_number(
         value: What was given.
         at_least: Smallest.
         at_most: Largest.
-        limit: What sets `at_most`, for the message.
+        limit: What sets the limits, for the message.
         bytes_each: The least memory that one takes; all of them may take `MEMORY_SHARE`.
 
     Raises:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from clusters import adjusted_rand_index
 from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.config import preset
-from ltm_pyro.diagnostics.clusters import adjusted_rand_index
 from ltm_pyro.models.priors import MixturePrior
 
 SEQUENCES = 256

@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cli_helpers import environment
+from clusters import adjusted_rand_index
 from known_models import TINY, make_language_model, make_tokens
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -27,7 +28,6 @@ from ltm_pyro.cli.settings import add_settings, build_config, given_settings
 from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig, Slow, from_dict, to_dict
 from ltm_pyro.data.tokenizer import SymbolTokenizer
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.diagnostics.clusters import adjusted_rand_index
 from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.cost import cost_report, format_cost
 from ltm_pyro.errors import InputError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import Namespace
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_device, add_scoring, open_run, writing_to
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError, shown, unknown_name
@@ -51,8 +52,7 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro compare`; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise InputError(f"seed is {options.seed}: must be 0 or more")
+    whole_number("seed", options.seed, at_least=0)
     several = len(options.run) > 1 or _holds_runs(options.run[0])
     for name in _OF_ONE if several else _OF_SEVERAL:
         if options[name] != parser.get_default(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_run, add_scoring, open_run
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
@@ -58,8 +59,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise InputError(f"seed is {options.seed}: must be 0 or more")
+    whole_number("seed", options.seed, at_least=0)
 
     if options.as_published and (options.mode != "oracle" or options.prefix is not None):
         raise InputError(

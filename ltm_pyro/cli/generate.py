@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_run, open_run
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
@@ -77,8 +78,7 @@ def run(arguments: list[str]) -> int:
         "--top-p", type=float, help="choose among the likeliest with this probability"
     )
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise InputError(f"seed is {options.seed}: must be 0 or more")
+    whole_number("seed", options.seed, at_least=0)
 
     if options.z is not None and options.between is not None:
         raise InputError("--z and --between both say where thoughts come from: give one of them")

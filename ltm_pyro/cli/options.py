@@ -70,3 +70,21 @@ def writing_to(run: str) -> Iterator[None]:
     refuse_protected(Path(run))
     with sole_writer(run):
         yield
+
+
+@contextmanager
+def writing_file(run: str, target: Path) -> Iterator[None]:
+    """Inside the block no other command writes `target`, in the run's folder or elsewhere.
+
+    Raises:
+        InputError: if it cannot be written, or another command writes there.
+    """
+    from ltm_pyro.run.files import refuse_irregular, refuse_protected
+    from ltm_pyro.run.lock import sole_writer
+
+    inside = target.parent.resolve() == Path(run).resolve()
+    if not inside:
+        refuse_protected(target.parent)
+    refuse_irregular(target)
+    with writing_to(run) if inside else sole_writer(target):
+        yield

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_to
+from ltm_pyro.checks import whole_number
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_file
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
 from ltm_pyro.reading import as_path
@@ -41,23 +42,16 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, help="the page (default: RUN/report.html)")
     add_scoring(parser)
     options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise InputError(f"seed is {options.seed}: must be 0 or more")
+    whole_number("seed", options.seed, at_least=0)
 
     from ltm_pyro.cli.printing import printable
     from ltm_pyro.report.building import PAGE
-    from ltm_pyro.run.files import refuse_irregular, refuse_protected
-    from ltm_pyro.run.lock import sole_writer
 
     folder = as_path("run folder", options.run)
     target = folder / PAGE if options.out is None else as_path("out", options.out)
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"out is {printable(str(target))!r}: must end in .html")
-    inside = target.parent.resolve() == folder.resolve()
-    if not inside:
-        refuse_protected(target.parent)
-    refuse_irregular(target)
-    with writing_to(options.run) if inside else sole_writer(target):
+    with writing_file(options.run, target):
         _report(options, target)
     print(f"wrote {printable(str(target))} and {printable(target.with_suffix('.json').name)}")
     return 0

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Part, Unit, checked_ids, utf8
 from ltm_pyro.errors import InputError, shown
 
@@ -274,11 +275,7 @@ def check_vocab_size(vocab_size: int) -> None:
     Raises:
         InputError: if `vocab_size` is not a whole number of 256 or more.
     """
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 256:
-        raise InputError(
-            f"vocab_size is {vocab_size!r}: must be a whole number, 256 or more, since every byte "
-            "needs an id"
-        )
+    whole_number("vocab_size", vocab_size, 256, limit="since every byte needs an id")
 
 
 def _engine(model: models.BPE) -> Engine:

@@ -47,21 +47,7 @@ _TEXT_OPTIONS = ("fractions", "vocab_size")
 
 
 @overload
-def load_corpus(
-    data: Literal["mixture"],
-    *,
-    seq_len: int = ...,
-    tokenizer: Given = ...,
-    seed: int = ...,
-    encoding: str = ...,
-    cache_dir: str | os.PathLike[str] | None = ...,
-    text_field: str = ...,
-    turn_separator: str = ...,
-    newlines: Newlines = ...,
-    split: SplitKind | None = ...,
-    split_by: str | None = ...,
-    **options: object,
-) -> MixtureCorpus: ...
+def load_corpus(data: Literal["mixture"], **options: Any) -> MixtureCorpus: ...
 @overload
 def load_corpus(
     data: object,

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.registry import Registry
 
@@ -137,9 +138,7 @@ class SymbolTokenizer:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        size = self.vocab_size
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 4096:
-            raise InputError(f"{size!r} symbols: must be a whole number from 1 to 4096")
+        whole_number("vocab_size of symbols", self.vocab_size, 1, 4096)
 
     @property
     def name(self) -> str:

@@ -32,7 +32,14 @@ from ltm_pyro.diagnostics.partners import partners_of
 from ltm_pyro.diagnostics.perplexity import bits_per_byte, perplexities
 from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
-from ltm_pyro.diagnostics.terms import DRAWS_AT_ONCE, Likelihoods, Terms, fresh_draws, score_terms
+from ltm_pyro.diagnostics.terms import (
+    DRAWS_AT_ONCE,
+    Likelihoods,
+    Terms,
+    fresh_draws,
+    score_terms,
+    standard_error,
+)
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -174,19 +181,14 @@ def _controls(likelihoods: Likelihoods, z: Tensor) -> dict[str, Tensor]:
     return {
         "nll_z0": nll_z0,
         "nll_shuffled": shuffled.mean(0),
-        "nll_shuffled_se": _standard_error(shuffled),
+        "nll_shuffled_se": standard_error(shuffled),
     }
-
-
-def _standard_error(values: Tensor) -> Tensor:
-    """Of the mean over the first dimension."""
-    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values[0] * torch.nan
 
 
 def _bounds(terms: Terms, post: Posterior | None) -> dict[str, Tensor]:
     """Bounds on log p(x) by S draws; without `post` z is from the prior and no KL is charged."""
     log_lik, log_prior = terms.log_likelihood, terms.log_prior
-    nll, nll_se = -log_lik.mean(0), _standard_error(log_lik)
+    nll, nll_se = -log_lik.mean(0), standard_error(log_lik)
     if post is not None and not post.has_density:
         terms = replace(terms, log_q=torch.full_like(log_prior, torch.inf))
     log_w = terms.log_weights
@@ -195,7 +197,7 @@ def _bounds(terms: Terms, post: Posterior | None) -> dict[str, Tensor]:
     elif post.kl_estimator == "analytic":
         kl, elbo_se = post.kl().double(), nll_se
     else:
-        kl, elbo_se = (terms.log_q - log_prior).mean(0), _standard_error(log_w)
+        kl, elbo_se = (terms.log_q - log_prior).mean(0), standard_error(log_w)
     iw = log_mean(log_w)
     return {
         "elbo": -nll - kl,
@@ -216,7 +218,7 @@ def _prediction(terms: Terms) -> dict[str, Tensor]:
     predictive = log_mean(log_lik)
     return {
         "nll_given_z": -log_lik.mean(0),
-        "nll_given_z_se": _standard_error(log_lik),
+        "nll_given_z_se": standard_error(log_lik),
         "log_predictive": predictive.value,
         "log_predictive_se": predictive.error,
         "khat": _khat(log_lik),

@@ -26,6 +26,7 @@ from torch import Tensor
 from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.terms import standard_error
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -79,8 +80,7 @@ def objective_draws(
 
 def mean_and_error(draws: Tensor) -> tuple[Floats, Floats]:
     """Mean of (S, B) draws and its standard error, (B,) each."""
-    error = draws.std(0) / math.sqrt(len(draws))
-    return draws.mean(0).cpu().numpy(), error.cpu().numpy()
+    return draws.mean(0).cpu().numpy(), standard_error(draws).cpu().numpy()
 
 
 def continue_from(

@@ -54,8 +54,6 @@ _LONG_RATE, _CHECK_RATE = 0.05, 0.01
 """Peak learning rates of the long loop's first part and of its second, which the check shares; all
 fall to 0."""
 
-COMPONENTS = ("approximation", "truncation", "amortisation")
-
 
 @dataclass(frozen=True)
 class _Evidence:
@@ -332,50 +330,3 @@ def gap_means(gaps: xr.Dataset) -> xr.Dataset:
         {key: ("component", value, {"units": "nats"}) for key, value in columns.items()},
         coords={"component": names},
     )
-
-
-_REMEDIES = {
-    "approximation": "the family is too narrow: a richer guide can win these",
-    "truncation": "the fast loop stopped early: more fast steps or a better rate win these",
-    "amortisation": "the encoder misses its own family's best: local steps win these",
-}
-
-
-def format_gaps(gaps: xr.Dataset) -> str:
-    """The mean gaps as text for the terminal, each with its errors and what would close it."""
-    means, kind = gap_means(gaps), gaps.attrs["approximation_is"]
-    lines = [
-        f"Where the nats went: {gaps.attrs['guide']}, {gaps.attrs['steps']} fast steps "
-        f"({gaps.sizes['sequence']} sequences, nats per sequence)"
-    ]
-    for name in means["component"].values:
-        row = means.sel(component=name)
-        least = "at least " if kind == "at least" and name in ("approximation", "total") else ""
-        meaning = _REMEDIES.get(str(name), f"log p(x) - ELBO; log p(x): {_named(gaps)}")
-        lines.append(
-            f"  {name:<14} {least:>9}{float(row['mean']):>8.3f} +- {float(row['mc_se']):<7.3f} "
-            f"{meaning}"
-        )
-    largest = str(
-        max(gaps.attrs["components"], key=lambda c: float(means["mean"].sel(component=c)))
-    )
-    lines.append(f"  most of it is {largest}{_doubts(gaps)}")
-    return "\n".join(lines)
-
-
-def _named(gaps: xr.Dataset) -> str:
-    return str(gaps.attrs["evidence_kind"])
-
-
-def _doubts(gaps: xr.Dataset) -> str:
-    """What the reader must know before acting on the means."""
-    out = ""
-    short = int((~gaps["converged"].values).sum())
-    if short:
-        out += (
-            f"; for {short} of {gaps.sizes['sequence']} sequences it is not shown that the long "
-            "loop arrived: there approximation is perhaps less, and the other gap more"
-        )
-    if (gaps["total"].values < -3 * gaps["total_se"].values).any():
-        out += "; a total far below 0 means that this evidence is too low"
-    return out

@@ -6,6 +6,7 @@ number of draws and seed they answer from the same ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,6 +108,11 @@ class Terms:
     def log_weights(self) -> Tensor:
         """Log p(x, z) - log q(z)."""
         return self.log_likelihood + self.log_prior - self.log_q
+
+
+def standard_error(draws: Tensor) -> Tensor:
+    """Of the mean over S independent draws, (S, ...) to (...); NaN for one draw alone."""
+    return draws.std(0) / math.sqrt(len(draws)) if len(draws) > 1 else draws[0] * torch.nan
 
 
 @torch.no_grad()

@@ -13,9 +13,6 @@ from torch.distributions import constraints
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.sampling import write_tokens
 
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""(tokens (N, T), z (N, K, D)) -> log p(tokens | z), (N,)."""
-
 
 class TokenSequence(TorchDistribution):
     """p(x | z) over token sequences: batch shape (..., B), event shape (T,).

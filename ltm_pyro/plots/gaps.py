@@ -101,9 +101,11 @@ def _gap_caption(gaps: xr.Dataset, means: xr.Dataset) -> str:
     if least:
         text += "The evidence is a lower bound, so approximation and total are at least this. "
     text += (
-        "Gaps are estimates: one that is 0 comes out below 0 half of the time, by its error. "
+        "Gaps are estimates: one that is 0 may come out below 0, by its error. "
         "Means with 2 standard errors, of draws and of sequences."
     )
+    if (gaps["total"].values < -3 * gaps["total_se"].values).any():
+        text += " A total far below 0 means that the evidence is too low."
     short = int((~gaps["converged"].values).sum())
     if short:
         text += (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.hub import PREFIX
-from ltm_pyro.data.tokenizer import Tokenizer, load_tokenizer
+from ltm_pyro.data.tokenizer import Tokenizer, check_restorable, load_tokenizer
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
@@ -233,27 +232,9 @@ def _described(config: FitConfig, corpus: Corpus) -> FitConfig:
 
 
 def _saved_tokenizer(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer as it is kept in the run, known to be one that can be read back.
-
-    Raises:
-        InputError: if it is not.
-    """
-    try:
-        saved = json_bytes(tokenizer.to_json())
-        back = load_tokenizer(json.loads(saved))
-    except InputError as error:
-        raise InputError(
-            f"a run with this tokenizer could not be opened again ({error}): register its kind "
-            "with register_tokenizer"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the tokenizer's to_json gives no JSON types: {error}") from None
-    if back.vocab_size != tokenizer.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, and {back.vocab_size} when it is "
-            "read back from what its to_json gives: mend it"
-        )
-    return saved
+    """The tokenizer as it is kept in the run, known to be one that can be read back."""
+    check_restorable(tokenizer)
+    return json_bytes(tokenizer.to_json())
 
 
 @door

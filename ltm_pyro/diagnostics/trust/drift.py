@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltm_pyro.diagnostics.terms import standard_error
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, Floats, column
 from ltm_pyro.diagnostics.trust.draws import Draws, Joint, walk
 from ltm_pyro.diagnostics.trust.score import MOST_DIMENSIONS, Columns, Moments, moment_flags
@@ -40,7 +41,7 @@ def drift_flags(
     S = len(state.z)
     change = state.terms[0] - draws.log_joint
     rise = change.mean(0).cpu().numpy()
-    rise_error = (change.std(0) / math.sqrt(S)).cpu().numpy()
+    rise_error = standard_error(change).cpu().numpy()
     if found := court.judge(rise[:, None], rise_error[:, None], JOINT, S - 1):
         problem, why = (
             ("implausible draws", "q is too wide, off centre, or ignores correlations")
@@ -118,7 +119,7 @@ def _correlations(before: Tensor, after: Tensor) -> tuple[Floats, Floats]:
         rho = [product.mean(0) for product in products]
         parts = (products[1] - rho[1] * sizes[1]) - (products[0] - rho[0] * sizes[0])
         changes.append(rho[1] - rho[0])
-        errors.append(parts.std(0) / math.sqrt(len(before)))
+        errors.append(standard_error(parts))
     return torch.stack(changes).cpu().numpy(), torch.stack(errors).cpu().numpy()
 
 

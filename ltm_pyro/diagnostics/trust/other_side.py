@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.evidence import annealed_bound
+from ltm_pyro.diagnostics.terms import standard_error
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
 from ltm_pyro.diagnostics.trust.draws import Joint
 from ltm_pyro.diagnostics.trust.score import Columns
@@ -107,7 +108,7 @@ def row_flags(
     for place, k in enumerate(offsets):
         gain = target.value(start.roll(k, 1)) - log_q.roll(k, 1) - own
         advantage[:, place] = gain.mean(0)
-        error[:, place] = gain.std(0) / math.sqrt(len(start))
+        error[:, place] = standard_error(gain)
     flags = []
     found = court.judge_above(advantage.cpu().numpy(), error.cpu().numpy(), BETTER, len(start) - 1)
     if found is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltm_pyro.diagnostics.log_mean import log_mean
 from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
+from ltm_pyro.diagnostics.terms import standard_error
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
 from ltm_pyro.diagnostics.trust.draws import Draws
 from ltm_pyro.diagnostics.trust.score import Columns, Moments, moment_flags
@@ -32,7 +33,7 @@ def weight_flags(draws: Draws, court: Court, shape: tuple[int, int]) -> tuple[li
     iw, iw_error = bound.value.cpu().numpy(), bound.error.cpu().numpy()
     relative = S * weight - 1.0
     gap = iw - log_w.mean(0).cpu().numpy()
-    gap_error = ((relative - log_w).std(0) / math.sqrt(S)).cpu().numpy()
+    gap_error = standard_error(relative - log_w).cpu().numpy()
     flags = []
     heavy = khat > limit  # what is not judged is not flagged
     if heavy.any():
