@@ -187,7 +187,7 @@ def test_a_run_is_scored_per_unit_and_by_group(
             -found["nats_per_sequence"]["elbo"] * found["n_sequences"]
         )
         assert f"difference_per_{unit}" in units[unit]["against_control"]["ppl_elbo"]
-    assert units["byte"]["scores"]["elbo"]["ppl_per_byte"] == pytest.approx(found["ppl_elbo"])
+    assert units["byte"]["scores"]["elbo"]["ppl_elbo_per_byte"] == pytest.approx(found["ppl_elbo"])
     assert sum(r["n_sequences"] for r in found["by"] if r["score"] == "elbo") == 9
     for wrong in (["--per", "letter"], ["--by", "author"]):
         assert main(["evaluate", run, *wrong]) == 2

@@ -27,7 +27,6 @@ FILES = {
     "scores.json": "held-out scores with errors, the control's, and the collapse panel",
     "scores.csv": "held-out scores per sequence, in nats",
     POSTERIOR: "posteriors, scores and the fit's course, as ArviZ reads them",
-    EMBEDDING: "posterior means and standard deviations of each sequence, by `export --embed`",
     "training.png": "the two clocks: elbo and its parts, and both learning rates",
     "fast_loop.png": "how q was fitted, sequence by sequence",
     "thoughts.png": "posterior intervals of z",

@@ -84,13 +84,15 @@ def format_scores(scores: Mapping[str, Any], per: str = "token") -> str:
     for name in names:
         meaning = f"{_MEANINGS[name]}, S = {scores['draws']}"
         row = found["scores"][PERPLEXITIES[name][0]]
-        lines.append(_score_line("model", name, row, meaning, per, unit))
+        lines.append(_score_line("model", name, row, row[f"{name}_per_{per}"], meaning, per, unit))
     if "control" in found:
         what = "same decoder, no z, trained apart: exact"
-        lines += [_score_line("control", n, found["control"], what, per, unit) for n in names]
+        row = found["control"]
+        exact = row[f"ppl_z0_per_{per}"]
+        lines += [_score_line("control", n, row, exact, what, per, unit) for n in names]
         lines += _against_control(found["against_control"])
     if scores["mode"] == "oracle":
-        reconstruction = found["scores"]["nll_given_z"][f"ppl_per_{per}"]
+        reconstruction = found["scores"]["nll_given_z"][f"ppl_reconstruction_per_{per}"]
         lines.append(
             f"  model    ppl_reconstruction per {unit} {_number(reconstruction)}: "
             "not a bound, the KL is not charged"
@@ -154,16 +156,15 @@ def _against_control(pairs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*lines, "    (one fit of each; that thoughts pay in training takes several seeds)"]
 
 
-def _score_line(who: str, name: str, row: Mapping[str, Any], what: str, per: str, unit: str) -> str:
-    """A row of `score_table`."""
-    ppl, nats = row[f"ppl_per_{per}"], f"nats_per_{per}"
-    errors = [
-        None if None in (ppl, row[e]) else ppl * row[e]
-        for e in (f"{nats}_sampling_se", f"{nats}_se")
-    ]
+def _score_line(
+    who: str, name: str, row: Mapping[str, Any], ppl: float | None, what: str, per: str, unit: str
+) -> str:
+    """A perplexity and the row of `score_table` that it is of."""
+    errors = [row[f"nats_per_{per}_sampling_se"], row[f"nats_per_{per}_se"]]
+    sampling, draws = (None if None in (ppl, error) else ppl * error for error in errors)
     return (
-        f"  {who:<8} {name:<8} per {unit} {_number(ppl)}  +- {_number(errors[0])} sampling  "
-        f"+- {_number(errors[1])} MC  = {_number(row[f'bits_per_{per}'])} bits  ({what})"
+        f"  {who:<8} {name:<8} per {unit} {_number(ppl)}  +- {_number(sampling)} sampling  "
+        f"+- {_number(draws)} MC  = {_number(row[f'bits_per_{per}'])} bits  ({what})"
     )
 
 

@@ -20,7 +20,7 @@ from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.diagnostics.perplexity import COMPARED, against_control
+from ltm_pyro.diagnostics.perplexity import COMPARED, PERPLEXITIES, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
 from ltm_pyro.diagnostics.units import UNITS, score_table
@@ -196,14 +196,25 @@ def _per_unit(scores: xr.Dataset, control: xr.Dataset | None) -> dict[str, dict[
     """Scores, control and their comparison by each unit that the sequences are counted in."""
     out: dict[str, dict[str, Any]] = {}
     for unit in (unit for unit in UNITS if f"n_{unit}s" in scores):
-        out[unit] = {"scores": score_table(scores, unit).to_dict("index")}
+        out[unit] = {"scores": _named(score_table(scores, unit), unit)}
         if control is not None:
-            exact = score_table(control, unit).loc["nll_z0"].to_dict()
             out[unit] |= {
-                "control": exact,
+                "control": _named(score_table(control, unit), unit)["nll_z0"],
                 "against_control": against_control(scores, control, unit),
             }
     return out
+
+
+def _named(table: pd.DataFrame, unit: str) -> dict[str, dict[str, Any]]:
+    """The rows of `score_table`, each perplexity under the name of what it is of."""
+    names = {column: name for name, (column, _) in PERPLEXITIES.items()}
+    plain = f"ppl_per_{unit}"
+    return {
+        str(score): {
+            str(k) if k != plain else f"{names[str(score)]}_per_{unit}": v for k, v in row.items()
+        }
+        for score, row in table.to_dict("index").items()
+    }
 
 
 def _khat_summary(scores: xr.Dataset) -> dict[str, Any]:
