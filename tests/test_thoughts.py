@@ -16,8 +16,8 @@ from tolerances import EXACT
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
 from ltm_pyro.data.tokenizer import ByteTokenizer, SymbolTokenizer
+from ltm_pyro.engine import execution
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks import infer
 from ltm_pyro.inference.intervals import DRAWS
 
 
@@ -197,7 +197,7 @@ def test_a_set_of_any_size_is_inferred_in_parts(monkeypatch: pytest.MonkeyPatch)
     model, batch = make_language_model(), make_tokens(5)
     svi = ltm.DualRateSVI(model, "mean_field", ltm.Fast(steps=3))
     whole = svi.infer(batch)
-    monkeypatch.setattr(infer, "TOKENS_AT_ONCE", 2 * batch.mask.shape[1])
+    monkeypatch.setattr(execution, "TOKENS_AT_ONCE", 2 * batch.mask.shape[1])
     parts = svi.infer(batch)
     EXACT.assert_close(parts.mean, whole.mean)
     assert parts.trace is not None

@@ -6,14 +6,22 @@ in which processes. Choices here change what a step costs, and its result only i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
 from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.processes import Parallel
-from ltm_pyro.errors import InputError, shown
+from ltm_pyro.errors import InputError, NonFiniteError, shown
+
+TOKENS_AT_ONCE = 2**14
+"""Positions computed together where nothing else is said: enough to keep a processor busy."""
 
 
 @runtime_checkable
@@ -89,3 +97,37 @@ class Execution:
         """The batch's `rows` in parts of `micro_batch`."""
         size = rows if self.micro_batch is None else self.micro_batch
         return [slice(i, min(i + size, rows)) for i in range(0, rows, max(size, 1))]
+
+    def by_rows(
+        self, batch: Batch, work: Callable[[Batch], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `work` gives for some rows of any batch, (rows, ...) by name, of all of them.
+
+        Parts that memory has room for follow one another, and processes share the rows, not
+        necessarily equally; in the end every process holds all.
+
+        Raises:
+            NonFiniteError: in all processes, if there was NaN in one.
+            ProcessLostError: if a process is gone.
+        """
+        parallel, total = self.parallel, len(batch)
+        alone = parallel.size == 1 or total < parallel.size
+        parts = self.parts_of(batch, slice(0, total) if alone else parallel.share(total))
+        done, failed = [], None
+        try:
+            done = [work(batch.select(rows)) for rows in parts]
+        except NonFiniteError as error:
+            if alone:
+                raise
+            failed = error.ids
+        told = [None] if alone else parallel.gather(failed)
+        if any(ids is not None for ids in told):
+            raise NonFiniteError([i for ids in told for i in ids or ()], -1)
+        whole = {name: torch.cat([part[name] for part in done]) for name in done[0]}
+        return whole if alone else {k: parallel.gather_rows(v) for k, v in whole.items()}
+
+    def parts_of(self, batch: Batch, rows: slice) -> list[slice]:
+        """These rows of a batch of any size in parts that memory has room for."""
+        size = self.micro_batch or max(1, TOKENS_AT_ONCE // batch.mask[0].numel())
+        starts = range(rows.start, rows.stop, size)
+        return [slice(i, min(i + size, rows.stop)) for i in starts]

@@ -35,6 +35,30 @@ def metric_terms(guide: LocalGuide, nll: float, kl: float, tokens: float) -> dic
     return {"log_joint": total, "nll": nll, "log_prior": -kl, "log_joint_per_token": total / tokens}
 
 
+def metrics_row(
+    guide: LocalGuide, sums: Mapping[str, float], told: Mapping[str, float]
+) -> dict[str, float]:
+    """A slow step's metrics, see `DualRateSVI.step`.
+
+    Args:
+        guide: Whose q it is.
+        sums: Over the batch's sequences.
+        told: Numbers of the step as they are.
+    """
+    rows, tokens = sums["n_sequences"], sums["n_tokens"]
+    return {
+        "step": told["step"],
+        **metric_terms(guide, sums["nll"] / rows, sums["kl"] / rows, tokens / rows),
+        "objective": -sums["objective"] / rows,
+        **{name: told[name] for name in ("kl_weight", "lr_fast", "lr_slow")},
+        "grad_norm_fast": sums["grad_norm_fast"] / rows,
+        "grad_norm_slow": told["grad_norm_slow"],
+        "fast_gain": sums["fast_gain"] / rows,
+        "tokens_per_second": tokens / told["seconds"],
+        "seconds": told["seconds"],
+    }
+
+
 def bound_name(metrics: Mapping[str, float]) -> str:
     """`elbo`, or `log_joint` in the metrics of a point mass."""
     return "log_joint" if "log_joint" in metrics else "elbo"

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
 
 TIMEOUT = timedelta(hours=1)
 """How long a process waits for one that is alive and silent, e.g. tokenising a large corpus."""
+_NUMBERS = 16  # in the small message of a slow step, at most
 _NOTICE = 1.0  # seconds in which the system tells that a process has ended
 _BROKEN = re.compile("connection|closed|reset|peer|timed out|socket|remote process", re.IGNORECASE)
 T = TypeVar("T")
@@ -84,6 +85,42 @@ class Parallel:
             with self._peers():
                 dist.all_reduce(values)
         return values
+
+    def agree(self, numbers: Tensor, failed: list[int]) -> tuple[Tensor, list[int] | None]:
+        """One small message of each slow step, before the gradient's: none waits in vain.
+
+        It also tells whether one wants to stop; all then find `stopping`.
+
+        Args:
+            numbers: To be summed over processes; empty where this one has failed.
+            failed: Of what, to be told; of no use where `numbers` are there.
+
+        Returns:
+            The sums in double precision, and `None`, or what of all processes has failed.
+        """
+        if self.size == 1:
+            return numbers, None if len(numbers) else failed
+        flags = torch.tensor([float(not len(numbers)), float(self.asks_to_stop())])
+        # Who fails does not know how many numbers there are: a place for each, and then the flags.
+        message = torch.zeros(_NUMBERS + 2, dtype=torch.float64, device=self.device)
+        message[: len(numbers)], message[-2:] = numbers, flags
+        total = self.sum(message)
+        if bool(total[-2] > 0):
+            return total, [i for some in self.gather(failed) for i in some]
+        self.stopping = bool(total[-1] > 0)
+        return total[: len(numbers)], None
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """The gradients of all processes, added up in one message."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if self.size == 1 or not gradients:
+            return
+        flat = self.sum(torch.cat([g.flatten() for g in gradients]))
+        parts = flat.split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            if p.grad is not None:
+                p.grad = part.view_as(p).to(p.dtype)
 
     def join_parts(self, part: Tensor) -> Tensor:
         """The parts (n,) of all processes one after another, (W n,): one message."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -50,6 +50,9 @@ def local_optimizer(guide: LocalGuide, fast: Fast) -> RowAdam:
     return RowAdam(params, fast.betas)
 
 
+_TRACED = ("elbo", "nll", "kl", "grad_norm")  # (T_fast, B) each
+
+
 @dataclass(frozen=True)
 class FastResult:
     """What a fast loop reports; the fitted values are in the guide.
@@ -68,6 +71,21 @@ class FastResult:
     grad_norm: Tensor
     own_draw_elbo: Tensor | None = None
     trace: FastTrace | None = None
+
+    def columns(self) -> dict[str, Tensor]:
+        """What it holds of each sequence, (B, ...) by name."""
+        own = {} if self.own_draw_elbo is None else {"own_draw_elbo": self.own_draw_elbo}
+        if self.trace is None:
+            return own
+        return own | {name: getattr(self.trace, name).T for name in _TRACED}
+
+    def of_columns(self, columns: dict[str, Tensor]) -> tuple[FastTrace | None, Tensor | None]:
+        """Trace and `own_draw_elbo` of more sequences, from their columns, which are taken out."""
+        own = columns.pop("own_draw_elbo", None)
+        if self.trace is None:
+            return None, own
+        traced = {name: columns.pop(name).T.contiguous() for name in _TRACED}
+        return replace(self.trace, **traced), own
 
 
 class FastLoop:

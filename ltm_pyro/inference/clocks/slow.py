@@ -6,8 +6,9 @@ with the gradient, in one process or many, is `SlowClock`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -110,38 +111,8 @@ def embedding_weights(*parts: object) -> list[nn.Parameter]:
     return embeddings + priors
 
 
-@dataclass(frozen=True)
-class StepSums:
-    """What a slow step reports, summed over sequences: of a part of a batch, or of all processes.
-
-    Attributes:
-        nll: Nats.
-        kl: Nats.
-        grad_norm: The last local gradients' norms.
-        objective: What was descended, nats.
-        gain: Rise of the objective over the fast loop, nats.
-        n_tokens: Scored positions.
-        n_sequences: How many.
-    """
-
-    nll: Tensor
-    kl: Tensor
-    grad_norm: Tensor
-    objective: Tensor
-    gain: Tensor
-    n_tokens: Tensor
-    n_sequences: Tensor
-
-    @staticmethod
-    def of(parts: list[StepSums]) -> StepSums:
-        """The sums of a batch from those of its parts, in double precision, (,) each."""
-        numbers = [torch.stack([v.double() for v in astuple(part)]) for part in parts]
-        return StepSums(*torch.stack(numbers).sum(0).unbind())
-
-
-def astuple(sums: StepSums) -> list[Tensor]:
-    """The numbers in the order of the fields."""
-    return [getattr(sums, field.name) for field in fields(StepSums)]
+Sums = dict[str, Tensor]
+"""What a slow step reports by name, summed over sequences: of a part of a batch, or of all."""
 
 
 def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
@@ -204,72 +175,45 @@ class SlowClock:
             g = None if g is None else g.contiguous()
             p.grad = g if p.grad is None or g is None else p.grad + g
 
-    def exchange(self, sums: StepSums, step: int) -> tuple[StepSums, Tensor]:
+    def exchange(self, parts: list[Sums], step: int) -> tuple[dict[str, float], float]:
         """Ends the gradient's collection: the sums of the whole batch, and the gradient's norm.
 
-        Two messages between processes: a few numbers in double precision, which also say whether
-        one has met NaN or wants to stop, and then the gradient. So all step, fail and stop
-        together, and none waits for another that will not come. What is written in the end is of
-        the loss per token, and clipped; the norm is that before.
+        What is written in the end is of the loss per token, and clipped; the norm is that before.
 
         Args:
-            sums: Of this process's rows.
+            parts: Of this process's rows.
             step: Slow steps done, for the error.
 
         Raises:
             NonFiniteError: in all processes, on NaN in one; nothing is written any more then.
             ProcessLostError: if a process is gone.
         """
-        numbers = astuple(sums)
-        total = self._message(numbers, [], step)
-        if total is not None:
-            numbers = list(total.unbind())
-            self._sum_gradients()
-        sums = StepSums(*numbers)
+        numbers = [torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]]
+        total = self._agreed(torch.stack(numbers), [], step)
+        sums = dict(zip(parts[0], total.tolist(), strict=True))
+        self.parallel.sum_gradients(self.parameters)
         for p in self.parameters:
             if p.grad is not None:
-                p.grad.div_(sums.n_tokens)
-        norm = self.clip()
-        if not bool(norm.isfinite()):
-            self.discard()
+                p.grad.div_(sums["n_tokens"])
+        norm = float(self.clip())
+        if not math.isfinite(norm):
             raise NonFiniteError([], step)
         return sums, norm
 
     def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
         """Tells the others of NaN in this process; the error that all processes then raise."""
-        self.discard()
         try:
-            self._message(None, error.ids, step)
+            self._agreed(torch.empty(0), error.ids, step)
         except NonFiniteError as of_all:
             return of_all
         return error
 
-    def _message(self, numbers: list[Tensor] | None, ids: list[int], step: int) -> Tensor | None:
-        """The numbers summed over processes; `None` where there is one process alone."""
-        parallel = self.parallel
-        if parallel.size == 1:
-            return None
-        flags = [float(numbers is None), float(parallel.asks_to_stop())]
-        mine = [0.0] * len(fields(StepSums)) if numbers is None else [float(v) for v in numbers]
-        message = torch.tensor([*mine, *flags], dtype=torch.float64, device=parallel.device)
-        total = parallel.sum(message)
-        if bool(total[-2] > 0):
-            self.discard()
-            raise NonFiniteError([i for some in parallel.gather(ids) for i in some], step)
-        parallel.stopping = bool(total[-1] > 0)
-        return total[:-2]
-
-    @torch.no_grad()
-    def _sum_gradients(self) -> None:
-        """The gradients of all processes, added up in one message."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        if not gradients:
-            return
-        flat = self.parallel.sum(torch.cat([g.flatten() for g in gradients]))
-        parts = flat.split([p.numel() for p in self.parameters])
-        for p, part in zip(self.parameters, parts, strict=True):
-            if p.grad is not None:
-                p.grad = part.view_as(p).to(p.dtype)
+    def _agreed(self, numbers: Tensor, ids: list[int], step: int) -> Tensor:
+        """The numbers summed over processes, which step, fail and stop together."""
+        total, failed = self.parallel.agree(numbers, ids)
+        if failed is not None:
+            raise NonFiniteError(failed, step)
+        return total
 
     def clip(self) -> Tensor:
         """Shortens the written gradient to its largest norm; returns the norm before."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import index
 
@@ -32,15 +32,8 @@ from ltm_pyro.exclusive import nested
 from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
-from ltm_pyro.inference.clocks.infer import fit_shared, parts_of
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
-from ltm_pyro.inference.clocks.slow import (
-    SlowClock,
-    SlowLoss,
-    SlowObjective,
-    StepSums,
-    embedding_weights,
-)
+from ltm_pyro.inference.clocks.slow import SlowClock, SlowObjective, Sums, embedding_weights
 from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.inputs import (
@@ -59,15 +52,42 @@ from ltm_pyro.inference.objectives import (
     describe,
     kl_estimator,
 )
-from ltm_pyro.inference.point_mass import headline, metric_terms, refuse_runaway
+from ltm_pyro.inference.point_mass import headline, metrics_row, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
-from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door, meet
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed
+
+
+@dataclass(frozen=True)
+class Now:
+    """One slow step: its number, the schedules' step and total, what they say, and its noise."""
+
+    step: int
+    scheduled: int
+    total: int
+    kl_weight: float
+    thinks: bool
+    fast_noise: int
+    slow_noise: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What both clocks leave of some rows of a batch.
+
+    Attributes:
+        sums: What is reported, see `metrics_row`.
+        rows: Local parameters and moments (B, ...) by name, for a store.
+        z: The slow step's draws (S, B, K, D); `None` before thoughts join.
+    """
+
+    sums: Sums
+    rows: dict[str, Tensor]
+    z: Tensor | None
 
 
 class DualRateSVI:
@@ -211,20 +231,27 @@ class DualRateSVI:
         fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
         store = self.store if warm_start else None
 
-        def fit(rows: Batch) -> FastResult:
-            return self.fast_loop(
+        result: FastResult | None = None
+
+        def fit(rows: Batch) -> dict[str, Tensor]:
+            nonlocal result
+            result, _ = self.fast_loop(
                 rows, fast, noise, store=store, record=True, after_step=bar.update
-            )[0]
+            )
+            return {**self.guide.rows(), **result.columns()}
 
         # Within another public function, that one's bar is the one to watch.
         shown = progress and self.parallel.first and not nested()
-        total = fast.steps * len(parts_of(self.execution, batch, len(batch)))
+        parts = self.execution.parts_of(batch, slice(0, len(batch)))
         bar = tqdm(
-            total=total, desc="infer", unit="step", delay=QUIET_SECONDS, leave=False,
-            disable=not shown,
+            total=fast.steps * len(parts), desc="infer", unit="step", delay=QUIET_SECONDS,
+            leave=False, disable=not shown,
         )  # fmt: skip
         with bar, self.execution.computing(self.model):
-            result = fit_shared(self.execution, self.guide, batch, fit)
+            fitted = self.execution.by_rows(batch, fit)
+        trace, own = result.of_columns(fitted) if result is not None else (None, None)
+        self.guide.reset(batch)
+        self.guide.load_rows(fitted)
         with torch.no_grad():  # a learned prior as it stands now
             prior = self.model.prior()
         with numbers_out_of_range(self.guide, batch, step=-1):
@@ -232,8 +259,8 @@ class DualRateSVI:
                 self.guide,
                 prior,
                 batch,
-                trace=result.trace,
-                own_draw_elbo=result.own_draw_elbo,
+                trace=trace,
+                own_draw_elbo=own,
                 objective=describe(self.elbo),
                 objective_kl=self._kl_estimator,
             )
@@ -269,48 +296,49 @@ class DualRateSVI:
             ProcessLostError: if another process is gone, before any weight has changed.
         """
         began = time.perf_counter()
-        batch.distinct()
-        refuse_runaway(self.model, self.guide)
-        batch = batch.to(self.model.device)
+        batch = batch.distinct().to(self.model.device)
         meet(self.model, batch)
-        now, total = self.slow_step, self.horizon
-        weight = 1.0 if total is None else slow_kl_weight(self.slow, now, total)
-        read = self.word_dropout(batch, now)
-        thinks = total is None or thoughts_joined(self.slow, now, total)
-        parts = self.execution.parts(len(batch))
-        self.clock.discard()  # what a step that failed has left
+        if not self.guide.has_density:
+            refuse_runaway(self.model, self.guide)
+        now = self._now()
         try:
             with self.execution.computing(self.model):
-                done = [self._part(batch, read, rows, weight, thinks) for rows in parts]
-        except NonFiniteError as error:
-            raise self.clock.report(error, now) from None
-        sums, norm = self.clock.exchange(StepSums.of([part for part, _, _ in done]), now)
-        self._observe([z for _, _, z in done if z is not None])
+                rows = self.execution.parts(len(batch))
+                parts = [self._part(batch.select(some), now) for some in rows]
+            sums, norm = self.clock.exchange([part.sums for part in parts], now.step)
+        except BaseException:
+            self.clock.discard()
+            raise
+        self._observe([part.z for part in parts if part.z is not None])
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         self.whole = False
-        lr = self.clock.step(now, total) if total is not None else self.clock.step(0, 1)
-        if self.store is not None and thinks and self.guide.local_parameters():
-            fitted = [rows for _, rows, _ in done]
-            self.store.scatter(batch.ids, {k: torch.cat([r[k] for r in fitted]) for k in fitted[0]})
+        lr = self.clock.step(now.scheduled, now.total)
+        if self.store is not None and parts[0].rows:
+            names = parts[0].rows
+            fitted = {name: torch.cat([part.rows[name] for part in parts]) for name in names}
+            self.store.scatter(batch.ids, fitted)
         self.slow_step += 1
         self.whole = True
-        seconds = time.perf_counter() - began
-        rows, n = float(sums.n_sequences), float(sums.n_tokens)
-        row = {
+        told = {
             "step": float(self.slow_step),
-            **metric_terms(self.guide, float(sums.nll) / rows, float(sums.kl) / rows, n / rows),
-            "objective": -float(sums.objective) / rows,
-            "kl_weight": weight,
-            "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if thinks else 0.0,
+            "kl_weight": now.kl_weight,
+            "lr_fast": learning_rate(self.fast, 0, self.fast.steps) if now.thinks else 0.0,
             "lr_slow": lr,
-            "grad_norm_fast": float(sums.grad_norm) / rows,
-            "grad_norm_slow": float(norm),
-            "fast_gain": float(sums.gain) / rows,
-            "tokens_per_second": n / seconds,
-            "seconds": seconds,
+            "grad_norm_slow": norm,
+            "seconds": time.perf_counter() - began,
         }
+        row = metrics_row(self.guide, sums, told)
         self.metrics.append(row)
         return row
+
+    def _now(self) -> Now:
+        """What the schedules, and the noise, are at this slow step."""
+        step, total = self.slow_step, self.horizon
+        noise = [derive_seed(self.seed, stream, step) for stream in (Stream.FAST, Stream.SLOW)]
+        if total is None:
+            return Now(step, 0, 1, 1.0, True, *noise)
+        weight = slow_kl_weight(self.slow, step, total)
+        return Now(step, step, total, weight, thoughts_joined(self.slow, step, total), *noise)
 
     @door
     def fit(
@@ -419,41 +447,43 @@ class DualRateSVI:
             )
             return alone.fit(source, steps, batch_size, progress=progress)
 
-    def _part(
-        self, batch: Batch, read: Batch, rows: slice, weight: float, thinks: bool
-    ) -> tuple[StepSums, dict[str, Tensor], Tensor | None]:
-        """Both clocks on some rows of the batch: adds to the slow gradient.
+    def _part(self, batch: Batch, now: Now) -> Part:
+        """Both clocks on some rows of a batch; adds to the slow gradient.
 
-        Returns:
-            What they add to the batch's sums; their local parameters and moments, for a store; the
-            slow step's draws, (S, B, K, D).
+        Raises:
+            NonFiniteError: in this process; all others are told.
         """
-        n = len(batch)
-        if rows != slice(0, n):
-            part = batch.select(rows)
-            # One object where no word is dropped, so that the slow step scores once.
-            batch, read = part, part if read is batch else read.select(rows)
-        result, fitted = FastResult(*torch.zeros(3, device=batch.device)), {}
-        if thinks:
-            result, moments = self._fit(read, weight)
-            draws = derive_seed(self.seed, Stream.SLOW, self.slow_step)
-            with numbers_out_of_range(self.guide, batch, self.slow_step):
-                loss = self.slow_objective.at_fitted(batch, read, weight, draws)
-            if self.store is not None:
-                fitted = {**self.guide.rows(), **moments.state()}
-        else:
-            loss = self.slow_objective.without_thoughts(batch, read)
-        self._slow_gradient(batch, loss)
-        sums = StepSums(
-            nll=loss.nll.sum(),
-            kl=loss.kl.sum(),
-            grad_norm=result.grad_norm * len(batch),
-            objective=loss.objective.detach(),
-            gain=result.first - result.last,
-            n_tokens=batch.n_tokens.sum(),
-            n_sequences=torch.tensor(len(batch), device=batch.device),
-        )
-        return sums, fitted, loss.z
+        # The same object where no word is dropped, so that the slow step scores once.
+        read = self.word_dropout(batch, now.step) if self.slow.word_dropout else batch
+        result, rows = FastResult(*torch.zeros(3, device=batch.device)), {}
+        try:
+            if now.thinks:
+                result, moments = self.fast_loop(
+                    read, self.fast, now.fast_noise, weight=now.kl_weight, store=self.store
+                )
+                with numbers_out_of_range(self.guide, batch, now.step):
+                    loss = self.slow_objective.at_fitted(batch, read, now.kl_weight, now.slow_noise)
+                if self.store is not None and self.guide.local_parameters():
+                    rows = {**self.guide.rows(), **moments.state()}
+            else:
+                loss = self.slow_objective.without_thoughts(batch, read)
+            bad = ~(loss.nll + loss.kl).isfinite()
+            if bool(bad.any()):
+                raise NonFiniteError(batch.ids[bad].tolist(), now.step)
+        except NonFiniteError as error:
+            here = NonFiniteError(error.ids, now.step, error.reason)
+            raise self.clock.report(here, now.step) from None
+        self.clock.add_gradient(loss.descended)
+        sums = {
+            "nll": loss.nll.sum(),
+            "kl": loss.kl.sum(),
+            "objective": loss.objective.detach(),
+            "grad_norm_fast": result.grad_norm * len(batch),
+            "fast_gain": result.first - result.last,
+            "n_tokens": batch.n_tokens.sum(),
+            "n_sequences": torch.tensor(len(batch), device=batch.device),
+        }
+        return Part(sums, rows, loss.z)
 
     def _observe(self, draws: list[Tensor]) -> None:
         """Shows the slow step's draws, of all processes, to a prior that learns."""
@@ -462,22 +492,3 @@ class DualRateSVI:
             return
         if any(p.requires_grad for p in prior.parameters()):
             prior.observe(self.parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
-
-    def _fit(self, batch: Batch, weight: float) -> tuple[FastResult, RowAdam]:
-        """The fast loop of a slow step, from the store where there is one."""
-        noise = derive_seed(self.seed, Stream.FAST, self.slow_step)
-        try:
-            return self.fast_loop(batch, self.fast, noise, weight=weight, store=self.store)
-        except NonFiniteError as error:
-            raise NonFiniteError(error.ids, self.slow_step, error.reason) from None
-
-    def _slow_gradient(self, batch: Batch, loss: SlowLoss) -> None:
-        """Adds the slow gradient of the loss.
-
-        Raises:
-            NonFiniteError: if a sequence's objective is not finite.
-        """
-        bad = ~(loss.nll + loss.kl).isfinite()
-        if bool(bad.any()):
-            raise NonFiniteError(batch.ids[bad].tolist(), self.slow_step)
-        self.clock.add_gradient(loss.descended)
