@@ -76,7 +76,7 @@ def measure(name: str, parallel: Parallel) -> dict[str, Any]:
     traffic: dict[str, Any] = {}
     for _ in range(TURNS + 1):  # the first turn warms up
         for kind, fit in fits.items():
-            parallel.wait()
+            parallel.barrier()
             before = bytes_sent()
             with counted() as count:
                 taken = fit.step()
@@ -115,7 +115,7 @@ def _median(work: Callable[[], object], parallel: Parallel, times: int = 5) -> f
     work()
     taken = []
     for _ in range(times):
-        parallel.wait()
+        parallel.barrier()
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
@@ -174,7 +174,7 @@ def worker(file: str) -> None:
     """What `torchrun` starts."""
     parallel = join("cpu")
     found = {name: measure(name, parallel) for name in CASES}
-    if parallel.first:
+    if parallel.is_rank_0:
         Path(file).write_text(json.dumps(found))
     leave()
 

@@ -149,14 +149,16 @@ def messages(parallel: Parallel) -> Answer:
     weights = {"a": torch.full((2,), float(rank)), "b": torch.tensor(rank)}
     flags = torch.tensor([rank == 0, True])
     return {
-        "said": parallel.say(f"from {rank}"),
+        "broadcast": parallel.broadcast(f"from {rank}"),
         "rows": parallel.gather_rows(uneven),
         "flags": parallel.gather_rows(flags).tolist(),
         "columns": tuple(parallel.gather_rows(uneven.T, dim=1).shape),
-        "first": {k: v.tolist() for k, v in parallel.from_first(weights).items()},
-        "led": parallel.lead(lambda: rank),
+        "broadcast_tensors": {
+            k: v.tolist() for k, v in parallel.broadcast_tensors(weights).items()
+        },
+        "on_rank_0": parallel.on_rank_0(lambda: rank),
         "sum": float(parallel.sum(torch.tensor(float(rank + 1)))),
-        "speaks": [parallel.speaks([]), parallel.speaks([0])],
+        "reports": [parallel.reports([]), parallel.reports([0])],
     }
 
 
@@ -201,7 +203,7 @@ def main() -> None:
     file, *names = sys.argv[1:]
     parallel = join("cpu")
     found = {name: parallel.gather(SCENARIOS[name](parallel)) for name in names}
-    if parallel.first:
+    if parallel.is_rank_0:
         torch.save(found, file)
     leave()
 

@@ -136,14 +136,14 @@ def test_all_stop_after_the_step_in_which_one_was_asked_to(found):
 
 def test_messages_arrive(found):
     for rank, answer in enumerate(found["messages"]):
-        assert answer["said"] == "from 0"
+        assert answer["broadcast"] == "from 0"
         assert answer["rows"].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
         assert answer["flags"] == [True, True, False, True]
         assert answer["columns"] == (3, 3)
-        assert answer["first"] == {"a": [0.0, 0.0], "b": 0}
-        assert answer["led"] == (0 if rank == 0 else None)
+        assert answer["broadcast_tensors"] == {"a": [0.0, 0.0], "b": 0}
+        assert answer["on_rank_0"] == (0 if rank == 0 else None)
         assert answer["sum"] == 3.0
-        assert answer["speaks"] == [rank == 0, rank == 1]
+        assert answer["reports"] == [rank == 0, rank == 1]
 
 
 # --- one process -----------------------------------------------------------------------------
@@ -154,11 +154,11 @@ def test_one_process_exchanges_nothing():
     assert alone.sum(x) is x
     assert alone.gather_rows(x) is x
     assert alone.gather(1) == [1]
-    assert alone.say("a") == "a"
-    assert alone.from_first({"x": x})["x"] is x
-    assert alone.lead(lambda: 7) == 7
+    assert alone.broadcast("a") == "a"
+    assert alone.broadcast_tensors({"x": x})["x"] is x
+    assert alone.on_rank_0(lambda: 7) == 7
     assert alone.rows(5) == slice(0, 5)
-    assert alone.speaks([])
+    assert alone.reports([])
     assert join("cpu").size == 1
 
 

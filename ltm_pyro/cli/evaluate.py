@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
                 draws=options.draws,
                 seed=options.seed,
             )
-            if fitted.parallel.first:
+            if fitted.parallel.is_rank_0:
                 rows = {"as_published": table.to_dict("records")}
                 shown = json.dumps(rows) if options.json else format_published(table)
                 print(shown)
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
             draws=options.draws,
             seed=options.seed,
         )
-    if not fitted.parallel.first:
+    if not fitted.parallel.is_rank_0:
         return 0
     scores = summary(fitted, held_out)
     groups = None

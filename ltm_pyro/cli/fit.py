@@ -94,11 +94,11 @@ def _share(
         config = recorded_config(folder)
     refuse_unequal(config.batch_size, started()[1])
     parallel = join(config.device)
-    opened = parallel.lead(
+    opened = parallel.on_rank_0(
         lambda: _open(given, out, held, resume=resume, overwrite=overwrite, parallel=parallel)
     )
     fitted = share_run(parallel, None if opened is None else opened[0])
-    new = parallel.say(opened is not None and opened[2])
+    new = parallel.broadcast(opened is not None and opened[2])
     corpus = fitted.corpus() if opened is None else opened[1]
     return fit_and_report(fitted, corpus, new=new)
 
@@ -199,7 +199,7 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
         if not many():
             _report(fitted, corpus)
     except (Interrupted, KeyboardInterrupt):
-        if fitted.parallel.first:
+        if fitted.parallel.is_rank_0:
             tell(f"stopped; {_put_back(fitted, new) or resume_line(fitted)}")
         return watch.signals.status
     except BrokenPipeError:
@@ -208,7 +208,7 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
         tell(f"stopped, since nobody reads what it prints; {left}")
         return _BROKEN_PIPE
     except Exception as error:
-        if fitted.parallel.first or isinstance(error, ProcessLostError):
+        if fitted.parallel.is_rank_0 or isinstance(error, ProcessLostError):
             for note in _what_is_left(error, fitted, watch.stage, new):
                 error.add_note(note)
         raise
@@ -243,7 +243,7 @@ def _put_back(fitted: Run, new: bool) -> str:
     """Puts back the run that a new one without a step has replaced, and says so."""
     from ltm_pyro.run.opening import undo_new, was_replaced
 
-    unstarted = new and fitted.parallel.first and not fitted.svi.slow_step
+    unstarted = new and fitted.parallel.is_rank_0 and not fitted.svi.slow_step
     if not (unstarted and was_replaced(fitted.folder)):
         return ""
     undo_new(fitted.folder)
@@ -266,7 +266,7 @@ class _Watch:
         self.signals = StopSignals()
         self.parallel = fitted.parallel
         self.parallel.asks_to_stop = self._asked
-        self.bars = sys.stderr.isatty() and self.parallel.first
+        self.bars = sys.stderr.isatty() and self.parallel.is_rank_0
         self.stage = "fit"
 
     def _asked(self) -> bool:
@@ -282,7 +282,7 @@ class _Watch:
         from ltm_pyro.run.opening import forget_replaced
 
         step = int(row["step"])
-        if step == 1 and self.parallel.first:
+        if step == 1 and self.parallel.is_rank_0:
             forget_replaced(self.folder)  # the new run has started
         if not self.bars and (step % self.every == 0 or step == self.total):
             shown = f"{bound_name(row)}_per_token"
@@ -308,7 +308,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     parallel = fitted.parallel if fitted.parallel.size > 1 else None
     saved = load_run(fitted.folder, device=str(fitted.model.device), parallel=parallel)
     held_out = score_run(saved, corpus, split=corpus.held_out())
-    if not fitted.parallel.first:
+    if not fitted.parallel.is_rank_0:
         return
     scores = summary(saved, held_out)
     write_artefacts(saved, held_out, scores)

@@ -70,5 +70,5 @@ def _report(options: Namespace, target: Path) -> None:
         draws=options.draws,
         seed=options.seed,
     )
-    if fitted.parallel.first:
+    if fitted.parallel.is_rank_0:
         write_report(report, target)

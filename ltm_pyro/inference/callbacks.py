@@ -21,7 +21,7 @@ class Callback:
 
     Called between slow steps, in the order of `callbacks`. Nothing that it reads of `svi`, and no
     inference that it makes, changes the fit. Where processes share the fit each calls its own:
-    what writes or prints asks `svi.parallel.first`, and a fit that is to stop does so one step
+    what writes or prints asks `svi.parallel.is_rank_0`, and a fit that is to stop does so one step
     later.
     """
 

@@ -49,6 +49,7 @@ class LatentThoughtModel(LatentModel):
             )
         super().__init__()
         self.config = config
+        self._thought_shape = config.n_thoughts, config.thought_dim
         refuse_too_large(
             f"a model of {config.n_weights:,} weights", 4 * config.n_weights, "choose a smaller one"
         )
@@ -85,7 +86,7 @@ class LatentThoughtModel(LatentModel):
     @property
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""
-        return self.config.n_thoughts, self.config.thought_dim
+        return self._thought_shape
 
     @property
     def n_layers(self) -> int:

@@ -260,12 +260,12 @@ class Run:
         checkpoint, config = self.checkpoint(), self._as_it_stands()
         with self.writing():
             if config != self.config:
-                self.parallel.lead(lambda: self.adopt(config))
+                self.parallel.on_rank_0(lambda: self.adopt(config))
             # The checkpoint decides which rows count: see `ltm_pyro.engine.rows.database`.
             if isinstance(store, RowDatabase):
                 store.prepare(step)
-                self.parallel.wait()
-            self.parallel.lead(lambda: self._write(checkpoint))
+                self.parallel.barrier()
+            self.parallel.on_rank_0(lambda: self._write(checkpoint))
             if isinstance(store, RowDatabase):
                 store.publish(step)
 
@@ -285,7 +285,7 @@ class Run:
         """
         checkpoint = self.checkpoint()
         with self.writing():
-            self.parallel.lead(lambda: checkpoints.save(self.folder / BEST, checkpoint))
+            self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / BEST, checkpoint))
 
     def save_alone(self) -> bool:
         """Replaces the checkpoint when other processes are gone, if this one holds all of it.
@@ -293,7 +293,7 @@ class Run:
         Returns:
             Whether it could.
         """
-        if not self.parallel.first or self.svi.store is not None:
+        if not self.parallel.is_rank_0 or self.svi.store is not None:
             return False
         with self._alone():
             self._write(self.checkpoint())
@@ -312,7 +312,7 @@ class Run:
                 "from the last: load that, or keep this one by save_run in another folder"
             )
         with ExitStack() as held:
-            self.parallel.lead(lambda: held.enter_context(self._alone()))
+            self.parallel.on_rank_0(lambda: held.enter_context(self._alone()))
             yield
 
     @contextmanager
@@ -460,7 +460,7 @@ class Run:
         }
         checkpoint = Checkpoint(tensors, self._state(fit.slow_step))
         with self.writing():
-            self.parallel.lead(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
+            self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
 
     @property
     def control_metrics_file(self) -> MetricsFile:
@@ -507,8 +507,8 @@ def share_checkpoint(
     """What the first process reads, in all processes."""
     if parallel.size == 1:
         return read()
-    mine = parallel.lead(read)
-    state = parallel.say(None if mine is None else mine.state)
+    mine = parallel.on_rank_0(read)
+    state = parallel.broadcast(None if mine is None else mine.state)
     if state is None:
         return None
-    return Checkpoint(parallel.from_first({} if mine is None else mine.tensors), state)
+    return Checkpoint(parallel.broadcast_tensors({} if mine is None else mine.tensors), state)

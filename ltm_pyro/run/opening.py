@@ -266,7 +266,7 @@ def load_run(
     if parallel is None or parallel.size == 1:
         return read_run(folder, device, checkpoint=checkpoint)
     return share_run(
-        parallel, parallel.lead(lambda: read_run(folder, device, parallel, checkpoint))
+        parallel, parallel.on_rank_0(lambda: read_run(folder, device, parallel, checkpoint))
     )
 
 
@@ -349,7 +349,7 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
         tokenizer = run.tokenizer.to_json()
         name = run.checkpoint_name
         told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer, name)
-    told = parallel.say(told)
+    told = parallel.broadcast(told)
     assert told is not None
     folder, config, facts, tokenizer, name = told
     if run is None:
@@ -359,8 +359,8 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
     place = own.folder / FOLDERS[name]
     saved = share_checkpoint(parallel, lambda: checkpoints.load(place, own.label))
     assert saved is not None
-    rows = parallel.say(list(run.metrics))
-    if not parallel.first:
+    rows = parallel.broadcast(list(run.metrics))
+    if not parallel.is_rank_0:
         run.checkpoint_name = name
         run.take_up(saved)
         if name == "last":

@@ -75,8 +75,8 @@ def _train(
 ) -> None:
     svi, config = run.svi, run.config
     bound = _held_out(run, corpus)
-    run.parallel.lead(lambda: _ready(run))
-    if best_step(run.metrics) == svi.slow_step != run.parallel.say(run.saved_step("best")):
+    run.parallel.on_rank_0(lambda: _ready(run))
+    if best_step(run.metrics) == svi.slow_step != run.parallel.broadcast(run.saved_step("best")):
         run.save_best()  # a fit was killed between its two checkpoints
     if config.compile:
         run.model.compile_fast_loop()
@@ -127,7 +127,7 @@ class Keeper(Callback):
 
     def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
         """Adds the row, and saves every `checkpoint_every` steps."""
-        if self.run.parallel.first:
+        if self.run.parallel.is_rank_0:
             self.run.metrics_file.append(row)
         if svi.slow_step % self.run.config.checkpoint_every == 0:
             self.run.save()
@@ -221,16 +221,16 @@ def _train_control(
     config, metrics = run.config, run.control_metrics_file
     if config.compile:
         cast("LatentThoughtModel", fit.model).compile_fast_loop()
-    run.parallel.lead(lambda: _ready_control(run, fit.slow_step))
+    run.parallel.on_rank_0(lambda: _ready_control(run, fit.slow_step))
 
     def save() -> None:
-        if run.parallel.first:
+        if run.parallel.is_rank_0:
             metrics.sync()
         run.save_control(fit)
 
     class Keeper(Callback):
         def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
-            if run.parallel.first:
+            if run.parallel.is_rank_0:
                 metrics.append(row)
             if svi.slow_step % config.checkpoint_every == 0:
                 save()

@@ -61,7 +61,7 @@ class Parallel:
             self._whereabouts = self.gather((socket.gethostname(), os.getpid()))
 
     @property
-    def first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
@@ -154,23 +154,25 @@ class Parallel:
         parts = [part[:count] for part, count in zip(whole, counts, strict=True)]
         return torch.cat(parts).movedim(0, dim).contiguous()
 
-    def from_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors, by name, on the CPU where they were there; in everybody."""
+    def broadcast_tensors(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's tensors, by name, on the CPU where they were there; in everybody."""
         if self.size == 1:
             return values
-        shapes = self.say({k: (tuple(v.shape), v.dtype, v.device.type) for k, v in values.items()})
+        shapes = self.broadcast(
+            {k: (tuple(v.shape), v.dtype, v.device.type) for k, v in values.items()}
+        )
         out = {}
         for name, (shape, dtype, place) in shapes.items():
             at = self.device if place == self.device.type else torch.device(place)
-            held = values[name].contiguous() if self.first else torch.empty(shape, dtype=dtype)
+            held = values[name].contiguous() if self.is_rank_0 else torch.empty(shape, dtype=dtype)
             sent = held.to(self.device)
             with self._peers():
                 dist.broadcast(sent, 0)
             out[name] = sent.to(at)
         return out
 
-    def say(self, value: T) -> T:
-        """The first process's `value`, small and of plain types, in everybody."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`, small and of plain types, in everybody."""
         if self.size == 1:
             return value
         held = [value]
@@ -178,31 +180,31 @@ class Parallel:
             dist.broadcast_object_list(held, 0, device=self.device)
         return held[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Goes on when every process has come here."""
         self.gather(None)
 
-    def lead(self, work: Callable[[], T]) -> T | None:
-        """The first process does `work` while the others wait; its answer there, else `None`.
+    def on_rank_0(self, work: Callable[[], T]) -> T | None:
+        """Rank 0 does `work` while the others wait; its answer there, else `None`.
 
         Raises:
             ToldElsewhereError: in the other processes, where the first one failed.
         """
         if self.size == 1:
             return work()
-        if not self.first:
-            if self.say(""):
+        if not self.is_rank_0:
+            if self.broadcast(""):
                 raise ToldElsewhereError
             return None
         try:
             answer = work()
         except BaseException as error:
-            self.say(type(error).__name__)
+            self.broadcast(type(error).__name__)
             raise
-        self.say("")
+        self.broadcast("")
         return answer
 
-    def speaks(self, lost: list[int]) -> bool:
+    def reports(self, lost: list[int]) -> bool:
         """Whether this process tells of those that are gone: the first one left on its machine."""
         here = self._whereabouts[self.rank][0] if self._whereabouts else ""
         alive = [
@@ -221,7 +223,7 @@ class Parallel:
             lost = self._lost()
             if not lost and not _BROKEN.search(str(error)):
                 raise
-            raise ProcessLostError(lost, self.size, self.speaks(lost)) from None
+            raise ProcessLostError(lost, self.size, self.reports(lost)) from None
 
     def _lost(self) -> list[int]:
         """Processes of this machine that have ended, as far as the system tells within moments."""

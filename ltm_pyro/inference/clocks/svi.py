@@ -241,7 +241,7 @@ class DualRateSVI:
             return {**self.guide.rows(), **result.columns()}
 
         # Within another public function, that one's bar is the one to watch.
-        shown = progress and self.parallel.first and not nested()
+        shown = progress and self.parallel.is_rank_0 and not nested()
         parts = self.execution.parts_of(batch, slice(0, len(batch)))
         bar = tqdm(
             total=fast.steps * len(parts), desc="infer", unit="step", delay=QUIET_SECONDS,
