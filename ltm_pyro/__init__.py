@@ -44,6 +44,7 @@ _HOME = {
     "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
     "as_published": "ltm_pyro.diagnostics.published",
     "score_table": "ltm_pyro.diagnostics.units",
+    "loss_by_position": "ltm_pyro.diagnostics.units",
     "compare": "ltm_pyro.diagnostics.compare",
     "Comparison": "ltm_pyro.diagnostics.compare",
     "build_objective": "ltm_pyro.inference.objectives",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.information import information_by_block as information_by_block
     from ltm_pyro.diagnostics.published import as_published as as_published
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
+    from ltm_pyro.diagnostics.units import loss_by_position as loss_by_position
     from ltm_pyro.diagnostics.units import score_table as score_table
     from ltm_pyro.engine.execution import Execution as Execution
     from ltm_pyro.errors import InputError as InputError

@@ -54,7 +54,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
     svi = ltm.DualRateSVI(model, "mean_field", fast=ltm.Fast(steps=2))
     svi.tokenizer = corpus.tokenizer
     post = svi.infer(batch)
-    scores = ltm.evaluate(model, post, batch, draws=2)
+    scores = ltm.evaluate(model, post, batch, draws=2, per_token=True)
     oracle = ltm.LinearGaussian(torch.randn(4, 2), 0.5)
     drawn = ltm.simulate(oracle, 3)
     rows = drawn.batch
@@ -115,9 +115,10 @@ def _scores(svi: Any, post: Any, batch: Any, scores: Any) -> dict[str, Call]:
             ltm.evaluate,
             _of(
                 model=model, post=post, batch=batch, draws=2, mode="oracle", controls=True,
-                seed=0, parallel=None,
+                seed=0, per_token=True, parallel=None,
             ),
         ),
+        "loss_by_position": (ltm.loss_by_position, _of(scores=scores, doubling=True)),
         "score_table": (
             ltm.score_table, _of(scores=scores, per="byte", by="document", cluster="file")
         ),

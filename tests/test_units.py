@@ -173,13 +173,19 @@ def test_a_run_is_scored_per_unit_and_by_group(
     )
     assert main(["fit", *MICRO, *corpus, "--steps", "2", "--out", run]) == 0
     capsys.readouterr()
-    assert main(["evaluate", run, "--per", "word", "--by", "file"]) == 0
+    assert main(["evaluate", run, "--per", "word", "--by", "file", "--by_position"]) == 0
     told = capsys.readouterr().out
     assert "ppl_elbo per word" in told
     assert "control" in told
     assert "By file, per word" in told
-    assert main(["evaluate", run, "--by", "file", "--json"]) == 0
+    assert "by position" in told
+    assert main(["evaluate", run, "--by", "file", "--by_position", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    positions = found["by_position"]
+    assert [row["position"] for row in positions] == [0, 1, 2, 4, 8]
+    total = sum(row["nats_per_token"] * row["n_tokens"] for row in positions)
+    reconstruction = found["nats_per_sequence"]["nll_given_z"] * found["n_sequences"]
+    assert total == pytest.approx(reconstruction)
     units = found["per_unit"]
     for unit in ("token", "byte", "word"):
         row = units[unit]["scores"]["elbo"]

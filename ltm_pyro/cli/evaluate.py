@@ -34,6 +34,7 @@ ltm-pyro evaluate runs/demo --split test --draws 1000
 ltm-pyro evaluate runs/demo --mode prefix --prefix 32
 ltm-pyro evaluate runs/demo --per word
 ltm-pyro evaluate runs/demo --by file --sequences 1000
+ltm-pyro evaluate runs/demo --by_position
 ltm-pyro evaluate runs/demo --json > scores.json
 ltm-pyro evaluate runs/demo --as_published
 """
@@ -57,6 +58,9 @@ def run(arguments: list[str]) -> int:
         "--per", type=str, default="token", help="unit of the scores: token, byte or word"
     )
     parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
+    parser.add_argument(
+        "--by_position", action="store_true", help="also the loss by position in the sequence"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     whole_number("seed", options.seed, at_least=0)
@@ -66,10 +70,10 @@ def run(arguments: list[str]) -> int:
             "as_published scores what q saw: leave out --mode and --prefix, or --as_published"
         )
 
-    from ltm_pyro.cli.printing import format_published, format_scores, format_table
+    from ltm_pyro.cli import printing
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.diagnostics.units import refuse_unknown, score_table
+    from ltm_pyro.diagnostics.units import loss_by_position, refuse_unknown, score_table
     from ltm_pyro.run.scoring import json_value, published_table, score_run, summary
 
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
@@ -86,7 +90,7 @@ def run(arguments: list[str]) -> int:
             )
             if fitted.parallel.is_rank_0:
                 rows = {"as_published": table.to_dict("records")}
-                shown = json.dumps(rows) if options.json else format_published(table)
+                shown = json.dumps(rows) if options.json else printing.format_published(table)
                 print(shown)
             return 0
         corpus = fitted.corpus()
@@ -101,6 +105,7 @@ def run(arguments: list[str]) -> int:
             sequences=options.sequences,
             draws=options.draws,
             seed=options.seed,
+            per_token=options.by_position,
         )
     if not fitted.parallel.is_rank_0:
         return 0
@@ -109,13 +114,19 @@ def run(arguments: list[str]) -> int:
     if options.by is not None:
         groups = score_table(held_out.scores, options.per, by=options.by)
         scores["by"] = json_value(groups.reset_index().to_dict("records"))
+    positions = None
+    if options.by_position:
+        positions = loss_by_position(held_out.scores, doubling=True)
+        scores["by_position"] = json_value(positions.reset_index().to_dict("records"))
     if options.json:
         print(json.dumps(scores, allow_nan=False))
         return 0
     panel = held_out.panel(fitted.config.model.n_layers)
-    print(format_scores(scores, options.per))
+    print(printing.format_scores(scores, options.per))
     if groups is not None:
-        print(f"\n{format_table(groups)}")
+        print(f"\n{printing.format_table(groups)}")
+    if positions is not None:
+        print(f"\n{printing.format_positions(positions)}")
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     return 0

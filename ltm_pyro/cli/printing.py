@@ -133,6 +133,19 @@ def format_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def format_positions(table: pd.DataFrame) -> str:
+    """The losses of `loss_by_position`."""
+    lines = ["Nats per token by position; given z (no bound), and importance-weighted:"]
+    for start, row in zip(table.index, table.to_dict("records"), strict=True):
+        where = f"{start}" if start == row["until"] else f"{start} to {row['until']}"
+        losses = "  ".join(
+            f"{_number(row[n])} +- {_number(row[f'{n}_sampling_se'])}"
+            for n in ("nats_per_token", "nats_per_token_iw")
+        )
+        lines.append(f"  {where:<14} {losses}  ({row['n_tokens']} tokens)")
+    return "\n".join(lines)
+
+
 def _unit_of(table: pd.DataFrame) -> str:
     return next(str(name).removeprefix("ppl_per_") for name in table if "ppl_per_" in str(name))
 

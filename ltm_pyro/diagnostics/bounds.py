@@ -40,6 +40,7 @@ from ltm_pyro.diagnostics.terms import (
     score_terms,
     standard_error,
 )
+from ltm_pyro.diagnostics.token_scores import token_scores
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -53,7 +54,7 @@ MODES = {
     "prefix": "q saw the first part of the sequence, and its prediction of the rest is scored",
     "prior": "no posterior: thoughts are drawn from the prior",
 }
-_UNITS = {"khat": "1", "n_tokens": "tokens", "n_bytes": "bytes", "n_words": "words"}
+_UNITS = {"khat": "1", "mask": "1", "n_tokens": "tokens", "n_bytes": "bytes", "n_words": "words"}
 SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
 
@@ -68,6 +69,7 @@ def evaluate(
     mode: Mode = "oracle",
     controls: bool = True,
     seed: int = 0,
+    per_token: bool = False,
     parallel: Parallel | None = None,
 ) -> xr.Dataset:
     """Scores a batch on fresh draws.
@@ -82,6 +84,7 @@ def evaluate(
         mode: `oracle`, `prefix` or `prior`; see `MODES`.
         controls: Also score z = 0 and another sequence's z.
         seed: Of the draws.
+        per_token: Also score each token, which takes the decoder's work once more.
         parallel: Processes that share the decoder's work; each then returns all scores.
 
     Returns:
@@ -96,6 +99,13 @@ def evaluate(
         from a distribution that did not see what is scored. In mode `prefix` there are
         `log_predictive` and its `_se` in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's
         prediction of the rest is no bound on log p(rest | first part), and can exceed it.
+
+        With `per_token` also over `token`, the position in the sequence, in nats, `nan` where
+        nothing is scored: `log_score`, E_q log p(x_t | x_<t, z), whose sum over tokens is
+        -`nll_given_z`; `log_score_iw`, the importance-weighted prediction of x_t from x_<t, whose
+        sum is `iw_bound` (mode `prefix`: `log_predictive`; `diagnostics.token_scores`); the scored
+        positions, `mask`; and `price` (sequence), log mean p(z)/q(z), which the first scored
+        token's `log_score_iw` includes (0 in the other modes). `loss_by_position` sums up.
 
         Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
         scores, `objective` that q was fitted by and `objective_kl`, how it got its KL;
@@ -132,11 +142,16 @@ def evaluate(
         if controls:
             z = next(fresh_draws(q, batch.ids, min(draws, DRAWS_AT_ONCE), seed))
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
+        if per_token:
+            charged = prior if post is not None and mode == "oracle" else None
+            columns |= token_scores(likelihoods, q, charged, draws, seed, ids=batch.ids, rows=rows)
+            columns["mask"] = scored.mask
     columns["n_tokens"] = scored.n_tokens
     if (sizes := scored.text_sizes) is not None:
         columns["n_bytes"], columns["n_words"] = sizes
+    dims = ("sequence", "token")
     data = xr.Dataset(
-        {name: ("sequence", value.cpu().numpy()) for name, value in columns.items()},
+        {name: (dims[: value.dim()], value.cpu().numpy()) for name, value in columns.items()},
         coords=sequence_coords(scored),
     )
     for name in data.data_vars:

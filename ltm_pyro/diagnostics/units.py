@@ -7,6 +7,7 @@ scores. Every number is a ratio of totals, with the two errors of docs/errors.md
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,49 @@ def score_table(
             {by: name, **row} for row in _rows(scores[{"sequence": here}], clusters[here], per)
         ]
     return _frame(rows, [str(by), "score"])
+
+
+@door
+def loss_by_position(scores: xr.Dataset, *, doubling: bool = False) -> pd.DataFrame:
+    """The loss of each token by its position in the sequence.
+
+    Args:
+        scores: Of `evaluate(..., per_token=True)`.
+        doubling: Positions taken together: 0, 1, 2 and 3, 4 to 7, ..., which evens out the noise.
+
+    Returns:
+        A row for each `position`, counted from 0 (the first of those taken together): `until`, the
+        last; `nats_per_token`, minus the mean `log_score` (given z: no bound), and
+        `nats_per_token_iw`, minus the mean `log_score_iw`; each with `_sampling_se`, of having
+        sampled these documents, of which two on either side hold 95 %; `n_tokens` and
+        `n_documents`. Mean losses weighted by `n_tokens` add up to the loss of the whole.
+
+    Raises:
+        InputError: if tokens were not scored.
+    """
+    if "log_score" not in scores:
+        raise InputError("scores are of whole sequences: make them by evaluate(per_token=True)")
+    length = scores.sizes["token"]
+    starts = [0, *(2**i for i in range(length.bit_length()) if 2**i < length)]
+    edges = [*starts, length] if doubling else list(range(length + 1))
+    known = scores["document"].values if "document" in scores.coords else scores["sequence"].values
+    rows = []
+    for start, end in pairwise(edges):
+        part = scores[{"token": slice(start, end)}]
+        sizes = part["mask"].values.sum(1)
+        there = sizes > 0
+        if not there.any():
+            continue
+        row = {"position": start, "until": end - 1}
+        for name, column in (
+            ("nats_per_token", "log_score"),
+            ("nats_per_token_iw", "log_score_iw"),
+        ):
+            loss = -np.nansum(part[column].values, axis=1)[there]
+            rate = clustered_ratio(loss, sizes[there], known[there])
+            row |= {name: rate.value, f"{name}_sampling_se": rate.error}
+        rows.append({**row, "n_tokens": int(sizes.sum()), "n_documents": rate.documents})
+    return pd.DataFrame(rows).set_index("position")
 
 
 def coordinate(scores: xr.Dataset, name: str) -> NDArray[Any]:

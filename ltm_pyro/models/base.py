@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import Independent
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
@@ -141,6 +142,22 @@ class LatentModel(Program, ABC):
     def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
         """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
         return self.likelihood(z, batch).log_prob(batch.observed)
+
+    def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log p(x_t | x_<t, z) in nats, z (..., B, K, D) to (..., B, T), 0 where masked.
+
+        By default that of a likelihood whose elements are independent given z.
+
+        Raises:
+            InputError: if the likelihood is another, and this is not overridden.
+        """
+        likelihood = self.likelihood(z, batch)
+        if not isinstance(likelihood, Independent) or batch.mask.dim() != 2:
+            raise InputError(
+                f"{type(self).__name__} does not tell how its likelihood is shared by the elements "
+                "of x: define token_log_likelihood(z, batch), (..., B, T)"
+            )
+        return likelihood.base_dist.log_prob(batch.observed)
 
     def prepare(self, batch: Batch) -> Batch:
         """The same batch with whatever does not depend on z computed once."""

@@ -145,8 +145,11 @@ class LatentThoughtModel(LatentModel):
         return self.scoring(batch.observed, batch.mask, z, known.get(HIDDEN), known.get(TRUNK))
 
     def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
-        """Log p of each token given those before it and z (B, K, D): (B, T), 0 at padding."""
-        scores = self.decoder.score_tokens(self.decoder.trunk(batch.observed), batch.observed, z)
+        """Log p(x_t | x_<t, z) in nats, z (..., B, K, D) to (..., B, T), 0 where masked."""
+        lead, x = z.shape[:-2], batch.observed
+        trunk = self.decoder.trunk(x, batch.covariates.get(HIDDEN))
+        trunk, x = (a.expand(*lead, *a.shape[1:]).flatten(0, len(lead) - 1) for a in (trunk, x))
+        scores = self.decoder.score_tokens(trunk, x, z.flatten(0, -3)).view(*lead, -1)
         return torch.where(batch.mask, scores, 0.0)
 
     def computing(

@@ -72,6 +72,7 @@ def score_run(
     sequences: int | None = None,
     draws: int | None = None,
     seed: int = 0,
+    per_token: bool = False,
 ) -> HeldOut:
     """Infers q for held-out sequences, in `eval_fast_steps` steps, and scores it on fresh draws.
 
@@ -86,6 +87,7 @@ def score_run(
             `eval_sequences`.
         draws: S; the run's `eval_draws` by default.
         seed: Of the draws.
+        per_token: As in `evaluate`.
 
     Raises:
         InputError: if an argument is out of range.
@@ -107,7 +109,16 @@ def score_run(
     elif mode == "oracle":
         post = run.svi.infer(batch, fast_steps)
         again = run.svi.infer(batch, fast_steps, seed=run.svi.seed + 1)
-    scores = evaluate(run.model, post, batch, draws, mode=mode, seed=seed, parallel=run.parallel)
+    scores = evaluate(
+        run.model,
+        post,
+        batch,
+        draws,
+        mode=mode,
+        seed=seed,
+        per_token=per_token,
+        parallel=run.parallel,
+    )
     scored = batch
     if mode == "prefix" and prefix is not None:
         scored = batch.suffix(prefix)
@@ -174,7 +185,11 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         What is not finite is `None`.
     """
     scores, control = held_out.scores, held_out.control
-    columns = [n for n in scores.data_vars if n != "khat" and not str(n).startswith("n_")]
+    columns = [
+        name
+        for name, values in scores.data_vars.items()
+        if name not in ("khat", "price") and not str(name).startswith("n_") and values.ndim == 1
+    ]
     panel = held_out.panel(run.config.model.n_layers)
     out = {
         "run": str(run.folder),
