@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-slow test-browser lint notebooks docs format clean
+.PHONY: help demo study test test-slow test-browser test-arviz1 lint notebooks docs format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## install, then fit the nano preset, score it and print some text (minutes)
 	$(BIN)/ltm-pyro fit --preset nano --out runs/demo --overwrite
@@ -28,6 +28,22 @@ test-browser: $(STAMP)  ## the report in a real browser; installs what it needs,
 	  $(BIN)/playwright install chromium || true
 	$(BIN)/python -m pytest tests/test_report_browser.py
 
+ARVIZ1 := .venv-arviz1/bin/python
+test-arviz1:  ## export, figures and notebook 04 on ArviZ 1.x, in a Python 3.12 of its own
+	@for python in "$(PYTHON312)" python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3.12; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break; \
+	  python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "skipped: ArviZ 1.x is tested on Python 3.12, which is not here (PYTHON312=/path/to/it)"; \
+	  exit 0; \
+	fi; \
+	set -e; \
+	$(ARVIZ1) -c 'import pip' 2>/dev/null || "$$python" -m venv --clear .venv-arviz1; \
+	$(ARVIZ1) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	$(ARVIZ1) -m pytest tests/test_export.py tests/test_plots.py; \
+	$(ARVIZ1) -m pytest --nbmake --nbmake-timeout=300 notebooks/04_which_posterior.ipynb
+
 lint: $(STAMP)  ## style, types and the floors
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,7 +63,7 @@ format: $(STAMP)  ## apply the style
 	$(BIN)/ruff format
 
 clean:  ## remove .venv, caches, build leftovers and the demo's run
-	rm -rf .venv build dist docs/_build docs/notebooks ltm_pyro.egg-info runs/demo
+	rm -rf .venv .venv-arviz1 build dist docs/_build docs/notebooks ltm_pyro.egg-info runs/demo
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage .coverage.*
 	find ltm_pyro tests notebooks benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
