@@ -34,7 +34,10 @@ def model() -> LatentThoughtModel:
         vocab_size=16, seq_len=T, n_layers=2, width=16, n_heads=2, mlp_hidden=32, window=4,
         thoughts_per_layer=2, thought_dim=D,
     )  # fmt: skip
-    return LatentThoughtModel(config)
+    model = LatentThoughtModel(config)
+    for layer in model.decoder.layers:  # fresh, no text depends on its thoughts
+        torch.nn.init.normal_(layer.cross_attention.out.weight, std=0.15)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +268,9 @@ def test_blocks_are_written_as_one_tree(
     assert set(loaded.children) == set(whole.children)
     drawn = {"posterior_predictive", "prior_predictive"}  # by each block's own noise
     for group in set(whole.children) - drawn:
-        xr.testing.assert_allclose(loaded[group].to_dataset(), whole[group].to_dataset())
+        # Sums over blocks of another size round otherwise, five Adam steps long.
+        one, other = loaded[group].to_dataset(), whole[group].to_dataset()
+        xr.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
     for group in drawn:
         assert loaded[group].sizes == whole[group].sizes
     xr.testing.assert_equal(load_datatree(save_datatree(whole, path)), whole)  # over the old one
@@ -357,8 +362,10 @@ def test_arviz_draws_the_tree_as_it_is(tree: xr.DataTree, old: str, new: str) ->
 @old_call
 def test_arviz_draws_the_predictive_check(tree: xr.DataTree) -> None:
     az = compat_arviz._import("arviz")
-    draw = az.plot_ppc_dist if compat_arviz.is_modern() else az.plot_ppc
-    assert draw(tree) is not None
+    if compat_arviz.is_modern():
+        assert az.plot_ppc_dist(tree, kind="ecdf") is not None  # it warns of others for tokens
+    else:
+        assert az.plot_ppc(tree) is not None
 
 
 def test_a_second_lesson_changes_nothing(tree: xr.DataTree) -> None:
