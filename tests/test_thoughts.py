@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,13 @@ def test_thoughts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         told = capsys.readouterr().err
         assert len(told.splitlines()) == 1
         assert "Error" not in told
+
+
+def test_the_page_on_thoughts_runs_as_printed() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "thoughts.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    corpus = ltm.load_corpus([{"text": f"text {i}", "n": i} for i in range(20)], seq_len=24)
+    names: dict[str, Any] = {"ltm": ltm, "svi": text_fit(), "corpus": corpus, "batch_ids": [1]}
+    exec(compile(block, "thoughts.md", "exec"), names)
+    assert {"mean_0_0", "sd_0_0", "n", "file"} <= set(names["known"].columns)
+    assert len(names["classifier_inputs"]) == 2
