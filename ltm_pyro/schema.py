@@ -6,6 +6,7 @@ must be. Nothing is converted, but for a list that stands for a tuple, as JSON w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import typing
@@ -26,6 +27,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.html import show
 
 
 def _plain_number(value: object) -> object:
@@ -74,9 +76,29 @@ def settings(name: str) -> Callable[[C], C]:
                 raise _input_error(error, cls, name) from None
 
         made.__init__ = __init__  # type: ignore[method-assign]
+        made.__repr__ = _changed  # type: ignore[method-assign]
+        made._repr_html_ = _all  # type: ignore[attr-defined]
         return cast("C", made)
 
     return decorate
+
+
+def _changed(self: Any) -> str:
+    """The settings that differ from their defaults, as they are written in Python."""
+    told = []
+    for field in dataclasses.fields(self):
+        value = getattr(self, field.name)
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if value != default:
+            told.append(f"{field.name}={value!r}")
+    return f"{type(self).__name__}({', '.join(told)})"
+
+
+def _all(self: Any) -> str:
+    """Every setting, for a notebook."""
+    return show(type(self).__name__, {f.name: getattr(self, f.name) for f in
+                                      dataclasses.fields(self)})  # fmt: skip
 
 
 def validated(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:

@@ -37,6 +37,15 @@ def test_a_fit_and_what_it_gives_are_told_in_a_line() -> None:
     assert repr(Course()) == "Course(no slow step yet)"
 
 
+def test_settings_tell_what_is_not_their_default() -> None:
+    assert repr(ltm.Fast(steps=3)) == "Fast(steps=3)"
+    config = ltm.FitConfig(steps=2, fast=ltm.Fast(lr=0.5), guide_options={"rank": 1})
+    assert eval(repr(config), vars(ltm)) == config
+    assert len(repr(config)) < LONGEST
+    assert "warmup_cosine" in config.slow._repr_html_()  # type: ignore[attr-defined]
+    assert len(repr(ltm.Execution())) < LONGEST
+
+
 TRAP = "<script>alert(1)</script>"
 
 

@@ -98,6 +98,9 @@ class EarlyStopping(Callback):
     def __init__(self, patience: int = 5) -> None:
         self.patience = whole_number("patience", patience, 1, MOST)
 
+    def __repr__(self) -> str:
+        return f"EarlyStopping(patience={self.patience})"
+
     def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> bool:
         """Whether patience is at its end: a function of `svi.metrics`, so that nothing is kept."""
         del row

@@ -29,6 +29,7 @@ tags:
 _DEFINITIONS = {
     "ppl_elbo": "exp(-total ELBO / total {unit}s): an upper bound on the model's perplexity",
     "ppl_iw": "the same of the importance-weighted bound with S = {draws} draws: tighter",
+    "bits_per_byte_elbo": "total bits of the ELBO / total bytes of the raw text: of any tokenizer",
     "ppl_reconstruction": "at q's draws, the KL not charged: no bound, not comparable with others",
     "ppl_z0": "with all thoughts set to 0",
     "ppl_shuffled": "with the thoughts of another document",
@@ -149,7 +150,8 @@ def _scores(scores: Mapping[str, Any] | None, run: Run) -> str:
             mine = f"{_number(scores[name])} ± {_number(scores.get(f'{name}_sampling_se'))}"
             other = "-" if control is None or name not in BOUNDS else _number(control[name])
             told = what.format(unit=_plain(unit), draws=int(scores["draws"]))
-            rows.append((f"`{name}` per {_plain(unit)}", mine, other, told))
+            per = f" per {_plain(unit)}" if name.startswith("ppl") else ""
+            rows.append((f"`{name}`{per}", mine, other, told))
     head = ("score", "model", "control", "definition")
     lines = [
         f"{int(scores['n_sequences'])} {_plain(scores['split'])} sequences of "

@@ -65,8 +65,10 @@ def compare_runs(
             the baseline.
         corpus: Their corpus, where it cannot be loaded again since a program held it.
         split: `val`, `test` or `train`; by default the one that fits are scored on.
-        sequences: How many, drawn over the split's documents. This, `draws` and the steps of
-            inference are by default the most that any run's settings ask for, the same for all.
+        sequences: How many, drawn over the split's documents; where runs cut it into different
+            ones, so many of the run with the longest, and as much text of the others. This,
+            `draws` and the steps of inference are by default the most that any run's settings ask
+            for, the same for all.
         draws: S, fresh draws per sequence.
         per: `token`, `byte` or `word`; by default tokens where all runs have the same ones, else
             bytes.
@@ -99,6 +101,8 @@ def compare_runs(
         raise InputError("per is 'token', and tokens differ between these runs: choose per='byte'")
     per = per or ("token" if same else "byte")
     count = max(c.eval_sequences for c in configs) if sequences is None else sequences
+    # As much of the text from each: the one with the longest sequences gets as many as asked for.
+    share = max(count / max(len(part), 1) for part in parts)
     draws = max(c.eval_draws for c in configs) if draws is None else draws
     steps = max(c.eval_fast_steps for c in configs)
     labels = _labels(opened)
@@ -108,7 +112,8 @@ def compare_runs(
         delay=QUIET_SECONDS,
     ) as bar:  # fmt: skip
         for run, part in bar:
-            scored.append(_scores(run, spread(part, count), draws, steps, per, seed))
+            batch = spread(part, round(share * len(part)))
+            scored.append(_scores(run, batch, draws, steps, per, seed))
     groups, settings = _groups(opened, labels)
     data = xr.concat(scored, "run", join="outer", fill_value=0.0, coords="minimal")
     data = data.assign_coords(
@@ -210,15 +215,13 @@ def _scores(run: Run, batch: Batch, draws: int, steps: int, per: Per, seed: int)
         "kl": scores["kl"].values,
         "control": np.nan * size if control is None else -control["nll_z0"].values,
         "size": size,
-        "n_sequences": np.ones(len(batch)),
     }
     documents, place = np.unique(scores["document"].values, return_inverse=True)
-    totals = {
+    totals: dict[str, Any] = {
         name: ("document", np.bincount(place, weights=values, minlength=len(documents)))
         for name, values in columns.items()
     }
-    totals["n_sequences"] = ((), len(batch))  # type: ignore[assignment]
-    return xr.Dataset(totals, coords={"document": documents})
+    return xr.Dataset({**totals, "n_sequences": len(batch)}, coords={"document": documents})
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -69,6 +69,11 @@ class RunComparison:
         frame = pd.DataFrame.from_dict(rows, orient="index")
         return pd.concat([self.settings, frame.rename_axis("group")], axis=1)
 
+    def _count(self) -> str:
+        """How many sequences of each run were scored."""
+        few, most = (int(f(self.dataset["n_sequences"].values)) for f in (np.min, np.max))
+        return str(few) if few == most else f"{few} to {most}"
+
     def estimate(self, group: str, score: str = "elbo") -> Difference:
         """A group's mean over fits, nats per unit, with every error that it has.
 
@@ -139,7 +144,7 @@ class RunComparison:
         attrs, data = self.dataset.attrs, self.dataset
         base = shown(str(attrs["baseline"])).strip("'")
         notes = [
-            f"{attrs['n_sequences']} {attrs['split']} sequences of {attrs['n_documents']} "
+            f"{self._count()} {attrs['split']} sequences of {attrs['n_documents']} "
             f"documents, {attrs['draws']} fresh draws each; differences are to {base}, paired, and "
             "above 0 where a bound is higher.",
             "A higher bound is a shorter code of this text by model and posterior together; which "

@@ -60,6 +60,9 @@ class Parallel:
         if size > 1:
             self._whereabouts = self.gather((socket.gethostname(), os.getpid()))
 
+    def __repr__(self) -> str:
+        return f"Parallel(rank={self.rank}, size={self.size})"
+
     @property
     def is_rank_0(self) -> bool:
         """Whether this process is the one that writes and prints."""
