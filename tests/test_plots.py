@@ -12,17 +12,25 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ltm_pyro import plots
-from ltm_pyro.config import Fast
+from ltm_pyro.config import Fast, ModelConfig
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.diagnostics.bounds import evaluate, score_on_own_draws
+from ltm_pyro.diagnostics.collapse import collapse_panel
+from ltm_pyro.diagnostics.contraction import contraction
+from ltm_pyro.diagnostics.decomposition import reconstruction_by_block, token_surprise
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 
-UNITS = ("nats", "step", "rate", "weight", "sequence", "dimension", "s.d.", "score")
+UNITS = (
+    *("nats", "step", "rate", "weight", "sequence", "dimension", "s.d.", "score", "scales"),
+    *("document", "thought", "component", "token", "k-hat", "variance", "density", "share"),
+    *("error", "layer"),
+)
 
 
 def infer(n: int = 6, steps: int = 8, family: str = "mean_field") -> tuple[Posterior, Batch]:
@@ -54,6 +62,55 @@ def scores(post: Posterior, batch: Batch) -> xr.Dataset:
     return evaluate(model(), post, batch, draws=40)  # type: ignore[arg-type]
 
 
+def pictures() -> dict[str, Figure]:
+    """Figures of a language model too small to be any good, and of what is said about it."""
+    words, post, batch, table = language()
+    documents = [table, table.assign(elbo=table["elbo"] + 1.0, kl=table["kl"] * 2.0)]
+    judged = evaluate(words, post, batch, draws=1000)
+    by_layer = reconstruction_by_block(words, post, batch, draws=4)
+    oracle, rows = infer(24)
+    fixed = Fast(steps=8, lr=0.3, noise="fixed")
+    own = DualRateSVI(model(), build_guide("mean_field", model()), fast=fixed)  # type: ignore[arg-type]
+    return {
+        "collapse": plots.collapse_bars(collapse_panel(post, table, n_layers=2)),
+        "documents": plots.document_gains(table, table),
+        "k-hat": plots.khat_histogram(judged),
+        "map": plots.thought_map(post, ["<b>$a$", "b"] * 6, name="author"),
+        "map by a number": plots.thought_map(oracle, np.arange(24), name="position"),
+        "posterior and prior": plots.posterior_against_prior(oracle),
+        "split": plots.elbo_split(
+            by_layer, reconstruction_by_block(words, post, batch, by="thought", draws=4)
+        ),
+        "layers": plots.layer_reconstruction(by_layer),
+        "tokens": plots.token_surprise(token_surprise(words, post, batch, draws=2)),
+        "between": plots.interpolation_strip(["one $ text", "another", "a third\0"]),
+        "plane": plots.rate_distortion({0.5: documents[0], 1.0: documents[1]}, table),
+        "own draws": plots.own_against_fresh(score_on_own_draws(own, rows, draws=8)),
+        "fast steps": plots.score_against_steps({4: documents[0], 8: documents[1]}, table),
+        "contraction": plots.contraction_plot(
+            contraction(model(), own.infer, replications=20)
+        ),
+    }  # fmt: skip
+
+
+def language() -> tuple[LatentThoughtModel, Posterior, Batch, xr.Dataset]:
+    """A tiny language model, q of 12 sequences of 6 documents, and their scores."""
+    shape = ModelConfig(
+        vocab_size=7, seq_len=9, n_layers=2, width=8, n_heads=2, mlp_hidden=8,
+        thoughts_per_layer=2, thought_dim=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    words = LatentThoughtModel(shape)
+    for layer in words.decoder.layers:  # cross-attention starts at 0, where thoughts say nothing
+        torch.nn.init.normal_(layer.cross_attention.out.weight)  # type: ignore[union-attr]
+    mask = torch.ones(12, 9, dtype=torch.bool)
+    mask[3, 5:] = False
+    batch = Batch(torch.randint(7, (12, 9)), mask, documents=torch.arange(12) // 2)
+    svi = DualRateSVI(words, build_guide("mean_field", words), fast=Fast(steps=4, lr=0.3))
+    post = svi.infer(batch)
+    return words, post, batch, evaluate(words, post, batch, draws=8)
+
+
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, Figure]:
     """One of each, drawn without a trace."""
@@ -68,6 +125,7 @@ def drawn() -> dict[str, Figure]:
         "intervals of a tree": plots.thought_intervals(to_datatree(post, draws=50)),
         "scores": plots.score_panel(table),
         "scores with control": plots.score_panel(table, table),
+        **pictures(),
     }
     assert dict(mpl.rcParams) == style
     assert plt.get_fignums() == []
@@ -81,12 +139,14 @@ def caption(figure: Figure) -> str:
 
 def test_figures_say_what_they_show(drawn: dict[str, Figure]) -> None:
     for name, figure in drawn.items():
-        outer = [axes for axes in figure.axes if axes.get_subplotspec().is_first_col()]
-        lowest = [axes for axes in figure.axes if axes.get_subplotspec().is_last_row()]
+        panels = [axes for axes in figure.axes if axes.get_subplotspec()]  # no colour bars
+        outer = [axes for axes in panels if axes.get_subplotspec().is_first_col()]
+        lowest = [axes for axes in panels if axes.get_subplotspec().is_last_row()]
         for label in [*(a.get_ylabel() for a in outer), *(a.get_xlabel() for a in lowest)]:
             assert any(unit in label for unit in UNITS), f"{name}: {label!r} has no unit"
         legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
-        assert legends + figure.legends, f"{name} has no legend"
+        if name not in ("map by a number", "between"):  # a colour bar; texts
+            assert legends + figure.legends, f"{name} has no legend"
         assert len(caption(figure)) > 100, f"{name} has no caption"
         assert "ppl" not in caption(figure)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, INK, RED, Floats, house_figure
+from ltm_pyro.plots.style import BLUE, GREY, INK, RED, Floats, house_figure, title_and_legend
 
 _LEVEL = 0.99
 _MOST_PANELS = 12
@@ -142,3 +142,47 @@ def _caption(calibration: xr.Dataset, ecdf: bool) -> str:
         f"{calibration.sizes['quantity']} quantities together: p = {p:.2g} (the smallest of "
         f"as many chi-square tests), {verdict}."
     )
+
+
+def contraction_plot(contraction: xr.Dataset) -> Figure:
+    """How far q has left its prior, and whether the truth lies where q says (Betancourt 2020).
+
+    Args:
+        contraction: Of `ltm_pyro.diagnostics.contraction.contraction`.
+
+    Raises:
+        InputError: if it is another dataset.
+    """
+    if "z_score" not in contraction:
+        raise InputError("no z-scores to draw: give the Dataset of contraction")
+    shrunk, score = (contraction[name].values.ravel() for name in ("contraction", "z_score"))
+    spread = float(np.sqrt(np.mean(np.square(score))))
+    reading = (
+        "q is too narrow"
+        if spread > 1.2
+        else "q is too wide"
+        if spread < 0.8
+        else "as it should be"
+    )
+    caption = (
+        f"Each dot is a dimension of z of one of {contraction.attrs['replications']} sequences "
+        "from the model. Right: q is narrow beside its prior, so the data have told; at 0 they "
+        "told nothing. Up and down: where the truth lies, in q's scales. Their root mean square "
+        f"is {spread:.2f} where 1 is right: {reading}. Points to the right and far from 0 are "
+        "overconfident."
+    )
+    with house_figure((6.4, 3.8), caption) as figure:
+        axes = figure.subplots()
+        axes.axhspan(-2, 2, color=GREY, alpha=0.22, lw=0, label="95 % if q is right")
+        axes.axhline(0, color=INK, lw=1.0, ls="--")
+        alpha = float(np.clip(400 / len(score), 0.08, 0.7))
+        axes.scatter(shrunk, np.clip(score, -6, 6), s=9, color=BLUE, alpha=alpha, lw=0)
+        axes.scatter([], [], s=16, color=[BLUE], label="dimension of z")
+        axes.set(
+            xlabel="contraction: 1 - variance of q / variance of the prior",
+            ylabel="z-score of the truth\n(scales of q; 6 at most)",
+            xlim=(min(-0.05, float(shrunk.min())), 1.02),
+            ylim=(-6.3, 6.3),
+        )
+        title_and_legend(axes, "")
+    return figure

@@ -56,7 +56,7 @@ def png_bytes(figure: Figure, dpi: int) -> bytes:
 def house_figure(size: tuple[float, float], caption: str) -> Iterator[Figure]:
     """A figure in the house style, with room for the caption below."""
     width, height = size
-    lines = textwrap.wrap(caption, width=int(width * 14.8))
+    lines = textwrap.wrap(caption, width=int(width * 14.3))
     room = (len(lines) * 1.35 * _CAPTION_SIZE + 8) / 72
     # Constrained layout leaves the caption's share of the height alone.
     share = room / (height + room)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import seaborn as sns
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
@@ -15,9 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.plots.style import BLUE, GREY, INK, Floats, house_figure
+from ltm_pyro.plots.style import BLUE, GREY, INK, Floats, house_figure, title_and_legend
 from ltm_pyro.random import seeded
 
+_MOVED = 0.25  # scales of the prior
 _DRAWS = 1_000  # at least, per sequence
 _FLOATS_AT_ONCE = 10**7
 _WIDE, _NARROW = (0.05, 0.95), (0.25, 0.75)  # the intervals drawn: 90 % and 50 %
@@ -40,10 +42,7 @@ def thought_intervals(
     if min(sequences, thoughts, dims) < 1:
         raise InputError("sequences, thoughts and dims must be 1 or more")
     limits = {"sequence": sequences, "thought": thoughts, "dim": dims}
-    if isinstance(source, Posterior):
-        z, prior, sizes = _from_posterior(source, limits)
-    else:
-        z, prior, sizes = _from_tree(source, limits)
+    z, prior, sizes = _shown(source, limits)
     rows, columns = z.sizes["sequence"], z.sizes["thought"]
     caption = (
         "Thin: 90 % intervals of q(z); thick: 50 %; dot: median; grey: the prior's 90 % band. An "
@@ -74,6 +73,55 @@ def thought_intervals(
     return figure
 
 
+def posterior_against_prior(source: xr.DataTree | Posterior) -> Figure:
+    """Which dimensions of z the data move and narrow: each a dot, over all sequences.
+
+    Args:
+        source: A posterior, or a tree of `to_datatree`.
+
+    Raises:
+        InputError: if there is nothing to draw.
+    """
+    everything = {"sequence": 512, "thought": 64, "dim": 64}
+    z, prior, sizes = _shown(source, everything)
+    mean, sd = z.mean("sample"), z.std("sample")
+    centre, scale = prior.mean("sample"), prior.std("sample")
+    moved = (((mean - centre) / scale) ** 2).mean("sequence") ** 0.5
+    narrowed = (sd / scale).mean("sequence")
+    thoughts = z.sizes["thought"]
+    active = int((moved > _MOVED).sum())
+    caption = (
+        "Each dot is a dimension of z: how far q's mean lies from the prior's (root mean square "
+        "over sequences, in scales of the prior), and how wide q is. A collapsed dimension sits at "
+        f"the cross, (0, 1); {active} of {moved.size} are moved by more than {_MOVED:g}. Right: "
+        "draws of all posteriors together; they should fill the prior, or it has holes that no "
+        f"text lives in.{_left_out(z, sizes)}"
+    )
+    with house_figure((8.6, 3.6), caption) as figure:
+        axes, side = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        colors = sns.color_palette("viridis", thoughts)
+        for k in range(thoughts):
+            label = f"thought {k}" if k in (0, thoughts - 1) else None
+            axes.scatter(
+                moved[k], narrowed[k], s=22, color=[colors[k]], alpha=0.85, lw=0, label=label
+            )
+        axes.plot(0, 1, "+", ms=12, mew=1.6, color=INK, label="collapsed")
+        axes.set(
+            xlabel="distance of q's mean\n(scales of the prior)",
+            ylabel="width of q\n(scales of the prior)",
+        )
+        axes.set_ylim(0.0, max(1.08, 1.08 * float(narrowed.max())))
+        title_and_legend(axes, "")
+        all_q = ((z - centre) / scale).values.ravel()
+        all_p = ((prior - centre) / scale).values.ravel()
+        edges = np.linspace(-4, 4, 49).tolist()
+        side.hist(all_p, edges, density=True, color=GREY, alpha=0.4, label="prior")
+        side.hist(all_q, edges, density=True, histtype="step", color=BLUE, lw=1.6, label="all q")
+        side.set(xlabel="z (scales of the prior)", ylabel="density")
+        title_and_legend(side, "Together")
+    return figure
+
+
 def _intervals(axes: Axes, z: Floats, prior: Floats) -> None:
     """One panel: z (S, D) and draws of the prior."""
     dims = np.arange(z.shape[1])
@@ -85,6 +133,12 @@ def _intervals(axes: Axes, z: Floats, prior: Floats) -> None:
 
 Shown = tuple[xr.DataArray, xr.DataArray, Mapping[Any, int]]
 """Draws of z (sample, sequence, thought, dim), of the prior (sample, thought, dim); all sizes."""
+
+
+def _shown(source: xr.DataTree | Posterior, limits: dict[str, int]) -> Shown:
+    if isinstance(source, Posterior):
+        return _from_posterior(source, limits)
+    return _from_tree(source, limits)
 
 
 def _from_tree(tree: xr.DataTree, limits: dict[str, int]) -> Shown:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import xarray as xr
 
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.engine.kernels.cross_entropy import token_log_prob
+from ltm_pyro.diagnostics.decomposition import token_surprise
 from ltm_pyro.inference.generation import generate
-from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed
 from ltm_pyro.run.folder import Run
 from ltm_pyro.run.scoring import HeldOut
@@ -59,33 +58,26 @@ def surprise(held_out: HeldOut, run: Run, seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(derive_seed(seed, Stream.SAMPLE))
     rows = np.sort(rng.permutation(len(batch))[:_SEQUENCES])
     some = batch.select(rows.tolist())
-    tokens, mask = some.observed[:, :_TOKENS], some.mask[:, :_TOKENS]
-    z = held_out.post.sample(_DRAWS, derive_seed(seed, Stream.SCORE))[:, rows]
-    nats = torch.stack([_token_nats(run.model, tokens, each) for each in z]).mean(0)
-    zero = torch.zeros_like(z[0])
-    control = None if held_out.control is None else cast("LatentThoughtModel", run.control().model)
-    without = _token_nats(run.model if control is None else control, tokens, zero)
-    return [
-        {
-            "sequence": int(some.ids[i]),
-            "without": "z = 0" if control is None else "the control",
-            "nats": float(nats[i][mask[i]].sum()),
-            "nats_without": float(without[i][mask[i]].sum()),
-            "pieces": _pieces(
-                run.tokenizer, *(t[i][mask[i]].cpu().numpy() for t in (tokens, nats, without))
-            ),
-        }
-        for i in range(len(rows))
-    ]
+    control = None if held_out.control is None else run.control().model
+    found = token_surprise(
+        run.model, held_out.post[some.ids.tolist()], some, control=control, draws=_DRAWS, seed=seed
+    )
+    return [_one(run.tokenizer, some, found, row) for row in range(len(rows))]
 
 
-@torch.no_grad()
-def _token_nats(model: LatentThoughtModel, tokens: Tensor, z: Tensor) -> Tensor:
-    """-log p of each token (B, T) given those before it and z (B, K, D), float64."""
-    decoder = model.decoder
-    h = decoder.above(decoder.trunk(tokens), z)
-    found = token_log_prob(h.flatten(0, 1), decoder.embedding.weight, tokens.flatten())
-    return -found.view(tokens.shape).double()
+def _one(tokenizer: Tokenizer, batch: Batch, found: xr.Dataset, row: int) -> dict[str, Any]:
+    """The first tokens of one sequence."""
+    ids = batch.observed[row][batch.mask[row]][:_TOKENS].cpu().numpy()
+    nats, without = (
+        found[name].values[row][batch.mask[row].cpu()][:_TOKENS] for name in ("nll", "nll_without")
+    )
+    return {
+        "sequence": int(batch.ids[row]),
+        "without": found.attrs["without"],
+        "nats": float(nats.sum()),
+        "nats_without": float(without.sum()),
+        "pieces": _pieces(tokenizer, ids, nats, without),
+    }
 
 
 def _pieces(tokenizer: Tokenizer, ids: Any, nats: Any, without: Any) -> list[dict[str, Any]]:
