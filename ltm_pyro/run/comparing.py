@@ -174,7 +174,7 @@ def _corpora(runs: Sequence[Run], corpus: Corpus | None) -> list[Corpus]:
     """The corpus of each run, loaded once for all that share it."""
     if corpus is not None:
         for run in runs:
-            if corpus.fingerprint != run.facts["corpus"]["fingerprint"]:
+            if corpus.fingerprint != run.facts["corpus"].get("fingerprint"):
                 raise InputError(
                     f"the corpus given has other text, tokens or sequence length than {run.label}: "
                     "load it with tokenizer=run.tokenizer and the run's seq_len"

@@ -13,7 +13,7 @@ from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
 from ltm_pyro.reading import as_path
-from ltm_pyro.run.building import absolute_paths
+from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.changes import SCORING, refuse_changes
 from ltm_pyro.run.files import sha256
 from ltm_pyro.run.folder import CONFIG
@@ -103,12 +103,16 @@ def prepare(fits: Mapping[Path, FitConfig], corpus: Corpus | None = None) -> Non
         InputError: if a fit cannot be made, or a folder holds a run of other settings.
     """
     made: list[Path] = []
+    corpora: dict[str, Corpus] = {}
     try:
         for place, config in fits.items():
             if (place / CONFIG).exists():
                 _refuse_other(place, config, corpus)
             else:
-                create_run(place, config, corpus=corpus)
+                key = repr((config.corpus, config.model.seq_len))
+                if corpus is None and key not in corpora:
+                    corpora[key] = open_corpus(config)
+                create_run(place, config, corpus=corpora.get(key, corpus))
                 made.append(place)
     except BaseException:
         for place in made:
@@ -122,7 +126,7 @@ def _refuse_other(place: Path, config: FitConfig, corpus: Corpus | None) -> None
     del asked["model"]["vocab_size"]  # the corpus decides
     if corpus is not None:
         del asked["corpus"]  # what describes one at hand is the run's own business
-        if load_run(place).facts["corpus"]["fingerprint"] != corpus.fingerprint:
+        if load_run(place).facts["corpus"].get("fingerprint") != corpus.fingerprint:
             raise InputError(
                 f"run folder {str(place)!r} was fitted to another corpus: sweep into another folder"
             )
