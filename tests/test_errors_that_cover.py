@@ -77,9 +77,11 @@ def test_one_question_has_one_answer() -> None:
         post = ltm.DualRateSVI(oracle, guide, fast, seed=5).infer(batch)
         scores = ltm.evaluate(oracle, post, batch, draws=1000, seed=5)
         bound = ltm.importance_bound(oracle, post, batch, draws=1000, seed=5)
+        told = ltm.diagnose(oracle, post, batch, draws=1000, steps=0, chains=0, seed=5).data
         row = table.sel(guide=label)
         for name in ("elbo", "iw_bound", "khat"):
             np.testing.assert_allclose(row[name], scores[name], rtol=1e-12)
+            np.testing.assert_allclose(told[name], scores[name], rtol=1e-9)
         for name in ("iw_bound", "khat"):
             np.testing.assert_allclose(bound[name], scores[name], rtol=1e-12)
         assert bound.attrs["khat_limit"] == scores.attrs["khat_limit"] == khat_threshold(1000)

@@ -171,3 +171,31 @@ def test_an_editable_install_exposes_only_the_package(wheels: dict[str, Path]) -
     assert set(ast.literal_eval(mapping)) == {"ltm_pyro"}
     # A .pth line that is not an import would put a folder on the path, with all that lies in it.
     assert all(line.startswith("import ") for text in paths for line in text.splitlines())
+
+
+LEFT_ALONE = """
+import os, random
+import numpy as np
+import torch
+
+def state():
+    # torch sets its own.
+    named = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
+    modes = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return named, modes, numbers
+
+before = state()
+import ltm_pyro as ltm
+assert [getattr(ltm, name) for name in ltm.__all__]
+assert state() == before, "importing"
+model = ltm.LatentThoughtModel.from_preset("nano", vocab_size=16)
+guide = ltm.build_guide("mean_field", model)
+before = state()
+ltm.DualRateSVI(model, guide, fast=ltm.Fast(steps=2), persistent=True)
+assert state() == before, "constructing"
+"""
+
+
+def test_importing_and_constructing_leave_the_process_as_it_was() -> None:
+    subprocess.run([sys.executable, "-c", LEFT_ALONE], check=True, cwd=ROOT)

@@ -19,7 +19,6 @@ from ltm_pyro.run.files import PARTIAL
 from ltm_pyro.run.folder import Run
 
 _OPEN = ("options", "guide_options", "objective_options", "prior_options")
-_CHUNK = 2**20  # bytes
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -100,8 +99,5 @@ def files(folder: Path, leave_out: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
