@@ -12,8 +12,11 @@ import xarray as xr
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import save_datatree, to_datatree, write_datatree
+from ltm_pyro.inference.posterior import Posterior
+from ltm_pyro.models.base import LatentModel
 from ltm_pyro.run import Run
 from ltm_pyro.run.files import json_bytes, write_atomic
+from ltm_pyro.run.restarts import finished_restarts
 from ltm_pyro.run.scoring import HeldOut, per_sequence_csv
 
 POSTERIOR, EMBEDDING = "posterior.nc", "embedding.csv"
@@ -23,6 +26,8 @@ FILES = {
     "tokenizer.json": "the tokenizer",
     "checkpoint": "weights and optimiser (safetensors), and how far the fit is (JSON)",
     "metrics.csv": "one row per slow step: elbo or log_joint, nll, kl, rates, gradient norms",
+    "best": "the checkpoint where the held-out bound was highest",
+    "restarts": "the same fit from other seeds, a run each",
     "control": "checkpoint and metrics of the same decoder without thoughts",
     "scores.json": "held-out scores with errors, the control's, and the collapse panel",
     "scores.csv": "held-out scores per sequence, in nats",
@@ -52,29 +57,39 @@ def write_artefacts(run: Run, held_out: HeldOut, scores: Mapping[str, Any]) -> N
 def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:
     """Writes the posteriors with scores and the fit's course as NetCDF.
 
-    As many draws are kept as were scored: each costs a pass through the decoder per sequence.
+    Restarts of the fit are the chains, each with its own decoder; scores are the first one's. As
+    many draws are kept as were scored: each costs a pass through the decoder per sequence.
 
     Raises:
         InputError: if it cannot be written.
     """
     if held_out.post is None:
         raise InputError("there is no posterior to write in mode 'prior'")
+    others = finished_restarts(run)
+    steps = run.config.eval_fast_steps
+    chains = [held_out.post, *(again.svi.infer(held_out.batch, steps) for again in others)]
+    models = [run.model, *(again.model for again in others)]
     rows = range(0, len(held_out.post), _BLOCK)
-    trees = (_tree(run, held_out, slice(row, row + _BLOCK)) for row in rows)
+    trees = (_tree(run, held_out, chains, models, slice(row, row + _BLOCK)) for row in rows)
     if len(rows) == 1:
         save_datatree(next(trees), target)
     else:
         write_datatree(trees, target)
 
 
-def _tree(run: Run, held_out: HeldOut, rows: slice) -> xr.DataTree:
-    assert held_out.post is not None
+def _tree(
+    run: Run,
+    held_out: HeldOut,
+    chains: Sequence[Posterior],
+    models: Sequence[LatentModel],
+    rows: slice,
+) -> xr.DataTree:
     return to_datatree(
-        held_out.post[rows],
+        [chain[rows] for chain in chains],
         held_out.batch.select(rows),
         held_out.scores.isel(sequence=rows),
         int(held_out.scores.attrs["draws"]),
-        model=run.model,
+        model=models,
         fit_trace=run.metrics,
         seed=run.config.seed,
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_run, add_scoring, open_run
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
+from ltm_pyro.cli.settings import add_group, expand_shortcuts
 from ltm_pyro.cli.stopping import StopSignals
+from ltm_pyro.config import CorpusConfig, FitConfig
 from ltm_pyro.errors import InputError
 
 _DESCRIPTION = """\
@@ -25,6 +28,9 @@ Scores are per token of the run's tokenizer; two tokenizers are compared by --pe
 or --per word (of the raw text). With --by, a table for each document, file, group or
 field of the records.
 
+With --corpus a text that the run was not fitted to is scored (zero-shot), all of it,
+in the tokens of the run and per byte, beside the same control.
+
 Errors are clustered by document: two on either side hold 95 %. A k-hat takes 1,000
 draws; with fewer it is not judged.
 """
@@ -35,46 +41,69 @@ ltm-pyro evaluate runs/demo --mode prefix --prefix 32
 ltm-pyro evaluate runs/demo --per word
 ltm-pyro evaluate runs/demo --by file --sequences 1000
 ltm-pyro evaluate runs/demo --by_position
+ltm-pyro evaluate runs/demo --corpus other.txt     zero-shot, in the run's tokens
+ltm-pyro evaluate runs/demo --checkpoint best --split test
 ltm-pyro evaluate runs/demo --json > scores.json
 ltm-pyro evaluate runs/demo --as_published
 """
 
 
+if TYPE_CHECKING:
+    from ltm_pyro.data.base import Corpus
+    from ltm_pyro.run import Run
+
+
 def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro evaluate`; returns the exit status."""
+    arguments = expand_shortcuts(arguments)
     parser = Parser("evaluate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
     parser.add_argument("--mode", type=str, default="oracle", help="oracle, prefix or prior")
     parser.add_argument(
         "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
     )
-    add_scoring(parser)
+    add_scoring(parser, split=None)
     parser.add_argument(
         "--as_published",
         action="store_true",
         help="what the released procedure would print of this model, corrected step by step",
     )
     parser.add_argument(
-        "--per", type=str, default="token", help="unit of the scores: token, byte or word"
+        "--per",
+        type=str,
+        help="unit of the scores: token, byte or word (default: token, of --corpus byte)",
     )
     parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
     parser.add_argument(
         "--by_position", action="store_true", help="also the loss by position in the sequence"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_group(parser, "corpus", FitConfig(corpus=CorpusConfig(name="")), ["corpus.tokenizer"])
     options = parser.parse_args(arguments)
     whole_number("seed", options.seed, at_least=0)
+    asked = parser.parse_args(arguments, defaults=False).as_dict().get("corpus", {})
+    if asked and not asked.get("name"):
+        raise InputError("corpus has settings and no name: say which one, as --corpus book.txt")
 
-    if options.as_published and (options.mode != "oracle" or options.prefix is not None):
+    if options.as_published and (options.mode != "oracle" or options.prefix is not None or asked):
         raise InputError(
-            "as_published scores what q saw: leave out --mode and --prefix, or --as_published"
+            "as_published scores the run's own text, which q saw: leave out --mode, --prefix and "
+            "--corpus, or --as_published"
         )
 
     from ltm_pyro.cli import printing
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.diagnostics.units import loss_by_position, refuse_unknown, score_table
-    from ltm_pyro.run.scoring import json_value, published_table, score_run, summary
+    from ltm_pyro.run.scoring import (
+        json_value,
+        published_table,
+        score_run,
+        sequences_of,
+        summary,
+    )
+
+    per = options.per or ("byte" if asked else "token")
 
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
     with StopSignals() if many() else contextlib.nullcontext():
@@ -83,7 +112,7 @@ def run(arguments: list[str]) -> int:
             table = published_table(
                 fitted,
                 fitted.corpus(),
-                split=options.split,
+                split=options.split or "val",
                 sequences=options.sequences,
                 draws=options.draws,
                 seed=options.seed,
@@ -93,13 +122,15 @@ def run(arguments: list[str]) -> int:
                 shown = json.dumps(rows) if options.json else printing.format_published(table)
                 print(shown)
             return 0
-        corpus = fitted.corpus()
-        if options.split in SPLITS and len(getattr(corpus, options.split)):
-            refuse_unknown(getattr(corpus, options.split), options.per, options.by)
+        corpus = _other(fitted, asked) if asked else fitted.corpus()
+        own = corpus.sha256 == fitted.facts["corpus"]["sha256"]
+        split = options.split or ("val" if own else "all")
+        if split in (*SPLITS, "all") and len(sequences_of(corpus, split)):
+            refuse_unknown(sequences_of(corpus, split), per, options.by)
         held_out = score_run(
             fitted,
             corpus,
-            split=options.split,
+            split=split,
             mode=options.mode,
             prefix=options.prefix,
             sequences=options.sequences,
@@ -112,7 +143,7 @@ def run(arguments: list[str]) -> int:
     scores = summary(fitted, held_out)
     groups = None
     if options.by is not None:
-        groups = score_table(held_out.scores, options.per, by=options.by)
+        groups = score_table(held_out.scores, per, by=options.by)
         scores["by"] = json_value(groups.reset_index().to_dict("records"))
     positions = None
     if options.by_position:
@@ -122,7 +153,7 @@ def run(arguments: list[str]) -> int:
         print(json.dumps(scores, allow_nan=False))
         return 0
     panel = held_out.panel(fitted.config.model.n_layers)
-    print(printing.format_scores(scores, options.per))
+    print(printing.format_scores(scores, per))
     if groups is not None:
         print(f"\n{printing.format_table(groups)}")
     if positions is not None:
@@ -130,3 +161,11 @@ def run(arguments: list[str]) -> int:
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     return 0
+
+
+def _other(fitted: Run, asked: dict[str, Any]) -> Corpus:
+    """The corpus that was asked for, in the run's tokens."""
+    from ltm_pyro.run.scoring import other_corpus
+
+    name, options = asked.pop("name"), asked.pop("options", {})
+    return other_corpus(fitted, name, **asked, **options)

@@ -44,6 +44,7 @@ ltm-pyro fit --corpus book.txt --out runs/book     your own text, folder or .jso
 ltm-pyro fit --resume --out runs/book              go on after an interruption
 ltm-pyro fit --resume --steps 900 --out runs/book  extend a fit, its schedules restated
 ltm-pyro fit --init_from runs/book --corpus other.txt --out runs/other
+ltm-pyro fit --restarts 4 --out runs/four          four fits: the chains of an export
 ltm-pyro fit --held_out.every 50 --held_out.patience 5
 ltm-pyro fit --steps 1000 --fast.steps 8 --slow.lr 1e-3
 ltm-pyro fit --corpus mixture --corpus.options.classes 4
@@ -92,6 +93,11 @@ def _share(
     folder = as_path("out", default_folder(config) if out is None else out)
     if resume and folder.exists():
         config = recorded_config(folder)
+    if config.restarts > 1:
+        raise InputError(
+            f"restarts is {config.restarts} and processes share the fit: give each restart a fit "
+            "of its own, with another --seed and --out"
+        )
     refuse_unequal(config.batch_size, started()[1])
     parallel = join(config.device)
     opened = parallel.on_rank_0(
@@ -193,6 +199,7 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
             if fitted.config.control:
                 watch.begin("control")
                 train_control(fitted, corpus, progress=watch.bars, after_step=watch)
+            _train_restarts(fitted, corpus, watch)
             # When one of many is gone `torchrun` sends SIGTERM to those that can tell of it.
             if many():
                 _report(fitted, corpus)
@@ -213,6 +220,20 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
                 error.add_note(note)
         raise
     return 0
+
+
+def _train_restarts(fitted: Run, corpus: Corpus, watch: _Watch) -> None:
+    """The same fit from other seeds, where it was asked for."""
+    from ltm_pyro.run import train, train_control
+    from ltm_pyro.run.restarts import restart_of
+
+    for number in range(1, fitted.config.restarts):
+        again = restart_of(fitted, number, corpus)
+        watch.begin("fit", f"restart {number} of {fitted.config.restarts - 1}: ")
+        train(again, corpus, progress=watch.bars, after_step=watch)
+        if again.config.control:
+            watch.begin("control", watch.label)
+            train_control(again, corpus, progress=watch.bars, after_step=watch)
 
 
 def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[str]:
@@ -257,6 +278,7 @@ class _Watch:
         signals: Ctrl-C and SIGTERM.
         bars: Whether this process shows progress bars: stderr is a terminal, which can.
         stage: `fit` or `control`.
+        label: Which restart.
     """
 
     def __init__(self, fitted: Run) -> None:
@@ -267,14 +289,14 @@ class _Watch:
         self.parallel = fitted.parallel
         self.parallel.asks_to_stop = self._asked
         self.bars = sys.stderr.isatty() and self.parallel.is_rank_0
-        self.stage = "fit"
+        self.stage, self.label = "fit", ""
 
     def _asked(self) -> bool:
         return self.signals.received is not None
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, label: str = "") -> None:
         """Says which part comes next."""
-        self.stage = stage
+        self.stage, self.label = stage, label
 
     def __call__(self, row: dict[str, float]) -> bool:
         """Whether to stop after the step with these metrics."""
@@ -287,7 +309,8 @@ class _Watch:
         if not self.bars and (step % self.every == 0 or step == self.total):
             shown = f"{bound_name(row)}_per_token"
             print(
-                f"{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}", flush=True
+                f"{self.label}{self.stage}: step {step} of {self.total}, {shown} {row[shown]:.3f}",
+                flush=True,
             )
         # Several processes stop together: the slow step asks all of them.
         return self._asked() and self.parallel.size == 1

@@ -75,8 +75,11 @@ def format_scores(scores: Mapping[str, Any], per: str = "token") -> str:
     if found is None:
         raise InputError(f"this corpus is no text, so that it has no {per}s: leave --per out")
     unit = scores["unit"] if per == "token" else per
+    where = scores["split"]
+    if scores["zero_shot"] is not None:
+        where = f"zero-shot ({printable(scores['zero_shot'])}, {where})"
     lines = [
-        f"Scores of {scores['n_sequences']} {scores['split']} sequences {_documents(scores)}, "
+        f"Scores of {scores['n_sequences']} {where} sequences {_documents(scores)}, "
         f"{_sizes(scores)}, mode {scores['mode']}",
         f"  ({scores['mode_meaning']}; {scores['draws']} fresh draws per sequence)",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -40,11 +40,18 @@ def add_settings(parser: Parser, defaults: FitConfig) -> None:
     for name, hint, what, value in _fields(FitConfig, to_dict(defaults)):
         parser.add_argument(f"--{name}", type=hint, help=what, default=value)
     for group in _GROUPS:
-        cls = get_type_hints(FitConfig)[group]
-        section = parser.add_argument_group(f"{group} ({_summary(cls)})")
-        for name, hint, what, value in _fields(cls, to_dict(getattr(defaults, group)), f"{group}."):
-            if name != _FROM_CORPUS:
-                section.add_argument(f"--{name}", type=hint, help=what, default=value)
+        add_group(parser, group, defaults)
+
+
+def add_group(
+    parser: Parser, group: str, defaults: FitConfig, leave_out: Sequence[str] = ()
+) -> None:
+    """Adds the options of one group of settings, without those that are left out."""
+    cls = get_type_hints(FitConfig)[group]
+    section = parser.add_argument_group(f"{group} ({_summary(cls)})")
+    for name, hint, what, value in _fields(cls, to_dict(getattr(defaults, group)), f"{group}."):
+        if name not in (_FROM_CORPUS, *leave_out):
+            section.add_argument(f"--{name}", type=hint, help=what, default=value)
 
 
 def expand_shortcuts(arguments: list[str]) -> list[str]:

@@ -229,6 +229,11 @@ class SequenceSet:
             )
         return self._layout.batch(self.ids[chosen])
 
+    def with_others(self, *others: SequenceSet) -> SequenceSet:
+        """These sequences and those of other splits of the same corpus, as one set."""
+        documents = np.unique(np.concatenate([each.documents for each in (self, *others)]))
+        return SequenceSet(self._layout, documents, "all")
+
     def batches(self, size: int) -> Iterator[Batch]:
         """All sequences in order, `size` at a time; the last batch holds what is left.
 

@@ -87,16 +87,17 @@ def constant(batch: Batch) -> Variables:
 
 
 def densities(
-    model: LatentModel, chains: list[Posterior], z: list[Tensor], batch: Batch
+    models: list[LatentModel], chains: list[Posterior], z: list[Tensor], batch: Batch
 ) -> tuple[Variables, Variables]:
     """The groups `log_likelihood` and `sample_stats`, z (S, B, K, D) of each chain."""
-    batch = batch.to(model.device)
-    model.check(batch)
+    for model in models:
+        model.check(batch.to(model.device))
     with torch.no_grad():
-        scored = [_log_likelihoods(model, draws, batch) for draws in z]
+        pairs = list(zip(models, z, strict=True))
+        scored = [_log_likelihoods(m, draws, batch.to(m.device)) for m, draws in pairs]
         whole, by_token = zip(*scored, strict=True)
-        prior = model.prior()
-        log_p = [x + prior.log_prob(d).double() for x, d in zip(whole, z, strict=True)]
+        priors = [m.prior().log_prob(draws).double() for m, draws in pairs]
+        log_p = [x + p for x, p in zip(whole, priors, strict=True)]
         log_q = [chain.log_prob(d).double() for chain, d in zip(chains, z, strict=True)]
     log_likelihood: Variables = {"x": (_PER_DRAW, stack(whole), _CONDITIONAL)}
     if by_token[0] is not None:
@@ -119,21 +120,26 @@ def _log_likelihoods(model: LatentModel, z: Tensor, batch: Batch) -> tuple[Tenso
 
 
 def predictive(
-    model: LatentModel, post: Posterior, z: list[Tensor] | None, draws: int, seeds: list[int]
+    models: list[LatentModel],
+    post: Posterior,
+    z: list[Tensor] | None,
+    draws: int,
+    seeds: list[int],
 ) -> Variables:
     """New sequences by the model's own program, at the masks and covariates of `post`'s.
 
     Args:
-        model: Runs forward.
+        models: Run forward, one for each chain.
         post: The sequences.
         z: Thoughts (S, B, K, D) of each chain; without them the program draws its own.
         draws: How many of the S, or how many to draw.
         seeds: Of each chain.
     """
-    unobserved = Batch(None, post.mask, post.ids, covariates=post.covariates).to(model.device)
+    unobserved = Batch(None, post.mask, post.ids, covariates=post.covariates)
+    unobserved = unobserved.to(models[0].device)
     at_once = max(1, _ROWS_AT_ONCE // len(post))
     written = []
-    for chain, seed in enumerate(seeds):
+    for chain, (model, seed) in enumerate(zip(models, seeds, strict=True)):
         with torch.no_grad(), seeded(seed, model.device):
             if z is None:
                 x = torch.stack([model(unobserved) for _ in range(draws)])
@@ -142,7 +148,7 @@ def predictive(
                 x = torch.cat([_written_at(model, unobserved, part) for part in parts])
         written.append(x if x.is_floating_point() else x.int())
     dims = ("chain", "draw", *_data_dims(post.mask))
-    return {_data_name(model, written[0]): (dims, stack(written), {})}
+    return {_data_name(models[0], written[0]): (dims, stack(written), {})}
 
 
 def _written_at(model: LatentModel, unobserved: Batch, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -22,6 +22,7 @@ from ltm_pyro.export import groups
 from ltm_pyro.export.groups import Variables
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.contract import require_model
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed, seeded
@@ -37,7 +38,7 @@ def to_datatree(
     scores: xr.Dataset | None = None,
     draws: int = 200,
     *,
-    model: LatentModel | None = None,
+    model: LatentModel | Sequence[LatentModel] | None = None,
     fit_trace: Sequence[Mapping[str, float]] | None = None,
     predictive_draws: int = 10,
     seed: int = 0,
@@ -49,7 +50,8 @@ def to_datatree(
         batch: The sequences, in the same order.
         scores: Of `evaluate`.
         draws: S, draws per chain and sequence.
-        model: Adds log densities and, from its likelihood, new sequences.
+        model: Adds log densities and, from its likelihood, new sequences. One for all chains, or a
+            list with one for each, where decoders were fitted anew too.
         fit_trace: The fit's metrics, one row per slow step.
         predictive_draws: Of the S draws, how many also write a new sequence (with a model); as many
             are written at thoughts from the prior.
@@ -59,7 +61,8 @@ def to_datatree(
         A tree with these groups, each present where what it needs was given:
 
         - `posterior`: `z` (chain, draw, sequence, thought, dim).
-        - `prior`: `z` (chain, draw, thought, dim); one prior serves all sequences.
+        - `prior`: `z` (chain, draw, thought, dim); one prior serves all sequences; of several
+          models the first one's.
         - `posterior_predictive`, `prior_predictive`: `tokens` (chain, draw, sequence, position), at
           the masks and covariates of the sequences; thoughts are q's, or the prior's.
         - `log_likelihood`, in nats: `x` (chain, draw, sequence), log p(x_i | z) of whole sequences;
@@ -94,6 +97,8 @@ def to_datatree(
     chains = list(given)
     _check(chains, batch, scores, draws, predictive_draws)
     first, n = chains[0], len(chains)
+    models = _models(model, n)
+    model = models[0] if models else None
     z = []
     for number, one in enumerate(chains):
         with seeded(derive_seed(seed, Stream.SAMPLE, number), first.ids.device):
@@ -110,7 +115,9 @@ def to_datatree(
         tree["observed_data"] = groups.observed(model, batch)
         tree["constant_data"] |= groups.constant(batch)
         if model is not None:
-            tree["log_likelihood"], tree["sample_stats"] = groups.densities(model, chains, z, batch)
+            tree["log_likelihood"], tree["sample_stats"] = groups.densities(
+                models, chains, z, batch
+            )
     prior = getattr(model, "thought_prior", None)
     tree["constant_data"] |= groups.learned_prior(prior)
     if model is not None and predictive_draws:
@@ -118,8 +125,8 @@ def to_datatree(
         own = derive_seed(seed, Stream.TOKENS, int(first.ids[0]) if len(first) else 0)
         seeds = [derive_seed(own, Stream.SAMPLE, number) for number in range(n + 1)]
         size = min(predictive_draws, draws)
-        tree["posterior_predictive"] = groups.predictive(model, first, z, size, seeds[:n])
-        tree["prior_predictive"] = groups.predictive(model, first, None, size, seeds[n:])
+        tree["posterior_predictive"] = groups.predictive(models, first, z, size, seeds[:n])
+        tree["prior_predictive"] = groups.predictive(models[:1], first, None, size, seeds[n:])
     if scores is not None:
         judged = {name: scores.attrs[name] for name in ("khat_limit", "draws")}
         khat = scores["khat"].values
@@ -165,6 +172,18 @@ def _check(
         first.refuse_other_batch(batch)
     if scores is not None:
         refuse_other_sequences(first, scores, ("the posterior", "scores"))
+
+
+def _models(given: object, chains: int) -> list[LatentModel]:
+    """The model of each chain; none where none was given."""
+    if given is None:
+        return []
+    models = list(given) if isinstance(given, list | tuple) else [given] * chains
+    if len(models) != chains:
+        raise InputError(f"model has {len(models)} models for {chains} posteriors: one for each")
+    for each in models:
+        require_model(each)
+    return cast("list[LatentModel]", models)
 
 
 def _coordinates(post: Posterior, chains: int, model: LatentModel | None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import xarray as xr
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.corpus import load_corpus
+from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
@@ -45,6 +47,7 @@ class HeldOut:
             the fast loop.
         scores: From `evaluate`.
         control: From `evaluate`, exact; `None` where the run has no finished control.
+        corpus: Name of another corpus than the run's, which no step of the fit has seen.
     """
 
     split: str
@@ -53,6 +56,7 @@ class HeldOut:
     again: Posterior | None
     scores: xr.Dataset
     control: xr.Dataset | None
+    corpus: str | None = None
 
     def panel(self, n_layers: int) -> CollapsePanel | None:
         """The collapse panel; `None` in other modes than `oracle`, and for one sequence."""
@@ -64,9 +68,9 @@ class HeldOut:
 @door
 def score_run(
     run: Run,
-    corpus: Corpus,
+    corpus: Corpus | str,
     *,
-    split: str = "val",
+    split: str | None = None,
     mode: Mode = "oracle",
     prefix: int | None = None,
     sequences: int | None = None,
@@ -78,8 +82,10 @@ def score_run(
 
     Args:
         run: The run.
-        corpus: Its corpus.
-        split: `val` or `test`; `train` shows the fit, not the generalisation.
+        corpus: Its corpus; or another one, which is scored as it comes (zero-shot): loaded with
+            `tokenizer=run.tokenizer`, or what `load_corpus` takes by name.
+        split: `val` or `test`; `train` shows the fit, not the generalisation. Of another corpus
+            also `all`, its default.
         mode: As in `evaluate`.
         prefix: In mode `prefix`, the tokens that q sees; half a sequence by default. Sequences that
             are no longer than that are left out, as in `evaluate`.
@@ -92,13 +98,16 @@ def score_run(
     Raises:
         InputError: if an argument is out of range.
     """
-    if split not in SPLITS:
+    corpus = other_corpus(run, corpus) if isinstance(corpus, str) else corpus
+    foreign = corpus.sha256 != run.facts["corpus"]["sha256"]
+    split = split or ("all" if foreign else "val")
+    if split not in (*SPLITS, *(["all"] if foreign else [])):
         raise unknown_name("split", split, SPLITS)
     if prefix is not None and mode != "prefix":
         raise InputError(f"a prefix is for mode 'prefix', not {mode!r}: leave one of the two out")
     sequences = run.config.eval_sequences if sequences is None else sequences
     draws = run.config.eval_draws if draws is None else draws
-    batch = spread(getattr(corpus, split), sequences).to(run.model.device)
+    batch = spread(sequences_of(corpus, split), sequences).to(run.model.device)
     fast_steps = run.config.eval_fast_steps
     post = again = None
     if mode == "prefix":
@@ -123,7 +132,31 @@ def score_run(
     if mode == "prefix" and prefix is not None:
         scored = batch.suffix(prefix)
         scored = scored.select(torch.nonzero(scored.mask.any(1))[:, 0])
-    return HeldOut(split, batch, post, again, scores, control_scores(run, scored))
+    name = corpus.name if foreign else None
+    return HeldOut(split, batch, post, again, scores, control_scores(run, scored), name)
+
+
+def other_corpus(run: Run, name: str, **options: Any) -> Corpus:
+    """Another corpus than the run's, in the run's tokens and sequences of its length.
+
+    Args:
+        run: The run.
+        name: As `load_corpus` takes it.
+        **options: Of `load_corpus`, as `text_field`.
+
+    Raises:
+        InputError: as `load_corpus` does.
+    """
+    length = run.config.model.seq_len
+    return load_corpus(name, seq_len=length, tokenizer=run.tokenizer, **options)
+
+
+def sequences_of(corpus: Corpus, split: str) -> SequenceSet:
+    """A split of a corpus, or `all` of it."""
+    if split == "all":
+        return corpus.train.with_others(corpus.val, corpus.test)
+    found: SequenceSet = getattr(corpus, split)
+    return found
 
 
 @door
@@ -175,7 +208,8 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
     """The scores of all sequences together, as JSON types.
 
     Returns:
-        `run`, `step`, `split` and the attributes of `evaluate`; `unit` of the tokens; means over
+        `run`, `step`, `split`, `zero_shot` (the name of a corpus that the run was not fitted to;
+        `None` of its own) and the attributes of `evaluate`; `unit` of the tokens; means over
         sequences of its columns under `nats_per_sequence`; `khat`; under `control` the
         perplexities of the decoder without thoughts, whose likelihood is exact, so that by every
         name they are that same number; under `against_control` the paired comparison of
@@ -195,6 +229,7 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         "run": str(run.folder),
         "step": run.svi.slow_step,
         "split": held_out.split,
+        "zero_shot": held_out.corpus,
         "unit": run.tokenizer.unit,
         **scores.attrs,
         "nats_per_sequence": {str(n): float(scores[n].mean()) for n in columns},

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +17,13 @@ from ltm_pyro.checks import real_number, switch
 from ltm_pyro.diagnostics.held_out import PREFIX, EarlyStopping, best_step
 from ltm_pyro.errors import InputError, printable
 from ltm_pyro.inference.course import Metrics
+from ltm_pyro.inference.point_mass import bound_name
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.folder import CONTROL, METRICS
 from ltm_pyro.run.lock import writer_of
 from ltm_pyro.run.metrics import MetricsFile
 from ltm_pyro.run.opening import recorded_config
+from ltm_pyro.run.restarts import RESTARTS
 
 BARS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _WIDTH = 32  # characters of a sparkline
@@ -81,8 +83,9 @@ def glance(folder: str | Path, bars: str = BARS) -> str:
         lines += _curves(rows, bars)
         lines.append(_pace("fit", rows, last, bars))
     if control:
-        lines.append(_curve("control elbo/token", [row["elbo_per_token"] for row in control], bars))
+        lines += _curves(control, bars, "control ")[:1]
         lines.append(f"  {'control':<19}slow step {int(control[-1]['step'])} of {last}")
+    lines += _restarts(folder, config.restarts, last)
     return "\n".join(printable(line) for line in lines)
 
 
@@ -127,18 +130,31 @@ def watch(
         time.sleep(every)
 
 
-def _curves(rows: Sequence[Metrics], bars: str) -> Iterable[str]:
+def _curves(rows: Sequence[Metrics], bars: str, whose: str = "") -> list[str]:
     """The bound, the held-out bound where there is one, and KL."""
-    name = "elbo" if "elbo" in rows[-1] else "log_joint"
-    yield _curve(f"{name}/token", [row.get(f"{name}_per_token", math.nan) for row in rows], bars)
+    name = bound_name(rows[-1])
+    values = [row.get(f"{name}_per_token", math.nan) for row in rows]
+    lines = [_curve(f"{whose}{name}/token", values, bars)]
     scored = [row for row in rows if f"{PREFIX}{name}" in row]
     best = best_step(scored)
     if best is not None:
         column = f"{PREFIX}{name}_per_token"
         told = f", best at step {best}"
-        yield _curve("held-out/token", [row[column] for row in scored], bars) + told
-    if name == "elbo":
-        yield _curve("kl, nats/sequence", [row["kl"] for row in rows], bars)
+        lines.append(_curve("held-out/token", [row[column] for row in scored], bars) + told)
+    if "kl" in rows[-1]:
+        lines.append(_curve("kl, nats/sequence", [row["kl"] for row in rows], bars))
+    return lines
+
+
+def _restarts(folder: Path, count: int, last: int) -> list[str]:
+    """How far each restart is."""
+    lines = []
+    for number in range(1, count):
+        place = folder / RESTARTS / str(number) / METRICS
+        rows = MetricsFile(place, f"restart {number}").rows()
+        step = int(rows[-1]["step"]) if rows else 0
+        lines.append(f"  {f'restart {number}':<19}slow step {step} of {last}")
+    return lines
 
 
 def _curve(name: str, values: Sequence[float], bars: str) -> str:
