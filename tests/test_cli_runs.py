@@ -138,7 +138,7 @@ WRONG = {
     "evaluate RUN --corpus.text_field body": "corpus",
     "evaluate RUN --split all": "split",
     "evaluate RUN --corpus OTHER --split nothing": "split",
-    "evaluate RUN --corpus OTHER --per letter": "per",
+    "evaluate RUN --corpus OTHER --per letter": "unit",
     "evaluate RUN --corpus mixture": "mixture",
     "evaluate RUN --corpus OTHER --as_published": "as_published",
     "evaluate RUN --tokenizer bytes": "tokenizer",

@@ -69,7 +69,16 @@ def two_clock_curves(metrics: Rows, control: Rows | None = None) -> Figure:
                 _column(control, "step"), smooth, color=INK, ls="--", lw=1.3,
                 label="control without z",
             )  # fmt: skip
-        main.set_ylim(*_limits(elbo, -nll))
+        name = "held_out_log_joint" if words.point_mass else "held_out_elbo"
+        scored = [row for row in metrics if name in row]
+        held_out = _column(scored, name)
+        if scored:
+            error = [row.get(f"{name}_se", 0.0) for row in scored]
+            main.errorbar(
+                _column(scored, "step"), held_out, error, color=PURPLE, marker="o", ms=3.5, lw=1.3,
+                label=f"{words.bound}, held-out text",
+            )  # fmt: skip
+        main.set_ylim(*_limits(elbo, -nll, *([held_out] if scored else [])))
         main.set(xlabel="slow step", ylabel="nats per sequence")
         main.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         main.margins(x=0.02)

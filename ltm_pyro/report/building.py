@@ -180,7 +180,8 @@ def _course(run: Run) -> dict[str, Any]:
     some = {"steps": len(rows), "averaged": min(_LAST_STEPS, len(rows))}
     for name, part in (("first", rows[:_LAST_STEPS]), ("last", rows[-_LAST_STEPS:])):
         some[name] = {  # type: ignore[assignment]
-            key: float(np.mean([row[key] for row in part])) for key in (rows[-1] if rows else ())
+            key: float(np.mean([row[key] for row in part if key in row]))
+            for key in dict.fromkeys(key for row in part for key in row)
         }
     if rows and "seconds" in rows[-1]:
         some["seconds"] = float(sum(row["seconds"] for row in rows))  # type: ignore[assignment]
