@@ -1,0 +1,60 @@
+"""A figure in a notebook that follows a fit as it goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ltm_pyro.capacity import count
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.callbacks import Callback, StopReason
+from ltm_pyro.inference.course import Metrics
+from ltm_pyro.plots.fit import two_clock_curves
+
+if TYPE_CHECKING:
+    from ltm_pyro.inference.clocks.svi import DualRateSVI
+
+
+class LiveFigure(Callback):
+    """Draws `two_clock_curves` in a notebook's cell, anew every some slow steps and at the end.
+
+    Args:
+        every: Slow steps between two drawings, each of which takes about half a second.
+
+    Raises:
+        InputError: if there is no notebook to draw in.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = count("every", every)
+        try:
+            from IPython.core.getipython import get_ipython
+        except ImportError:
+            get_ipython = None
+        if get_ipython is None or get_ipython() is None:
+            raise InputError(
+                "a LiveFigure needs a notebook to draw in: in a terminal use ltm-pyro watch, in a "
+                "script plots.two_clock_curves(svi.metrics) after the fit"
+            )
+        self._handle: Any = None
+
+    def on_step(self, svi: DualRateSVI, row: Metrics) -> None:
+        """Draws, if it is time."""
+        if svi.slow_step % self.every == 0:
+            self._draw(svi)
+
+    def on_stop(self, svi: DualRateSVI, reason: StopReason) -> None:
+        """Draws the whole course."""
+        if svi.metrics:
+            self._draw(svi)
+        self._handle = None
+
+    def _draw(self, svi: DualRateSVI) -> None:
+        from IPython.display import display
+
+        if not svi.parallel.first:
+            return
+        figure = two_clock_curves(svi.metrics)
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(figure)
