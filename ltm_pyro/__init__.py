@@ -69,6 +69,7 @@ _HOME = {
     "sweep": "ltm_pyro.run",
     "save_run": "ltm_pyro.run",
     "Run": "ltm_pyro.run",
+    "TensorBoard": "ltm_pyro.run.tensorboard",
     "watch": "ltm_pyro.run.watching",
     "model_card": "ltm_pyro.report.model_card",
     "push_to_hub": "ltm_pyro.run.hub",
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from ltm_pyro.run import sweep as sweep
     from ltm_pyro.run.hub import from_pretrained as from_pretrained
     from ltm_pyro.run.hub import push_to_hub as push_to_hub
+    from ltm_pyro.run.tensorboard import TensorBoard as TensorBoard
     from ltm_pyro.run.watching import watch as watch
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from known_models import LearnedOracle, make_oracle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ltm_pyro as ltm
+from ltm_pyro.cli import main
 from ltm_pyro.diagnostics.held_out import best_step, held_out_bounds
 from ltm_pyro.inference.callbacks import Callback
 
@@ -184,3 +189,57 @@ def test_a_held_out_bound_that_cannot_be_is_refused(options: dict[str, Any]) -> 
         ltm.HeldOutBound(**{"data": make_oracle().simulate(4), **options})
     with pytest.raises(ltm.InputError, match="patience"):
         ltm.EarlyStopping(0)
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard reads: values by step, by tag."""
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return {
+        tag: {event.step: event.value for event in reader.Scalars(tag)}
+        for tag in reader.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_reads_the_metrics_and_a_fit_that_goes_on(tmp_path: Path) -> None:
+    svi, data, held_out = small_fit()
+    bound = ltm.HeldOutBound(held_out, every=2)
+    board = ltm.TensorBoard(tmp_path / "events")
+    svi.fit(data, 4, batch_size=8, progress=False, callbacks=[board], held_out=bound)
+    found = scalars(tmp_path / "events")
+    assert found["fit/elbo"] == pytest.approx({r["step"]: r["elbo"] for r in svi.metrics})
+    assert list(found["held_out/elbo"]) == [2, 4]
+    # As after a kill: steps 3 and 4 are done again.
+    svi.slow_step, svi.horizon = 2, 4
+    again = ltm.TensorBoard(tmp_path / "events")
+    svi.fit(data, 2, batch_size=8, progress=False, callbacks=[again])
+    assert list(scalars(tmp_path / "events")["fit/elbo"]) == [1, 2, 3, 4]
+
+
+def test_without_tensorboard_a_line_says_how_to_get_it(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ltm.InputError, match=r"pip install 'ltm-pyro\[tensorboard\]'"):
+        ltm.TensorBoard(tmp_path / "events")
+    assert main(["fit", "--tensorboard", "--out", str(tmp_path / "run")]) == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_live_figure_is_drawn_anew(monkeypatch) -> None:
+    with pytest.raises(ltm.InputError, match="notebook"):
+        ltm.plots.LiveFigure()
+    drawn: list[Any] = []
+    handle = SimpleNamespace(update=drawn.append)
+    fake = SimpleNamespace(get_ipython=lambda: 1, version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    display = SimpleNamespace(display=lambda figure, display_id: drawn.append(figure) or handle)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    svi, data, held_out = small_fit()
+    bound = ltm.HeldOutBound(held_out, every=2)
+    live = ltm.plots.LiveFigure(every=2)
+    svi.fit(data, 5, batch_size=8, progress=False, callbacks=[live], held_out=bound)
+    assert len(drawn) == 3  # steps 2 and 4, and the end
+    labels = drawn[-1].axes[0].get_legend_handles_labels()[1]
+    assert "ELBO, held-out text" in labels
+    with pytest.raises(ltm.InputError, match="every"):
+        ltm.plots.LiveFigure(every=0)

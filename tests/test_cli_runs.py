@@ -105,7 +105,8 @@ def test_a_fit_starts_from_a_run_with_its_settings(folder, tmp_path, capsys) -> 
     first, out = str(folder / "run"), str(tmp_path / "run")
     other = str(folder / "other.txt")
     arguments = ["--init_from", first, "--corpus", other, "--steps", "2", "--out", out]
-    tell(capsys, "fit", *arguments)
+    assert "tensorboard" in tell(capsys, "fit", *arguments, "--tensorboard")
+    assert list(Path(out, "tensorboard").iterdir())
     second = load_run(out)
     assert second.config.model.width == 16
     assert second.config.init_from == first

@@ -28,6 +28,7 @@ FILES = {
     "metrics.csv": "one row per slow step: elbo or log_joint, nll, kl, rates, gradient norms",
     "best": "the checkpoint where the held-out bound was highest",
     "restarts": "the same fit from other seeds, a run each",
+    "tensorboard": "the metrics for TensorBoard",
     "control": "checkpoint and metrics of the same decoder without thoughts",
     "scores.json": "held-out scores with errors, the control's, and the collapse panel",
     "scores.csv": "held-out scores per sequence, in nats",

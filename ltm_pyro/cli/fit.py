@@ -63,6 +63,11 @@ def run(arguments: list[str]) -> int:
     out, file = options.pop("out", None), options.pop("config", None)
     sweep = options.pop("sweep", None)
     resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
+    board = options.pop("tensorboard", False)
+    if board:
+        from ltm_pyro.run.tensorboard import require_tensorboard
+
+        require_tensorboard()
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     if out is not None and not out.strip():
@@ -72,17 +77,19 @@ def run(arguments: list[str]) -> int:
 
         if overwrite:
             raise InputError("--overwrite replaces one run, not a sweep's: remove their folder")
+        if board:
+            raise InputError("--tensorboard follows one fit: leave it out of a sweep")
         return run_sweep(parser, given_settings(parser, {}, file), options, sweep, out)
     given = given_settings(parser, options, file)
     with ExitStack() as held:
         if many():
-            return _share(given, out, held, resume=resume, overwrite=overwrite)
+            return _share(given, out, held, board, resume=resume, overwrite=overwrite)
         fitted, corpus, new = _open(given, out, held, resume=resume, overwrite=overwrite)
-        return fit_and_report(fitted, corpus, new=new)
+        return fit_and_report(fitted, corpus, new=new, board=board)
 
 
 def _share(
-    given: Settings, out: str | None, held: ExitStack, *, resume: bool, overwrite: bool
+    given: Settings, out: str | None, held: ExitStack, board: bool, *, resume: bool, overwrite: bool
 ) -> int:
     """The same in many processes: the first one opens the run, and gives it to all."""
     config = build_config(given)
@@ -106,7 +113,7 @@ def _share(
     fitted = share_run(parallel, None if opened is None else opened[0])
     new = parallel.broadcast(opened is not None and opened[2])
     corpus = fitted.corpus() if opened is None else opened[1]
-    return fit_and_report(fitted, corpus, new=new)
+    return fit_and_report(fitted, corpus, new=new, board=board)
 
 
 def _parser(arguments: list[str]) -> Parser:
@@ -115,6 +122,9 @@ def _parser(arguments: list[str]) -> Parser:
     parser.add_argument("--config", type=str, help="a YAML file with settings")
     parser.add_argument(
         "--sweep", type=str, help="a YAML file with lists of values: a fit for each of all points"
+    )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write metrics for TensorBoard too (an extra)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -183,10 +193,18 @@ def _open(
     return fitted, corpus, True
 
 
-def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
-    """Trains model and control, then reports; stops cleanly when asked to."""
+def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = False) -> int:
+    """Trains model and control, then reports; stops cleanly when asked to.
+
+    Args:
+        fitted: The run.
+        corpus: Its corpus.
+        new: Whether it was made just now.
+        board: Write its metrics for TensorBoard too.
+    """
     from ltm_pyro.cli.printing import describe_fit, printable, resume_line
     from ltm_pyro.run import Interrupted, train, train_control
+    from ltm_pyro.run.tensorboard import TensorBoard
 
     watch = _Watch(fitted)
     try:
@@ -195,7 +213,8 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool) -> int:
             print(f"Resumed  at slow step {fitted.svi.slow_step}")
         print(f"Folder   {printable(str(fitted.folder))}", flush=True)
         with watch.signals:
-            train(fitted, corpus, progress=watch.bars, after_step=watch)
+            boards = [TensorBoard(fitted.folder / "tensorboard")] if board else []
+            train(fitted, corpus, progress=watch.bars, callbacks=boards, after_step=watch)
             if fitted.config.control:
                 watch.begin("control")
                 train_control(fitted, corpus, progress=watch.bars, after_step=watch)

@@ -12,6 +12,7 @@ from ltm_pyro.plots.comparison import guide_comparison
 from ltm_pyro.plots.documents import document_gains, khat_histogram
 from ltm_pyro.plots.fit import fast_loop_traces, two_clock_curves
 from ltm_pyro.plots.gaps import convergence_curves, gap_bars
+from ltm_pyro.plots.live import LiveFigure
 from ltm_pyro.plots.map import thought_map
 from ltm_pyro.plots.parts import elbo_split, layer_reconstruction
 from ltm_pyro.plots.runs import run_comparison
@@ -22,6 +23,7 @@ from ltm_pyro.plots.tokens import interpolation_strip, token_surprise
 from ltm_pyro.plots.tradeoff import own_against_fresh, rate_distortion, score_against_steps
 
 __all__ = [
+    "LiveFigure",
     "collapse_bars",
     "contraction_plot",
     "convergence_curves",

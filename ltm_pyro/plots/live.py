@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from ltm_pyro.capacity import count
+from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.callbacks import Callback, StopReason
 from ltm_pyro.inference.course import Metrics
@@ -25,12 +26,9 @@ class LiveFigure(Callback):
     """
 
     def __init__(self, every: int = 10) -> None:
-        self.every = count("every", every)
-        try:
-            from IPython.core.getipython import get_ipython
-        except ImportError:
-            get_ipython = None
-        if get_ipython is None or get_ipython() is None:
+        self.every = whole_number("every", every, at_least=1)
+        here = sys.modules.get("IPython")  # a notebook has imported it
+        if here is None or here.get_ipython() is None:
             raise InputError(
                 "a LiveFigure needs a notebook to draw in: in a terminal use ltm-pyro watch, in a "
                 "script plots.two_clock_curves(svi.metrics) after the fit"

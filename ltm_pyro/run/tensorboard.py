@@ -1,7 +1,8 @@
-"""A fit's metrics for TensorBoard, an extra: `pip install 'ltm_pyro[tensorboard]'`."""
+"""A fit's metrics for TensorBoard, an extra: `pip install 'ltm-pyro[tensorboard]'`."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,18 @@ from ltm_pyro.run.files import refuse_protected
 
 if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.svi import DualRateSVI
+
+
+def require_tensorboard() -> None:
+    """Refuses to go on without the extra.
+
+    Raises:
+        InputError: saying how to install it.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "TensorBoard is not installed: pip install 'ltm-pyro[tensorboard]', or leave it out"
+        )
 
 
 class TensorBoard(Callback):
@@ -32,13 +45,7 @@ class TensorBoard(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = as_path("folder", folder)
         refuse_protected(self.folder)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "TensorBoard is not installed: pip install 'ltm_pyro[tensorboard]', or leave it out"
-            ) from None
-        self._open = SummaryWriter
+        require_tensorboard()
         self._writer: Any = None
 
     def on_step(self, svi: DualRateSVI, row: Metrics) -> None:
@@ -46,7 +53,9 @@ class TensorBoard(Callback):
         if not svi.parallel.first:
             return
         if self._writer is None:
-            self._writer = self._open(str(self.folder), purge_step=svi.slow_step)
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=svi.slow_step)
         for name, value in row.items():
             if name != "step":
                 held_out = name.startswith(PREFIX)
