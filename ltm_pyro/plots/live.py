@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,11 @@ class LiveFigure(Callback):
         self._handle = None
 
     def _draw(self, svi: DualRateSVI) -> None:
-        from IPython.display import display
-
-        if not svi.parallel.first:
+        if not svi.parallel.is_rank_0:
             return
+        display = importlib.import_module("IPython.display").display  # the notebook's own
         figure = two_clock_curves(svi.metrics)
         if self._handle is None:
-            self._handle = display(figure, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle = display(figure, display_id=True)
         else:
             self._handle.update(figure)

@@ -50,7 +50,7 @@ class TensorBoard(Callback):
 
     def on_step(self, svi: DualRateSVI, row: Metrics) -> None:
         """Writes one step; the first process alone does."""
-        if not svi.parallel.first:
+        if not svi.parallel.is_rank_0:
             return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds
