@@ -157,11 +157,12 @@ def test_generate_takes_every_option(fitted, capsys):
     assert all(text for text in greedy)
 
 
-def test_export_writes_a_tree(fitted, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["p.nc", "p.zarr"])
+def test_export_writes_a_tree(fitted, tmp_path, capsys, name):
     from ltm_pyro.export import load_datatree
 
     folder, _ = fitted
-    target = tmp_path / "p.nc"
+    target = tmp_path / name
     assert main(["export", str(folder / "good"), "--out", str(target), "--draws", "3"]) == 0
     assert f"wrote {target}" in capsys.readouterr().out
     groups = set(load_datatree(target).children)

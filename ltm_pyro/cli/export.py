@@ -13,12 +13,14 @@ from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
 Infer the posteriors of held-out sequences, score them, and write both with what
-led to them as a NetCDF file in ArviZ's schema. With --embed instead their posterior
-means and standard deviations as a table, for other people's classifiers.
+led to them in ArviZ's schema: NetCDF, or a zarr store where the name ends so. With
+--embed instead their posterior means and standard deviations as a table, for other
+people's classifiers.
 """
 _EXAMPLES = """\
 ltm-pyro export runs/demo                          runs/demo/posterior.nc
 ltm-pyro export runs/demo --split test --out test.nc
+ltm-pyro export runs/demo --out posterior.zarr
 ltm-pyro export runs/demo --embed                  runs/demo/embedding.csv
 python -c "import xarray; print(xarray.open_datatree('runs/demo/posterior.nc'))"
 """
