@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from cli_helpers import MICRO, write_text
@@ -31,7 +33,9 @@ SMALL = {
     "share": [],
     "report": ["--sequences", "3", "--draws", "2"],
     "cost": [],
+    "watch": ["--once"],
 }
+HELD_OUT = ["--held_out.every", "1", "--held_out.sequences", "2", "--held_out.fast_steps", "1"]
 
 
 def code_lines(page: Path) -> Iterator[str]:
@@ -68,6 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the commands read: a text, and a run under each name that is read."""
     folder = tmp_path_factory.mktemp("docs")
     write_text(folder / "book.txt")
+    write_text(folder / "other.txt", blocks=15)
     (folder / "grid.yaml").write_text("seed: [0, 1]")
     (folder / "novels").mkdir()
     for author in ("Austen", "Dickens", "Doyle", "Twain"):
@@ -78,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit_small(folder: Path, out: str) -> None:
     arguments = ["--corpus", str(folder / "book.txt"), "--out", str(folder / out)]
-    assert main(["fit", *arguments, *SMALL["fit"]]) == 0
+    assert main(["fit", *arguments, *SMALL["fit"], *HELD_OUT]) == 0
 
 
 @pytest.mark.usefixtures("quick_reports")
@@ -91,7 +96,8 @@ def test_every_command_of_the_pages_runs(
     resumes = "--resume" in given
     runs = [word for word in given if RUN.fullmatch(word)]
     for read in runs:
-        if not Path(read).exists() and (name != "fit" or resumes):
+        is_read = name != "fit" or resumes or f"--init_from {read}" in command
+        if not Path(read).exists() and is_read:
             fit_small(place, read)
     if name == "fit" and not resumes:
         given = [*given, "--device", "cpu", *SMALL["fit"]]
@@ -100,7 +106,9 @@ def test_every_command_of_the_pages_runs(
             given += ["--corpus", "book.txt"]
     elif name == "compare" and (len(runs) > 1 or not Path(runs[0], "config.json").exists()):
         given += SMALL["evaluate"]
-    elif not resumes:
+    elif resumes:
+        given += ["--steps", "2"] if "--steps" in given else []
+    else:
         given += SMALL[name]
     assert main([name, *given]) == 0, capsys.readouterr().err
 
@@ -144,6 +152,32 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     exec(compile(small, "README.md", "exec"), names)
     assert names["scores"].sizes["sequence"] == 4  # type: ignore[attr-defined]
     assert len(names["texts"]) == 2  # type: ignore[arg-type]
+
+
+def test_the_python_of_the_page_on_runs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "runs.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("book.txt"), blocks=60)
+    told: list[tuple[str, object]] = []
+
+    class Service(ModuleType):
+        """A service that notes what it is asked for."""
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *given, **named: told.append((name, named or given)) or self
+
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, Service(name))
+    exec(compile(code, "runs.md", "exec"), {"ltm": ltm})
+    asked = [name for name, _ in told]
+    assert asked == [
+        *("init", *["log"] * 4, "finish"),
+        *("start_run", *["log_metrics"] * 4, "end_run"),
+    ]
+    assert "+-" in capsys.readouterr().out
 
 
 def own_blocks() -> list[str]:
