@@ -198,3 +198,11 @@ def test_a_run_is_scored_per_unit_and_by_group(
     for wrong in (["--per", "letter"], ["--by", "author"]):
         assert main(["evaluate", run, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_loss_that_no_float_can_raise_e_to_is_infinite() -> None:
+    nats = np.array([-1e4, -2e4])
+    scores = xr.Dataset({"elbo": ("sequence", nats), "n_tokens": ("sequence", [1, 1])})
+    row = ltm.score_table(scores.assign_coords(sequence=[0, 1])).loc["elbo"]
+    assert row["nats_per_token"] == 1.5e4
+    assert row["ppl_per_token"] == math.inf

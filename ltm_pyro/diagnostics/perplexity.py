@@ -94,7 +94,7 @@ def per_token_perplexity(
         hold 95 %.
     """
     rate = clustered_ratio(nats, n_tokens, documents)
-    ppl = _exp(rate.value)
+    ppl = exponential(rate.value)
     mc = 0.0 if mc_se is None else math.sqrt(float(np.square(mc_se).sum()))
     return {
         name: ppl,
@@ -132,7 +132,7 @@ def against_control(
         # by luck not, where one sequence's draws are far noisier than the others'.
         draws = monte_carlo(scores, name) / float(sizes.sum())
         rate = replace(rate, se=max(rate.se, draws))
-        ratio = _exp(rate.value)
+        ratio = exponential(rate.value)
         out[name] = {
             "ratio": ratio,
             "ratio_error": ratio * rate.error,
@@ -166,5 +166,6 @@ def monte_carlo(scores: xr.Dataset, name: str) -> float:
     return 0.0 if error is None else math.sqrt(float(np.square(error.values).sum()))
 
 
-def _exp(rate: float) -> float:
+def exponential(rate: float) -> float:
+    """The perplexity of nats per unit; infinite where a float has no room for it."""
     return math.exp(rate) if rate < 700 else math.inf

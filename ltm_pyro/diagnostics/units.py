@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ltm_pyro.checks import one_of
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.diagnostics.labels import sequence_coords
-from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, losses, monte_carlo
+from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, exponential, losses, monte_carlo
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.models.doors import door
@@ -162,7 +162,7 @@ def _rows(scores: xr.Dataset, clusters: NDArray[Any], per: str) -> list[dict[str
                 f"{nats}_se": monte_carlo(scores, name) / float(sizes.sum()),
                 f"{nats}_sampling_se": rate.error,
                 f"bits_per_{per}": rate.value / math.log(2),
-                f"ppl_per_{per}": float(np.exp(rate.value)),
+                f"ppl_per_{per}": exponential(rate.value),
                 column: int(sizes.sum()),
                 "n_sequences": len(sizes),
                 "n_clusters": rate.documents,
