@@ -192,6 +192,13 @@ def test_cost_takes_the_settings_of_a_fit(capsys: pytest.CaptureFixture[str]) ->
     assert told_of["flops_slow_step"] == cost_report(config).flops_slow_step
 
 
+def test_the_formula_allocates_nothing_of_what_it_counts() -> None:
+    long = replace(FIT, model=replace(NANO, seq_len=10**8))
+    assert memory_report(long).activations_bytes > 4 * 10**8
+    with pytest.raises(InputError, match=r"2000000000 thoughts of 8: .*choose fewer"):
+        memory_report(replace(FIT, model=replace(NANO, thoughts_per_layer=10**9)))
+
+
 def test_a_step_that_fails_is_told_in_one_line() -> None:
     with pytest.raises(InputError, match=r"the measured step failed: .*smaller settings"):
         measured_bytes(replace(FIT, guide="full_rank", batch_size=10**9))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from ltm_pyro.checks import refuse_too_large
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.execution import Execution
@@ -162,13 +163,20 @@ def decoder_bytes(config: FitConfig, processes: int = 1) -> int:
 
 
 def small_fit(config: FitConfig) -> tuple[LatentThoughtModel, LocalGuide]:
-    """Prior and guide as they are, the guide holding one row, with hardly a decoder."""
-    small = replace(config.model, vocab_size=1, width=2, n_heads=1, mlp_hidden=1)
+    """Prior and guide as they are, the guide holding one row without values; hardly a decoder."""
+    number = config.model.n_thoughts * config.model.thought_dim
+    refuse_too_large(
+        f"{config.model.n_thoughts} thoughts of {config.model.thought_dim}",
+        _PER_LOCAL * number,
+        "choose fewer",
+    )
+    small = replace(config.model, vocab_size=1, seq_len=1, width=2, n_heads=1, mlp_hidden=1)
     with seeded(0, torch.device("cpu")):
         model = LatentThoughtModel(small)
         model.config = config.model  # an encoder is as wide as the decoder
         guide = build_guide(config.guide, model, **config.guide_options)
-    guide.reset(Batch(torch.zeros(1, config.model.seq_len, dtype=torch.long)))
+    shape = (1, config.model.seq_len)
+    guide.to("meta").reset(Batch(torch.zeros(shape, dtype=torch.long, device="meta")))
     return model, guide
 
 
