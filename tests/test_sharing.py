@@ -29,6 +29,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda *arguments: None)
         patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
         arguments = ["--corpus", str(text), "--out", str(folder / "run"), "--steps", "2", *MICRO]
+        arguments += ["--corpus.options.fractions", "[0.5, 0.4, 0.1]"]
         assert main(["fit", *arguments]) == 0
     return folder / "run"
 
@@ -91,6 +92,7 @@ def test_the_card_tells_data_scores_checks_and_limits(fitted: Path) -> None:
     ):  # fmt: skip
         assert wanted in card
     assert str(fitted.parent) not in card  # no path of the sender's
+    assert f"{scores['ppl_elbo']:.4g} ±" in run._repr_html_()
 
 
 def test_texts_of_others_do_nothing_in_a_card(fitted: Path, tmp_path: Path) -> None:

@@ -132,7 +132,19 @@ class CollapsePanel:
         return format_panel(self)
 
     def _repr_html_(self) -> str:
-        return show(repr(self), notes=str(self).splitlines())
+        numbers = {
+            "KL(q || prior)": (self.kl, self.kl_se),
+            f"mutual information ({self.mutual_information_is})": (
+                self.mutual_information, self.mutual_information_se,
+            ),
+            "z = 0 penalty": (self.penalty_z0, self.penalty_z0_se),
+            "shuffled-z penalty": (self.penalty_shuffled, self.penalty_shuffled_se),
+        }  # fmt: skip
+        facts = {
+            name: f"{value:.2f} ± {error:.2f} nats" for name, (value, error) in numbers.items()
+        }
+        facts["active units"] = f"{self.active_units} of {self.n_units}"
+        return show(repr(self), facts, notes=[self.note] if self.note else [], details=str(self))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, `uses_thoughts` included."""

@@ -15,8 +15,9 @@ checkpoint to the very weights of one that was not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +43,7 @@ from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.reading import damaged
+from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
 from ltm_pyro.run.changes import UNBOUND, difference
@@ -138,6 +139,12 @@ class Run:
             "objective": self.config.objective,
             "seed": self.config.seed,
         }
+        with suppress(InputError, LookupError, TypeError, ValueError):  # not scored, or damaged
+            scores = read_json(self.folder / "scores.json", self.label)
+            for name in ("ppl_elbo", "ppl_iw"):
+                value, error = scores[name], scores[f"{name}_sampling_se"] or math.nan
+                told = f"{name} per {self.tokenizer.unit}, step {scores['step']}"
+                facts[told] = f"{value:.4g} ± {error:.2g} (of having sampled these documents)"
         return show(repr(self), facts, tables=[self.metrics.frame().tail(3)])
 
     def model_card(self, repo_id: str = "OWNER/NAME") -> str:

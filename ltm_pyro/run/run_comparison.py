@@ -136,7 +136,7 @@ class RunComparison:
 
     def _repr_html_(self) -> str:
         title = f"Runs compared, nats per {self.unit}, higher is better"
-        return show(title, tables=[self.frame()], notes=self.notes)
+        return show(title, tables=[self.frame().T], notes=self.notes)
 
     @cached_property
     def notes(self) -> list[str]:

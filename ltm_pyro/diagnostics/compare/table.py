@@ -72,7 +72,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         columns = [name for name in COLUMNS if name in self.frame]
-        return show("Guides compared, nats", tables=[self.frame[columns]], notes=self.notes)
+        return show("Guides compared, nats", tables=[self.frame[columns].T], notes=self.notes)
 
 
 COLUMNS = (
