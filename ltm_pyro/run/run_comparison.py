@@ -218,7 +218,12 @@ class RunComparison:
         found = self.difference(group, base)
         if found.few:
             return "too few documents to say"
-        return in_words(found, len(self.settings) - 1, unit=f"nats per {self.unit}")
+        return in_words(
+            found,
+            len(self.settings) - 1,
+            unit=f"nats per {self.unit}",
+            sides=("higher bound", "lower bound"),
+        )
 
 
 def format_runs(comparison: RunComparison) -> str:

@@ -87,6 +87,7 @@ def in_words(
     base: str | None = None,
     *,
     unit: str = "nats",
+    sides: tuple[str, str] = ("better", "worse"),
 ) -> str:
     """What a difference says at its error, and no more.
 
@@ -96,6 +97,7 @@ def in_words(
         guide: Its name, if the claim is about one fit of it; `None` if it is about the family.
         base: The same of the baseline.
         unit: Of the difference.
+        sides: What it means to be above 0, and below.
     """
     margin = found.margin(ERROR_RATE / max(comparisons, 1))
     if not (math.isfinite(found.value) and math.isfinite(margin)):
@@ -103,7 +105,7 @@ def in_words(
     subject = "" if guide is None else f"this fit of {guide} is "
     object_ = "" if base is None else f" than this fit of {base}"
     if abs(found.value) > margin:
-        which = "better" if found.value > 0 else "worse"
+        which = sides[0] if found.value > 0 else sides[1]
         low, high = abs(found.value) - margin, abs(found.value) + margin
         return f"{subject}{which}{object_}, by {low:.2g} to {high:.2g} {unit}"
     low, high = found.value - margin, found.value + margin
