@@ -369,7 +369,7 @@ def test_bad_requests_are_one_clear_line() -> None:
         ("reference_options is 3", {"reference_options": 3}),
         ("did you mean 'draws'", {"reference_options": {"drws": 3}}),
         ("'draws'.* is 1e", {"reference_options": {"draws": 1e20}}),
-        ("'draws'.* GiB", {"reference_options": {"draws": 10**7, "chains": 10**4}}),
+        ("'draws'.*memory", {"reference_options": {"draws": 10**7, "chains": 10**4}}),
         ("at least two families", {"guides": ["mean_field"]}),
         ("at least two families", {"guides": "mean_field,delta"}),
         ("unknown guide 'fullrank'", {"guides": ["mean_field", "fullrank"]}),
