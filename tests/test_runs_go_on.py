@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import write_text
+from cli_helpers import MICRO, environment, program, run_program, write_text
 from known_models import make_oracle
 from pyro.infer import Trace_ELBO
 
@@ -38,6 +40,7 @@ from ltm_pyro.inference.clocks.schedules import (
 from ltm_pyro.inference.guides.base import GUIDES
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
 from ltm_pyro.run.extending import extend
+from ltm_pyro.run.restarts import finished_restarts
 
 STEPS = 6
 
@@ -362,3 +365,49 @@ def test_weights_of_another_model_are_refused(tmp_path, config, change, told) ->
         create_run(tmp_path / "second", from_dict(FitConfig, values))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "second").exists()
+
+
+def test_ctrl_c_leaves_the_last_whole_step_saved(tmp_path, config) -> None:
+    run = create_run(tmp_path / "run", dataclasses.replace(config, checkpoint_every=100))
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(progress=False, callbacks=[dies_at(5)()])
+    again = load_run(run.folder)
+    assert again.svi.slow_step == 5 == len(again.metrics)
+    again.fit(progress=False)
+    whole = finish(create_run(tmp_path / "whole", config))
+    assert files(run.folder) == files(whole.folder)
+
+
+def test_restarts_are_fitted_from_python_too(tmp_path, config) -> None:
+    run = create_run(tmp_path / "run", dataclasses.replace(config, restarts=3, steps=2))
+    run.fit(progress=False)
+    others = finished_restarts(run)
+    assert [other.config.seed for other in others] == [1, 2]
+    alone = finish(create_run(tmp_path / "alone", dataclasses.replace(config, seed=2, steps=2)))
+    assert torch.equal(others[1].model.decoder.bos, alone.model.decoder.bos)
+    run.fit(more=1, progress=False)
+    assert [other.svi.slow_step for other in finished_restarts(run)] == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [3, 8, 13])
+def test_sigkill_then_resume_gives_the_same_bounds_to_the_bit(tmp_path, rows) -> None:
+    text = str(write_text(tmp_path / "text.txt"))
+    held = ["--held_out.every", "2", "--held_out.sequences", "3", "--held_out.fast_steps", "2"]
+    given = ["fit", "--corpus", text, "--steps", "16", "--no-control", *MICRO, *held]
+    assert run_program(*given, "--out", "whole", cwd=tmp_path).returncode == 0
+    fit = subprocess.Popen(
+        program(*given, "--out", "broken"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    file = tmp_path / "broken" / "metrics.csv"
+    while not file.exists() or file.read_text().count("\n") < rows:
+        assert fit.poll() is None
+        time.sleep(0.001)
+    fit.kill()
+    fit.wait()
+    assert run_program("fit", "--resume", "--out", "broken", cwd=tmp_path).returncode == 0
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")

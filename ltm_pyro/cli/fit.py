@@ -202,8 +202,9 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = Fals
         new: Whether it was made just now.
         board: Write its metrics for TensorBoard too.
     """
-    from ltm_pyro.cli.printing import describe_fit, printable, resume_line
+    from ltm_pyro.cli.printing import describe_fit, printable, resume_line, stopped_early
     from ltm_pyro.run import Interrupted, train, train_control
+    from ltm_pyro.run.fitting import fit_restarts
     from ltm_pyro.run.tensorboard import TensorBoard
 
     watch = _Watch(fitted)
@@ -215,10 +216,12 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = Fals
         with watch.signals:
             boards = [TensorBoard(fitted.folder / "tensorboard")] if board else []
             train(fitted, corpus, progress=watch.bars, callbacks=boards, after_step=watch)
+            if fitted.svi.slow_step < fitted.config.steps:
+                print(stopped_early(fitted), flush=True)
             if fitted.config.control:
                 watch.begin("control")
                 train_control(fitted, corpus, progress=watch.bars, after_step=watch)
-            _train_restarts(fitted, corpus, watch)
+            fit_restarts(fitted, corpus, progress=watch.bars, after_step=watch, begin=watch.begin)
             # When one of many is gone `torchrun` sends SIGTERM to those that can tell of it.
             if many():
                 _report(fitted, corpus)
@@ -239,20 +242,6 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = Fals
                 error.add_note(note)
         raise
     return 0
-
-
-def _train_restarts(fitted: Run, corpus: Corpus, watch: _Watch) -> None:
-    """The same fit from other seeds, where it was asked for."""
-    from ltm_pyro.run import train, train_control
-    from ltm_pyro.run.restarts import restart_of
-
-    for number in range(1, fitted.config.restarts):
-        again = restart_of(fitted, number, corpus)
-        watch.begin("fit", f"restart {number} of {fitted.config.restarts - 1}: ")
-        train(again, corpus, progress=watch.bars, after_step=watch)
-        if again.config.control:
-            watch.begin("control", watch.label)
-            train_control(again, corpus, progress=watch.bars, after_step=watch)
 
 
 def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.config import FitConfig
+from ltm_pyro.diagnostics.held_out import best_step
 from ltm_pyro.diagnostics.perplexity import PERPLEXITIES
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.errors import printable as printable
@@ -198,6 +199,14 @@ def _number(value: float | None, digits: int = 3) -> str:
 def format_text(text: str) -> str:
     """A generated text behind a margin, with control characters made visible."""
     return "\n".join(f"  | {line}" for line in printable(text).split("\n"))
+
+
+def stopped_early(run: Run) -> str:
+    """That a fit ended before its last step, and how to go on."""
+    return (
+        f"Stopped early at slow step {run.svi.slow_step}: the held-out bound was highest at step "
+        f"{best_step(run.metrics)} (go on with --resume --held_out.patience 0)"
+    )
 
 
 def resume_line(run: Run) -> str:

@@ -224,7 +224,9 @@ class Run:
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
     ) -> Course:
-        """Goes on with the fit, and with its control where it has one; both are saved.
+        """Goes on with the fit, its control and its restarts, where it has them, and saves.
+
+        Ctrl-C leaves the last whole step saved.
 
         Args:
             corpus: Its corpus; loaded again by default.
@@ -240,7 +242,7 @@ class Run:
             InputError: if the corpus is not at hand, or the folder cannot be written.
             NonFiniteError: on NaN; the checkpoint is of the last good step.
         """
-        from ltm_pyro.run.training import fit_run  # which is about runs
+        from ltm_pyro.run.fitting import fit_run  # which is about runs
 
         return fit_run(self, corpus, more, progress=progress, callbacks=callbacks)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
-from tqdm.auto import tqdm
-
-from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.held_out import EarlyStopping, HeldOutBound, best_step
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.inference.course import Metrics
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.run.extending import extend
 from ltm_pyro.run.files import refuse_protected, writing
 from ltm_pyro.run.folder import Run
 
@@ -159,31 +154,6 @@ def _ready(run: Run) -> None:
     """Brings the files of a run to the step that it goes on from."""
     refuse_protected(run.folder)
     run.metrics_file.truncate(run.metrics)
-
-
-def fit_run(
-    run: Run,
-    corpus: Corpus | None,
-    more: int | None,
-    *,
-    progress: bool,
-    callbacks: Sequence[Callback],
-) -> Course:
-    """See `Run.fit`."""
-    corpus = run.corpus() if corpus is None else corpus
-    first, last = len(run.metrics), run.config.steps
-    if more is not None:
-        last = run.svi.slow_step + whole_number("more", more, 1, MOST)
-        if last > run.config.steps:
-            for line in extend(run, {"steps": last}):
-                if progress:
-                    tqdm.write(line, file=sys.stderr)
-    stop = (lambda row: row["step"] >= last) if last < run.config.steps else go_on
-    with suppress(Interrupted):
-        train(run, corpus, progress=progress, callbacks=callbacks, after_step=stop)
-        if run.config.control:
-            train_control(run, corpus, progress=progress)
-    return Course(run.metrics[first:])
 
 
 def train_control(
