@@ -390,8 +390,7 @@ def test_restarts_are_fitted_from_python_too(tmp_path, config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [3, 8, 13])
-def test_sigkill_then_resume_gives_the_same_bounds_to_the_bit(tmp_path, rows) -> None:
+def test_sigkill_then_resume_gives_the_same_bounds_to_the_bit(tmp_path) -> None:
     text = str(write_text(tmp_path / "text.txt"))
     held = ["--held_out.every", "2", "--held_out.sequences", "3", "--held_out.fast_steps", "2"]
     given = ["fit", "--corpus", text, "--steps", "16", "--no-control", *MICRO, *held]
@@ -404,7 +403,7 @@ def test_sigkill_then_resume_gives_the_same_bounds_to_the_bit(tmp_path, rows) ->
         stderr=subprocess.DEVNULL,
     )
     file = tmp_path / "broken" / "metrics.csv"
-    while not file.exists() or file.read_text().count("\n") < rows:
+    while not file.exists() or file.read_text().count("\n") < 7:
         assert fit.poll() is None
         time.sleep(0.001)
     fit.kill()
