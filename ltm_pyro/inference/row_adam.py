@@ -3,53 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-AHEAD = 16
-"""Steps whose weights are computed at once: a dozen operations on a few numbers each."""
 
 
 def _unbias(beta: float, steps: Tensor) -> Tensor:
     """1 - beta^steps, without the cancellation that costs single precision four digits."""
     return -torch.expm1(steps * math.log(beta)) if beta > 0 else torch.ones_like(steps)
-
-
-def _weights(
-    done: Tensor, params: dict[str, Tensor], betas: tuple[float, float], memory: float
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What differs between steps, for one step after another and each parameter by name.
-
-    Args:
-        done: (B,) steps that rows have done.
-        params: Parameters (B, ...) by name.
-        betas: Decay rates of the two moments.
-        memory: See `RowAdam`.
-
-    Yields:
-        The bias of the first moment, and the weight of the new square in the second, which is kept
-        with its bias taken out; both (B, 1, ...).
-    """
-    beta1, beta2 = betas
-    ahead = torch.arange(1, AHEAD + 1, device=done.device).to(done.dtype)
-    while True:
-        steps = done + ahead[:, None]
-        unbias = _unbias(beta1, steps)
-        # Rounded from double precision: in single, torch's power of a number depends on its place
-        # among the others, and a row must not depend on the rows beside it.
-        power = (steps.double() ** -memory).to(steps.dtype)
-        weight = torch.maximum((1 - beta2) / _unbias(beta2, steps), power)
-        by_name = {}
-        for name, p in params.items():
-            rows = (AHEAD, -1) + (1,) * (p.dim() - 1)
-            by_name[name] = unbias.view(rows).unbind(), weight.to(p.dtype).view(rows).unbind()
-        for step in range(AHEAD):
-            yield {
-                name: (biases[step], squares[step]) for name, (biases, squares) in by_name.items()
-            }
-        done = steps[-1]
 
 
 class RowAdam:
@@ -86,19 +47,23 @@ class RowAdam:
         self.steps = torch.zeros(len(first), device=first.device, dtype=dtype)
         self.first = {name: torch.zeros_like(p) for name, p in params.items()}
         self.second = {name: torch.zeros_like(p) for name, p in params.items()}
-        self._weights = _weights(self.steps.clone(), self.params, self.betas, self.memory)
 
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:
         """One step of descent along `gradients`, in place."""
-        weights = next(self._weights)
+        beta1, beta2 = self.betas
         self.steps += 1
+        # The second moment is kept with its bias taken out. Rounded from double precision: in
+        # single, torch's power of a number depends on its place among the others, and a row must
+        # not depend on the rows beside it.
+        power = (self.steps.double() ** -self.memory).to(self.steps.dtype)
+        newest = torch.maximum((1 - beta2) / _unbias(beta2, self.steps), power)
+        bias = _unbias(beta1, self.steps)
         for name, p in self.params.items():
-            gradient = gradients[name]
-            unbias, weight = weights[name]
+            gradient, rows = gradients[name], (-1,) + (1,) * (p.dim() - 1)
             m, v = self.first[name], self.second[name]
-            m.lerp_(gradient, 1 - self.betas[0])
-            v.lerp_(gradient.square(), weight)
-            p.sub_(lr * (m / unbias) / v.sqrt().add_(self.eps))
+            m.lerp_(gradient, 1 - beta1)
+            v.lerp_(gradient.square(), newest.to(p.dtype).view(rows))
+            p.sub_(lr * (m / bias.view(rows)) / v.sqrt().add_(self.eps))
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by row, as flat names to (B, ...) tensors."""
@@ -111,7 +76,6 @@ class RowAdam:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` returned."""
         self.steps.copy_(state["adam_steps"])
-        self._weights = _weights(self.steps.clone(), self.params, self.betas, self.memory)
         for name in self.params:
             self.first[name].copy_(state[f"adam_first.{name}"])
             self.second[name].copy_(state[f"adam_second.{name}"])
