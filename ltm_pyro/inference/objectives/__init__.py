@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from ltm_pyro.inference.objectives.base import Draw, Objective
+from ltm_pyro.inference.objectives.base import Draw, Objective, Terms, stopped_log_prob
 from ltm_pyro.inference.objectives.evidence import BetaElbo, Elbo, FreeBits, StickingTheLanding
 from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
@@ -30,7 +30,6 @@ from ltm_pyro.inference.objectives.pyro_elbos import (
     differentiable,
     kl_estimator,
 )
-from ltm_pyro.inference.objectives.terms import Terms, stopped_log_prob
 from ltm_pyro.registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry(

@@ -1,25 +1,30 @@
 """What an objective is: a number per sequence from explicit terms on S draws (`Terms`).
 
-Higher is better; summed over the batch and negated it is a loss.
+    z_s ~ q(z),  s = 1..S,     log w_s = log p(x | z_s) + c (log p(z_s) - log q(z_s))
+
+No handler of Pyro's takes part; what its own trace of model and guide gives is the same to
+rounding. Higher is better; summed over the batch and negated it is a loss.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.terms import ProgramTerms, Terms
-from ltm_pyro.models.base import LatentModel, Program
+from ltm_pyro.models.base import PLATE, SITE_Z, LatentModel, Program
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.plain_svi import svi_asks
 from ltm_pyro.random import Noise, fresh_seed
@@ -28,6 +33,166 @@ Draw = Callable[[TorchDistribution, int], Tensor]
 """(q, S) -> draws (S, B, K, D), with a path to q's parameters: usually a `Drawing`."""
 
 _MOST_PARTICLES = 10**6
+
+
+class _LogProb(nn.Module):
+    """Log q(z) as a module's call, which `functional_call` can make."""
+
+    def __init__(self, guide: LocalGuide) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.guide.posterior().log_prob(z)
+
+
+def stopped_log_prob(guide: LocalGuide, z: Tensor) -> Tensor:
+    """Log q(z) at the guide's present parameters, local and shared, held constant.
+
+    It has a gradient by z and none by the parameters, for any guide: its parameters are exchanged
+    for constants while the density is computed, and not only while the distribution is made, since
+    a flow reads its network when it is asked for a density.
+
+    Args:
+        guide: Holds B rows.
+        z: (..., B, K, D).
+    """
+    # Parameters still, because a guide may ask for its parameters by that type.
+    held: dict[str, Tensor] = {
+        f"guide.{name}": nn.Parameter(p.detach(), requires_grad=False)
+        for name, p in guide.named_parameters()
+    }
+    # Another tensor object, so that no transform answers from what it kept of the draw.
+    return functional_call(_LogProb(guide), held, (z.view(z.shape),))
+
+
+class Terms:
+    """S draws from the guide for each of B sequences, and what they score, in nats.
+
+    Each term is computed when it is first asked for, and once.
+
+    Args:
+        model: The model.
+        guide: Holds B rows.
+        prior: p(z), event shape (K, D).
+        batch: B sequences, possibly prepared by the model.
+        q: The guide's posterior.
+        z: (S, B, K, D).
+        weight: c, the KL weight.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        prior: TorchDistribution,
+        batch: Batch,
+        q: TorchDistribution,
+        z: Tensor,
+        weight: float = 1.0,
+    ) -> None:
+        self.model, self.guide, self.prior, self.batch = model, guide, prior, batch
+        self.q, self.z, self.weight = q, z, weight
+
+    @property
+    def n_layers(self) -> int | None:
+        """Decoder layers that the thoughts feed in equal blocks; `None` without layers."""
+        return self.model.n_layers
+
+    @cached_property
+    def log_lik(self) -> Tensor:
+        """Log p(x | z), (S, B): the decoder's pass."""
+        if len(self.z) == 1:
+            return self.model.log_likelihood(self.z[0], self.batch)[None]
+        return self.model.log_likelihood(self.z, self.batch)
+
+    @cached_property
+    def _log_prior(self) -> Tensor:
+        return self.prior.log_prob(self.z)
+
+    @cached_property
+    def _log_q(self) -> Tensor:
+        return self.q.log_prob(self.z)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """C log p(z), (S, B)."""
+        return self.weight * self._log_prior
+
+    def log_q(self, stopped: bool = False) -> Tensor:
+        """C log q(z), (S, B); with `stopped`, at parameters held constant."""
+        return self.weight * (stopped_log_prob(self.guide, self.z) if stopped else self._log_q)
+
+    def log_weight(self, stopped: bool = False) -> Tensor:
+        """Log w, (S, B)."""
+        return self.log_lik + self.log_prior - self.log_q(stopped)
+
+    @cached_property
+    def closed_kl(self) -> Tensor | None:
+        """KL(q || p), (B,), where the guide has it in closed form."""
+        return self.guide.kl(self.prior)
+
+    def kl(self) -> Tensor:
+        """C KL(q || p), (B,): closed, or the mean of log q - log p over the draws."""
+        if self.closed_kl is not None:
+            return self.weight * self.closed_kl
+        return self.weight * (self._log_q - self._log_prior).mean(0)
+
+    @torch.no_grad()
+    def report(self) -> tuple[Tensor, Tensor]:
+        """(nll, kl) of each sequence at these draws, (B,) each, weight 1, nothing descended."""
+        kl = self.closed_kl
+        if kl is None:
+            kl = (self._log_q - self._log_prior).mean(0)
+        return -self.log_lik.detach().mean(0), kl.detach()
+
+
+class ProgramTerms(Terms):
+    """Of a guide that is any Pyro program with a site `z`, e.g. one of Pyro's autoguides.
+
+    Args:
+        model: The model.
+        guide: The program.
+        batch: B sequences.
+        particles: S.
+    """
+
+    def __init__(self, model: LatentModel, guide: Any, batch: Batch, particles: int) -> None:
+        traces = [poutine.trace(guide).get_trace(batch) for _ in range(particles)]
+        z = torch.stack([trace.nodes[SITE_Z]["value"] for trace in traces])
+        q = traces[0].nodes[SITE_Z]["fn"]
+        super().__init__(model, guide, model.prior(), batch, q, z)
+        self._traces = traces
+
+    @cached_property
+    def _log_q(self) -> Tensor:
+        # All sites: an autoguide draws under another name, and hands the value on.
+        for trace in self._traces:
+            trace.compute_log_prob()
+        return torch.stack([_sum_of_sites(trace) for trace in self._traces])
+
+    def log_q(self, stopped: bool = False) -> Tensor:
+        """Log q(z), (S, B).
+
+        Raises:
+            InputError: for stopped parameters, which such a guide cannot be asked for.
+        """
+        if stopped:
+            raise InputError(
+                f"{type(self.guide).__name__} is no guide of this package, and this objective "
+                "holds q's parameters constant: use objective 'elbo' or 'iwae'"
+            )
+        return self._log_q
+
+    @cached_property
+    def closed_kl(self) -> Tensor | None:
+        """None."""
+        return None
+
+
+def _sum_of_sites(trace: Any) -> Tensor:
+    sites = [name for name in trace.stochastic_nodes if name != PLATE]
+    return torch.stack([trace.nodes[name]["log_prob"] for name in sites]).sum(0)
 
 
 class Objective(ELBO):

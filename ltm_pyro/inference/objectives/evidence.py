@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.objectives.base import Objective, finite_number
+from ltm_pyro.inference.objectives.base import Objective, Terms, finite_number
 from ltm_pyro.inference.objectives.group_kl import kl_by_group
-from ltm_pyro.inference.objectives.terms import Terms
 
 
 class Elbo(Objective):

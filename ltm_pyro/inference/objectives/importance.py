@@ -8,8 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.objectives.base import Objective, finite_number
-from ltm_pyro.inference.objectives.terms import Terms
+from ltm_pyro.inference.objectives.base import Objective, Terms, finite_number
 
 
 class Renyi(Objective):

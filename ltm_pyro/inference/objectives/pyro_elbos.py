@@ -19,8 +19,7 @@ from torch.distributions import kl_divergence
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.base import Draw, Objective
-from ltm_pyro.inference.objectives.terms import Terms
+from ltm_pyro.inference.objectives.base import Draw, Objective, Terms
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
 
 
