@@ -75,7 +75,7 @@ def pictures() -> dict[str, Figure]:
         "collapse": plots.collapse_bars(collapse_panel(post, table, n_layers=2)),
         "documents": plots.document_gains(table, table),
         "k-hat": plots.khat_histogram(judged),
-        "map": plots.thought_map(post, ["<b>$a$", "b"] * 6, name="author"),
+        "map": plots.thought_map(post, ["<b>$a$ \N{GRINNING FACE}\0", "b"] * 6, name="author $"),
         "map by a number": plots.thought_map(oracle, np.arange(24), name="position"),
         "posterior and prior": plots.posterior_against_prior(oracle),
         "split": plots.elbo_split(
@@ -83,7 +83,7 @@ def pictures() -> dict[str, Figure]:
         ),
         "layers": plots.layer_reconstruction(by_layer),
         "tokens": plots.token_surprise(token_surprise(words, post, batch, draws=2)),
-        "between": plots.interpolation_strip(["one $ text", "another", "a third\0"]),
+        "between": plots.interpolation_strip(["one $ \N{GRINNING FACE}", "another", "a third\0"]),
         "plane": plots.rate_distortion({0.5: documents[0], 1.0: documents[1]}, table),
         "own draws": plots.own_against_fresh(score_on_own_draws(own, rows, draws=8)),
         "fast steps": plots.score_against_steps({4: documents[0], 8: documents[1]}, table),

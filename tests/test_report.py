@@ -235,12 +235,15 @@ def test_a_run_without_control_density_or_steps_has_a_page(tmp_path: Path) -> No
     assert Page((folder / "report.html").read_text(encoding="utf-8")).headings == ORDER
 
 
-def test_khats_are_judged_with_draws_enough(tmp_path: Path) -> None:
+def test_khats_are_judged_and_held_out_bounds_shown(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
     folder = tmp_path / "judged"
     fit = ["fit", "--corpus", str(text), "--out", str(folder), "--steps", "2", *MICRO]
-    assert main([*fit, "--eval_draws", "1000"]) == 0
+    assert main([*fit, "--eval_draws", "1000", "--held_out.every", "2"]) == 0
     report = numbers_of(folder)
+    assert [row["step"] for row in report["course"]["held_out"]] == [2]
+    checks = {check["name"]: check["state"] for check in report["checks"]}
+    assert checks["Every step is recorded and finite"] == PASSED
     assert report["khat"]["limit"] == pytest.approx(1 - 1 / 3)
     assert "figure-khat" in (folder / "report.html").read_text(encoding="utf-8")
 

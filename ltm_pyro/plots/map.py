@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from ltm_pyro.checks import one_of
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.plots.style import BLUE, GREY, Floats, house_figure
+from ltm_pyro.plots.style import BLUE, GREY, Floats, drawable, house_figure
 
 _MOST_COLORS = 8  # categories that can be told apart; the rest is one more
 _LONGEST = 24  # characters of a name in the legend
@@ -92,6 +92,7 @@ def _points(
     if by is None:
         return mean, None, ""
     name = name or (str(by.name) if isinstance(by, pd.Series) else "value")
+    name = drawable(name.replace("$", ""))
     values = np.asarray(by)
     if values.shape != (len(mean),):
         raise InputError(
@@ -144,9 +145,8 @@ def _by_category(axes: Axes, place: Floats, by: NDArray[np.generic], name: str) 
     palette = sns.color_palette("colorblind", _MOST_COLORS)
     for value, color, marker in zip(named, palette, "osD^vPX*", strict=False):
         at = by == value
-        label = "".join(c if c.isprintable() else " " for c in str(value))
-        label = label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…"
-        label = label.replace("$", r"\$") or "(empty)"
+        label = " ".join(str(value).split()) or "(empty)"
+        label = drawable(label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…")
         axes.scatter(
             place[at, 0],
             place[at, 1],

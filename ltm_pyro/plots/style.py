@@ -14,6 +14,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
@@ -70,6 +71,13 @@ def house_figure(size: tuple[float, float], caption: str) -> Iterator[Figure]:
         yield figure
         # Ticks are made when first drawn, in the style of that moment: so draw in this one.
         figure.draw_without_rendering()
+
+
+def drawable(text: str, family: str = "sans-serif") -> str:
+    """`text` as Matplotlib can draw it: no markup, and a square for what the font does not have."""
+    font = get_font(findfont(FontProperties(family=[family])))  # both are cached
+    known = (c if c == "\n" or font.get_char_index(ord(c)) else "\N{WHITE SQUARE}" for c in text)
+    return "".join(known).replace("$", r"\$")
 
 
 def title_and_legend(axes: Axes, title: str) -> None:

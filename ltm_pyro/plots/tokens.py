@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, drawable, house_figure, title_and_legend
 
 _TOKENS = 160  # that can be told apart at 800 pixels
 _LETTERS = 60  # tokens that get their text
@@ -70,8 +70,7 @@ def token_surprise(
 def _letter(text: str) -> str:
     """A token as a tick: what cannot be seen has a sign."""
     known = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"}
-    shown = "".join(known.get(c, c if c.isprintable() else "\N{MIDDLE DOT}") for c in text[:6])
-    return shown.replace("$", r"\$")
+    return drawable("".join(known.get(c, c) for c in text[:6]), "monospace")
 
 
 def interpolation_strip(
@@ -105,10 +104,10 @@ def interpolation_strip(
             weight = row / (len(texts) - 1)
             color = np.array(BLUE) * (1 - weight) + np.array(ORANGE) * weight
             axes.add_patch(Rectangle((-0.16, row - 0.38), 0.14 * distance, 0.76, color=color))
-            shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-            lines = textwrap.wrap(shown, width)[:_LINES] or ["(empty)"]
+            lines = textwrap.wrap(" ".join(text.split()), width)[:_LINES] or ["(empty)"]
+            shown = drawable("\n".join(lines), "monospace")
             axes.text(
-                0.01, row, "\n".join(lines).replace("$", r"\$"), va="center", fontsize=8,
+                0.01, row, shown, va="center", fontsize=8,
                 family="monospace", linespacing=1.15,
             )  # fmt: skip
         axes.set(xlim=(-0.17, 1.0), ylim=(len(texts) - 0.5, -0.5), ylabel="weight of the second")

@@ -19,6 +19,7 @@ from ltm_pyro import plots
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.compare import Comparison
 from ltm_pyro.diagnostics.documents import gains_by_document
+from ltm_pyro.diagnostics.held_out import held_out_bounds
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.doors import door
 from ltm_pyro.reading import read_json
@@ -40,7 +41,7 @@ FORMAT = 1
 PAGE, NUMBERS = "report.html", "report.json"
 MODES = ("oracle", "prefix", "prior")
 _LAST_STEPS = 20  # that the end of the course is averaged over
-_NAMED = range(2, 41)  # distinct values of a field that is worth a colour
+_NAMED = (20, 8)  # distinct values that are worth colours: of a field, of documents
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,14 @@ def _seeds(runs: RunComparison) -> int:
 def _course(run: Run) -> dict[str, Any]:
     """How the fit began and ended: means over a few steps of every column."""
     rows = run.metrics
-    some = {"steps": len(rows), "averaged": min(_LAST_STEPS, len(rows))}
-    for name, part in (("first", rows[:_LAST_STEPS]), ("last", rows[-_LAST_STEPS:])):
-        some[name] = {  # type: ignore[assignment]
-            key: float(np.mean([row[key] for row in part if key in row]))
-            for key in dict.fromkeys(key for row in part for key in row)
-        }
-    if rows and "seconds" in rows[-1]:
-        some["seconds"] = float(sum(row["seconds"] for row in rows))  # type: ignore[assignment]
+    names = dict.fromkeys(name for row in rows for name in row)  # some are not of every step
+    some: dict[str, Any] = {"steps": len(rows), "averaged": min(_LAST_STEPS, len(rows))}
+    for end, part in (("first", rows[:_LAST_STEPS]), ("last", rows[-_LAST_STEPS:])):
+        known = {name: [row[name] for row in part if name in row] for name in names}
+        some[end] = {k: float(np.mean(values)) if values else None for k, values in known.items()}
+    some["held_out"] = [
+        {"step": step, "nats_per_sequence": bound} for step, bound in held_out_bounds(rows).items()
+    ]
     return some
 
 
@@ -246,7 +247,9 @@ def _pictures(run: Run, held_out: HeldOut) -> dict[str, Picture]:
 def _colour(held_out: HeldOut) -> tuple[Any, ...]:
     """The first thing known of the sequences that tells groups of them apart."""
     known = held_out.batch.metadata
-    for name in ("group", *(c for c in known if c not in ("group", "offset", "position"))):
-        if name in known and known[name].astype(str).nunique() in _NAMED:
+    names = ["group", *(c for c in known if c not in ("group", "offset", "position", "document"))]
+    for name in (*names, "document", "position"):
+        values = known[name].astype(str).nunique() if name in known else 0
+        if values > 1 and (name == "position" or values <= _NAMED[name == "document"]):
             return (known[name],)
-    return (known["position"],) if "position" in known else ()
+    return ()

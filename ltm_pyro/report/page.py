@@ -84,4 +84,4 @@ def plain(value: Any) -> str | Markup:
 
 def label(name: str) -> str:
     """A key as words."""
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("ppl", "perplexity")
