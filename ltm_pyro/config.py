@@ -99,8 +99,13 @@ class Fast:
 
     steps: Annotated[Whole, Ge(0), Le(MOST_FAST_STEPS)] = 16
     """T_fast: gradient steps per sequence; 0 leaves q where the guide starts it."""
-    lr: Rate = 0.1
-    """Peak learning rate of Adam on the local parameters."""
+    optimizer: Literal["natural", "adam"] = "natural"
+    """`natural`: along the natural gradient, in units of q, for the families that have a normal in
+    them, and Adam at a third of the rate for what has none. `adam`: Adam for all."""
+    lr: Rate = 0.3
+    """Peak learning rate on the local parameters; a third of it suits `adam`."""
+    momentum: ShareBelowOne = 0.3
+    """Share of the last step that a natural step keeps."""
     schedule: ScheduleName | Multiplier = "cosine"
     """How the learning rate runs over the T_fast steps."""
     final_fraction: Share = 0.1
@@ -116,9 +121,9 @@ class Fast:
     """Adam's decay rates for the first and second moment; on fresh noise the second is lower in the
     first steps (see `RowAdam`)."""
     average: ShareBelowOne = 0.4
-    """Share of the steps beyond the first 100, counted from the end, over which local parameters
-    are averaged, so that what is left of the gradient noise cancels (Polyak & Juditsky 1992).
-    Fresh noise only."""
+    """Share of the steps beyond the first 8 (100 of `adam`), counted from the end, over which local
+    parameters are averaged, so that what is left of the gradient noise cancels (Polyak & Juditsky
+    1992). Fresh noise only."""
 
 
 @settings("slow")
@@ -281,7 +286,7 @@ PRESETS: dict[str, FitConfig] = {
     "nano": FitConfig(
         preset="nano",
         model=ModelConfig(seq_len=256),
-        fast=Fast(steps=8, lr=0.2), slow=_LATE_THOUGHTS, steps=450, batch_size=8, eval_draws=32,
+        fast=Fast(steps=8), slow=_LATE_THOUGHTS, steps=450, batch_size=8, eval_draws=32,
     ),
     # The synthetic corpus whose exact likelihood is known: only thoughts can tell its classes.
     "mixture": FitConfig(
@@ -316,7 +321,7 @@ def _paper_preset(name: str, n_layers: int, thoughts: int, fast_steps: int) -> F
             vocab_size=50257, seq_len=1024, n_layers=n_layers, width=512, n_heads=8,
             mlp_hidden=1376, window=256, thoughts_per_layer=thoughts // n_layers, thought_dim=512,
         ),
-        fast=Fast(steps=fast_steps, lr=0.3),
+        fast=Fast(steps=fast_steps),
         slow=Slow(lr=4e-4, kl_start=0.02),
         batch_size=8, steps=100_000, checkpoint_every=1000, control=False,
     )  # fmt: skip

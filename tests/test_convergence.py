@@ -117,7 +117,8 @@ def test_a_rate_far_too_small_is_not_called_enough(lr: float) -> None:
     # Flat from step to step, and at 1e-5 doubling gains less than the tolerance: only another rate
     # shows what is missing.
     oracle, batch = setting()
-    data = fast_convergence(recipe(oracle, Fast(steps=16, lr=lr)), batch, draws=64)
+    fast = Fast(steps=16, optimizer="adam", lr=lr)
+    data = fast_convergence(recipe(oracle, fast), batch, draws=64)
     assert data.attrs["share_not_enough"] == 1
     assert (data["gain_per_step"] < 0.01 * data["noise_per_draw"]).all()
     if lr == 1e-5:
@@ -128,7 +129,7 @@ def test_a_rate_far_too_small_is_not_called_enough(lr: float) -> None:
 
 def test_a_rate_far_too_large_is_not_called_enough() -> None:
     oracle, batch = setting()
-    fast = Fast(steps=64, lr=1.0, schedule="constant", average=0.0)
+    fast = Fast(steps=64, optimizer="adam", lr=1.0, schedule="constant", average=0.0)
     data = fast_convergence(recipe(oracle, fast), batch, draws=128)
     assert data.attrs["share_enough"] == 0
     assert data.attrs["share_not_enough"] >= 0.9
@@ -223,7 +224,7 @@ def test_nothing_is_left_behind(four_steps: tuple[DualRateSVI, Batch, xr.Dataset
 
 def test_a_point_mass_is_judged_by_its_joint() -> None:
     oracle, batch = setting()
-    fast = Fast(steps=80, lr=0.2, final_fraction=0.0)
+    fast = Fast(steps=80, optimizer="adam", lr=0.2, final_fraction=0.0)
     svi = DualRateSVI(oracle, build_guide("delta", oracle), fast)
     data = fast_convergence(svi, batch, draws=16)
     assert data.attrs["share_enough"] == 1

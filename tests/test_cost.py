@@ -116,7 +116,7 @@ def test_flops_of_other_ways_to_compute(changes: dict[str, Any]) -> None:
 def test_kl_floor_and_its_warning() -> None:
     # Sixteen cosine steps whose rates sum to 3, from log variance -5 to -2: an idle dimension then
     # costs (exp(-2) - 1 + 2) / 2 = 0.57 nats, and there are 12 of them for each token.
-    paper = replace(PRESETS["ltm-small"], fast=Fast(steps=16, lr=0.34))
+    paper = replace(PRESETS["ltm-small"], fast=Fast(steps=16, optimizer="adam", lr=0.34))
     report = cost_report(replace(paper, guide_options={"init_log_variance": -5.0}))
     assert report.kl_floor_per_token == pytest.approx(12 * 0.568, rel=0.02)
     assert report.warning is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -344,6 +345,7 @@ def test_persistent_parameters_start_from_the_last_visit() -> None:
 
 def test_a_warm_start_carries_the_moments_of_adam() -> None:
     svi, batch = oracle_svi(persistent=True), make_oracle().simulate(2)
+    svi.fast = replace(FAST, optimizer="adam")
     svi.step(batch)
     svi.step(batch)
     assert svi.store is not None

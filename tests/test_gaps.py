@@ -39,7 +39,7 @@ def oracle_of(svi: DualRateSVI) -> LinearGaussian:
 @pytest.fixture(scope="module")
 def short_loop() -> Setting:
     oracle, batch = setting()
-    svi = recipe(oracle, Fast(steps=60, lr=0.1))
+    svi = recipe(oracle, Fast(steps=60, optimizer="adam", lr=0.1))
     return svi, batch, gap_decomposition(svi, batch, converged_steps=LONG, draws=DRAWS)
 
 

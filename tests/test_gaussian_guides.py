@@ -246,7 +246,7 @@ def assert_exact(oracle: LinearGaussian, batch: Batch, post: Posterior) -> None:
 # Sticking the landing: at the exact posterior its gradient has no variance, so that the learning
 # rate's fall to zero ends there and not beside it. An average over the last steps would bring back
 # the way there.
-LANDING = Fast(steps=600, lr=0.1, final_fraction=0.0, average=0.0)
+LANDING = Fast(steps=600, optimizer="adam", lr=0.1, final_fraction=0.0, average=0.0)
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.0])

@@ -189,7 +189,7 @@ def _assert_row(row: Tensor, alone: Tensor) -> None:
 @pytest.mark.parametrize("family", [*guide_families(), "laplaces"])
 def test_one_sequence_alone_gets_what_it_gets_in_any_batch(family: str, noise: str) -> None:
     model, batch = make_language_model(dtype=torch.float32), make_tokens(64)
-    fast = Fast(steps=8, noise=noise, fixed_draws=2)  # type: ignore[arg-type]
+    fast = Fast(steps=8, lr=0.1, noise=noise, fixed_draws=2)  # type: ignore[arg-type]
     svi = DualRateSVI(model, _guide(family, model), fast)
     alone = svi.infer(batch.select(slice(3, 4)))
     for rows in (8, 64):

@@ -142,7 +142,7 @@ def test_a_fixed_draw_scores_itself_above_the_evidence(
 
     def fit(noise: str) -> Posterior:
         guide = build_guide("mean_field", oracle, init_log_variance=-5.0)
-        fast = Fast(steps=64, lr=0.34, noise=noise)  # type: ignore[arg-type]
+        fast = Fast(steps=64, optimizer="adam", lr=0.34, noise=noise)  # type: ignore[arg-type]
         return DualRateSVI(oracle, guide, fast).infer(batch)
 
     fixed = fit("fixed")
@@ -162,7 +162,7 @@ def test_the_diagnostic_puts_the_honest_value_beside_the_trap(
     oracle = one_dimension[0.1]
     batch = oracle.simulate(4000)
     guide = build_guide("mean_field", oracle, init_log_variance=-5.0)
-    svi = DualRateSVI(oracle, guide, Fast(steps=64, lr=0.34, noise="fixed"))
+    svi = DualRateSVI(oracle, guide, Fast(steps=64, optimizer="adam", lr=0.34, noise="fixed"))
     shown = score_on_own_draws(svi, batch)
     evidence = oracle.log_evidence(batch).double().mean().item()
     assert float(shown["own_draw_objective"].mean()) > evidence + 0.9

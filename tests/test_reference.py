@@ -14,7 +14,7 @@ from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 # With fixed noise the fast clock is Adam itself, as in the published loop.
-FAST = Fast(steps=5, lr=0.1, noise="fixed")
+FAST = Fast(steps=5, optimizer="adam", lr=0.1, noise="fixed")
 SLOW = Slow(lr=0.01, kl_start=0.2)
 STEPS = 4
 

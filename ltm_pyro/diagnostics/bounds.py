@@ -109,6 +109,7 @@ def evaluate(
 
         Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
         scores, `objective` that q was fitted by and `objective_kl`, how it got its KL;
+        `fast_optimizer`, what moved q;
         `khat_limit` at S draws; `n_sequences`, `n_tokens`, `n_documents` (0 where not known: each
         sequence then stands for itself in errors), `effective_documents`; `left_out`, how many
         sequences mode `prefix` had nothing to score of; `note`, if something must be said beside
@@ -255,6 +256,7 @@ def _settings(post: Posterior | None, mode: Mode, draws: int, seed: int) -> dict
         "kl_estimator": post.kl_estimator if post is not None and mode == "oracle" else "none",
         "objective": "none" if post is None else post.objective,
         "objective_kl": "none" if post is None else post.objective_kl,
+        "fast_optimizer": "none" if post is None else post.optimizer,
         "khat_limit": khat_threshold(draws),
         "ltm_pyro_version": ltm_pyro.__version__,
         "torch_version": str(torch.__version__),

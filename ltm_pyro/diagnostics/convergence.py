@@ -199,7 +199,8 @@ def fast_convergence(
         values.append(objective_draws(svi.model, post, batch, draws, seed))
         last = post if count == steps else last
     assert last is not None
-    probe = Fast(steps=max(steps, _PROBE_STEPS), lr=_PROBE_RATE, final_fraction=0.0)
+    many = max(steps, _PROBE_STEPS)
+    probe = Fast(steps=many, optimizer="adam", lr=_PROBE_RATE, final_fraction=0.0)
     led_on = continue_from(svi, last.parameters, batch, probe)
     other = objective_draws(svi.model, led_on, batch, draws, seed)
     data = _columns(done, values, other, steps, batch)

@@ -223,7 +223,7 @@ def _converge(
         ("stl", _CHECK_RATE, half),
         ("stl", _CHECK_RATE, half),
     ):
-        fast = Fast(steps=count, lr=rate, final_fraction=0.0)
+        fast = Fast(steps=count, optimizer="adam", lr=rate, final_fraction=0.0)
         elbo = _several_draws(objective, judged)
         found.append(continue_from(svi, rows, batch, fast, guide=guide, elbo=elbo))
         rows = found[-1].parameters

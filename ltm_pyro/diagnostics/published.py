@@ -94,7 +94,7 @@ def _rows(
     svi: DualRateSVI, batch: Batch, fast_steps: int | None, steps: int | None
 ) -> Iterator[Row]:
     published = Fast(
-        steps=svi.fast.steps if fast_steps is None else fast_steps,
+        steps=svi.fast.steps if fast_steps is None else fast_steps, optimizer="adam",
         lr=0.34, schedule="cosine", final_fraction=0.1, noise="fixed", fixed_draws=1,
     )  # fmt: skip
     fresh = replace(published, noise="fresh", fixed_draws=Fast().fixed_draws)

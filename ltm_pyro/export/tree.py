@@ -231,6 +231,7 @@ def _attributes(post: Posterior, draws: int, seed: int) -> dict[str, Any]:
         "kl_estimator": post.kl_estimator,
         "objective": post.objective,
         "objective_kl": post.objective_kl,
+        "fast_optimizer": post.optimizer,
         "draws": draws,
         "seed": seed,
     }

@@ -69,6 +69,7 @@ class Posterior:
             that no objective fitted.
         objective_kl: How the objective got its KL: `analytic`, `monte_carlo`, `none` for a point
             mass, `unknown` for an ELBO object of another's making.
+        optimizer: What moved the local parameters: `natural`, `adam`, or both and which.
         corpus: Fingerprint of the corpus that the ids belong to, as in `Batch`.
         x: (B, T) the sequences that q was fitted to, where known.
         covariates: Their covariates by name, each (B, ...).
@@ -86,6 +87,7 @@ class Posterior:
     own_draw_elbo: Tensor | None = None
     objective: str = ""
     objective_kl: str = "unknown"
+    optimizer: str = ""
     corpus: str | None = None
     x: Tensor | None = None
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
@@ -294,6 +296,7 @@ def fitted_posterior(
     own_draw_elbo: Tensor | None = None,
     objective: str = "",
     objective_kl: str = "unknown",
+    optimizer: str = "",
 ) -> Posterior:
     """What the guide holds as an answer, nothing to differentiate.
 
@@ -305,6 +308,7 @@ def fitted_posterior(
         own_draw_elbo: See `Posterior`.
         objective: See `Posterior`.
         objective_kl: See `Posterior`.
+        optimizer: See `Posterior`.
     """
     for p in guide.local_parameters().values():
         p.requires_grad_(False)
@@ -322,6 +326,7 @@ def fitted_posterior(
             own_draw_elbo=own_draw_elbo,
             objective=objective,
             objective_kl=objective_kl,
+            optimizer=optimizer,
             corpus=batch.corpus,
             x=batch.x,
             covariates=batch.covariates,

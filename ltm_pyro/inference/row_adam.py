@@ -30,6 +30,8 @@ class RowAdam:
         memory: The exponent above; 1 gives Adam itself.
     """
 
+    name = "adam"
+
     def __init__(
         self,
         params: dict[str, Tensor],

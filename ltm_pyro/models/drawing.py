@@ -93,10 +93,19 @@ class Drawing:
         noise: That of the B sequences.
         dtype: In which its numbers are kept; a distribution's draws are of its own.
         ahead: Draws that will be asked for, so that their noise is made at once.
+        antithetic: Every second draw is of the negated noise of the one before it, so that what is
+            odd in it cancels over the two; without effect on a distribution that takes no noise.
     """
 
-    def __init__(self, noise: Noise, dtype: torch.dtype = torch.float64, ahead: int = 1) -> None:
-        self.noise, self.dtype, self.ahead = noise, dtype, ahead
+    def __init__(
+        self,
+        noise: Noise,
+        dtype: torch.dtype = torch.float64,
+        ahead: int = 1,
+        *,
+        antithetic: bool = False,
+    ) -> None:
+        self.noise, self.dtype, self.ahead, self.antithetic = noise, dtype, ahead, antithetic
         self.next = 0
         """The next draw's number."""
         self._start = 0
@@ -128,9 +137,18 @@ class Drawing:
         if self._made.shape[-1] != size or start < 0 or end > len(self._made):
             most = AHEAD // max(size * len(self.noise), 1)
             count = max(draws, min(self.ahead - first, most))
-            self._made = self.noise.normal(size, count, first).to(self.dtype)
+            self._made = self._make(size, count, first).to(self.dtype)
             self._start, start, end = first, 0, draws
         return self._made[start:end]
+
+    def _make(self, size: int, count: int, first: int) -> Tensor:
+        """Noise of the draws from `first` on, (S, B, size)."""
+        if not self.antithetic:
+            return self.noise.normal(size, count, first)
+        low, high = first // 2, (first + count + 1) // 2
+        half = self.noise.normal(size, high - low, low)
+        pairs = torch.stack((half, -half), dim=1).flatten(0, 1)
+        return pairs[first - 2 * low :][:count]
 
 
 def draw(q: TorchDistribution, noise: Noise, draws: int) -> Tensor:

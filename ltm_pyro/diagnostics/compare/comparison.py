@@ -264,6 +264,7 @@ def _collect(
         "seed": settings.seed,
         "objective": describe(settings.elbo),
         "particles": settings.particles,
+        "fast_optimizer": settings.fast.optimizer,
         "fast_lr": settings.fast.lr,
         "shared_parameters_trained_on": "other sequences"
         if settings.train is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pyro
 import torch
@@ -20,6 +21,7 @@ from ltm_pyro.inference.non_finite import numbers_out_of_range
 from ltm_pyro.inference.objectives import Objective, Terms
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.row_adam import RowAdam
+from ltm_pyro.inference.row_natural import RowNatural
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.random import Noise
@@ -38,16 +40,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def local_optimizer(guide: LocalGuide, fast: Fast) -> RowAdam:
+RowOptimizer = RowNatural | RowAdam
+
+
+def local_optimizer(guide: LocalGuide, fast: Fast) -> RowOptimizer:
     """A fresh optimiser for the guide's rows.
 
-    On fresh noise it forgets the first gradients quickly; with `noise="fixed"`, the published loop
-    to be studied as it is, it is Adam itself.
+    On fresh noise Adam forgets the first gradients quickly; with `noise="fixed"`, the published
+    loop to be studied as it is, it is Adam itself.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
-    if fast.noise == "fixed":
-        return RowAdam(params, fast.betas, memory=1.0)
-    return RowAdam(params, fast.betas)
+    if fast.optimizer == "natural":
+        return RowNatural(params, guide.units, fast.momentum, fast.betas)
+    return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
 
 
 _TRACED = ("elbo", "nll", "kl", "grad_norm")  # (T_fast, B) each
@@ -120,7 +125,7 @@ class FastLoop:
         store: RowStore | None = None,
         record: bool = False,
         after_step: Callable[[], object] | None = None,
-    ) -> tuple[FastResult, RowAdam]:
+    ) -> tuple[FastResult, RowOptimizer]:
         """A fast loop on rows as `store` knows them, fresh ones where it does not.
 
         Args:
@@ -151,7 +156,7 @@ class FastLoop:
             calls = _Calls(self, batch, fast, seed, weight)
             return self._run(calls, optimizer, record, after_step), optimizer
 
-    def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowAdam:
+    def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowOptimizer:
         self.guide.reset(batch)
         optimizer = local_optimizer(self.guide, fast)
         if store is not None and self.guide.local_parameters():
@@ -165,7 +170,7 @@ class FastLoop:
     def _run(
         self,
         calls: _Calls,
-        optimizer: RowAdam,
+        optimizer: RowOptimizer,
         record: bool,
         after_step: Callable[[], object] | None,
     ) -> FastResult:
@@ -200,7 +205,8 @@ class FastLoop:
             with torch.no_grad():
                 nll, kl = _mean_report(calls()[1])
             own = -nll - kl
-        return FastResult(first, last, norm, own, course.trace() if record and fast.steps else None)
+        trace = course.trace() if record and fast.steps else None
+        return FastResult(first, last, norm, own, trace)
 
 
 class _Calls:
@@ -213,7 +219,10 @@ class _Calls:
         self.fixed = fast.noise == "fixed"
         self.count = fast.fixed_draws if self.fixed else 1
         ahead = self.objective.particles * (self.count if self.fixed else fast.steps)
-        self.draw = Drawing(Noise(seed, batch.ids), loop.guide.anchor.dtype, ahead)
+        # Adam stays the yardstick that it was: on independent draws.
+        pairs = fast.optimizer == "natural" and not self.fixed
+        noise, dtype = Noise(seed, batch.ids), loop.guide.anchor.dtype
+        self.draw = Drawing(noise, dtype, ahead, antithetic=pairs)
 
     def __call__(self) -> tuple[Tensor, list[Terms]]:
         """The loss in nats, summed over the batch, and the terms of its draws."""
@@ -230,20 +239,20 @@ class _Calls:
 
 
 class _TailMean:
-    """Mean of the local parameters over the last steps: gradient noise that Adam keeps cancels.
+    """Mean of the local parameters over the last steps: gradient noise in them cancels.
 
     Args:
         params: The parameters, read after each step and replaced by `put`.
-        fast: The clock. Its `average` is a share of the steps beyond the first `BURN_IN`; a shorter
-            loop is not averaged, since its mean would lag behind where it has arrived.
+        fast: The clock. Its `average` is a share of the steps beyond the first `BURN_IN`, by its
+            optimizer; the mean over a shorter loop would lag behind where it has arrived.
     """
 
-    BURN_IN = 100
+    BURN_IN: ClassVar = {"natural": 8, "adam": 100}
 
     def __init__(self, params: dict[str, Tensor], fast: Fast) -> None:
         self.params = {name: p.detach() for name, p in params.items()}
         share = 0.0 if fast.noise == "fixed" else fast.average
-        self.count = round(share * max(fast.steps - self.BURN_IN, 0))
+        self.count = round(share * max(fast.steps - self.BURN_IN[fast.optimizer], 0))
         self.first = fast.steps - self.count
         self.total = {name: torch.zeros_like(p) for name, p in params.items()}
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from ltm_pyro.config import Fast, Slow
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT
 
 
 def constant(step: int, total: int) -> float:
@@ -103,20 +104,28 @@ def restated(slow: Slow, before: int, after: int) -> Slow:
 
 
 def fast_reach(fast: Fast) -> float:
-    """R: the sum of the fast learning rates, about the farthest that Adam moves a parameter."""
+    """R: the sum of the fast learning rates; Adam moves a parameter at most about so far."""
     return sum(learning_rate(fast, step, fast.steps) for step in range(fast.steps))
 
 
 def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.0) -> float:
     """KL in nats that the fast schedule cannot undo, whatever the text.
 
-    Adam moves a log variance by at most about R. Started at l0, even a dimension that carries
-    nothing ends at distance max(|l0| - R, 0) from the prior and costs (e^l - 1 - l) / 2 nats.
+    A dimension that carries nothing starts at log variance l0 and ends at some l, where it costs
+    (e^l - 1 - l) / 2 nats. Adam moves it by at most about R; a natural step, in units u, by
+    u^2 rate (1 - e^l) / 2, the KL's gradient, and by at most u.
 
     Args:
         fast: The fast clock.
         n_dims: K * D.
         init_log_variance: l0, where the guide starts its log variances.
     """
-    left = math.copysign(max(abs(init_log_variance) - fast_reach(fast), 0.0), init_log_variance)
+    left = init_log_variance
+    if fast.optimizer == "adam":
+        left = math.copysign(max(abs(left) - fast_reach(fast), 0.0), left)
+    else:
+        for step in range(fast.steps if left else 0):
+            unit = LOG_VARIANCE_UNIT
+            slope = 0.5 * unit * -math.expm1(left) * learning_rate(fast, step, fast.steps)
+            left += unit * min(max(slope, -1.0), 1.0)
     return n_dims * 0.5 * (math.exp(left) - 1.0 - left)

@@ -31,7 +31,7 @@ from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.exclusive import nested
 from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
-from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen, local_optimizer
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
 from ltm_pyro.inference.clocks.slow import SlowClock, SlowObjective, Sums, embedding_weights
 from ltm_pyro.inference.course import Course, Metrics
@@ -261,6 +261,7 @@ class DualRateSVI:
                 batch,
                 trace=trace,
                 own_draw_elbo=own,
+                optimizer=local_optimizer(self.guide, fast).name,
                 objective=describe(self.elbo),
                 objective_kl=self._kl_estimator,
             )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.exclusive import exclusive
+from ltm_pyro.inference.row_natural import Unit
 from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
 from ltm_pyro.models.contract import require_model
 from ltm_pyro.registry import Registry
@@ -96,6 +97,14 @@ class LocalGuide(Program, ABC):
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """KL(q || prior) per sequence in nats, (B,); `None` where there is no closed form."""
         return None
+
+    def units(self) -> dict[str, Unit]:
+        """How local parameters relate to a mean and a scale, for the natural gradient.
+
+        By name, at their present values: one scale of q for a mean (in the parameter's own units),
+        `LOG_VARIANCE_UNIT` for a log variance. Adam moves what is left out; by default that is all.
+        """
+        return {}
 
     @property
     def start_log_variance(self) -> float | None:

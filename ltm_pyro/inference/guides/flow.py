@@ -12,6 +12,7 @@ from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.conditional_flow import ConditionalFlow, FlowDistribution, FlowKind
 
@@ -84,6 +85,11 @@ class Flow(LocalGuide):
         network = self.network if torch.is_grad_enabled() else self.network.snapshot()
         scale = torch.exp(0.5 * self.local["log_variance"])
         return FlowDistribution(network, self.local["context"], self.local["loc"], scale)
+
+    def units(self) -> dict[str, Unit]:
+        """One scale of the base for `loc`; `context` has none."""
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
 
 
 def _refuse_half_precision(dtype: torch.dtype) -> None:

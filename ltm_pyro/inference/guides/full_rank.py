@@ -11,12 +11,13 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.full_normal import BlockNormal, FullNormal
 
 BLOCKS = ("layer", "thought", "whole")
 COPIES = 6
-"""Matrices of L's size that a fast step holds: L, its parameters, both gradients, two moments."""
+"""Matrices of L's size that a fast step holds: L, its parameters, both gradients, its moments."""
 MEMORY = 8 * 2**30
 """Bytes that these may take for one batch. More would not finish in useful time either: a step
 costs (K * D)^2 per draw."""
@@ -114,6 +115,11 @@ class FullRank(LocalGuide):
         if self.n_blocks == 1:
             return FullNormal(self.local["loc"], factors.squeeze(1))
         return BlockNormal(self.local["loc"], factors)
+
+    def units(self) -> dict[str, Unit]:
+        """For `loc` the scale of a dimension given those before it; `lower` has none."""
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """Closed form against a factorised normal prior, (B,)."""

@@ -11,6 +11,7 @@ from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 
 
@@ -47,6 +48,11 @@ class MeanField(LocalGuide):
         """q(z): batch shape (B,), event shape (K, D)."""
         scale = torch.exp(0.5 * self.local["log_variance"])
         return dist.Normal(self.local["loc"], scale).to_event(2)
+
+    def units(self) -> dict[str, Unit]:
+        """One scale of q for `loc`."""
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """Closed form against a factorised normal or an autoregressive prior, (B,)."""

@@ -13,6 +13,7 @@ from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.normal_mixture import NormalMixture
 
@@ -23,7 +24,8 @@ WEIGHT_RATE = 0.1
 """Log weights move at this fraction of the other parameters' pace. At full pace the first component
 to find a mode takes nearly all the weight before the other has found its own, and keeps it."""
 
-
+LEAST_WEIGHT = 0.05
+"""Units grow with a component's falling weight, down to this one."""
 _ROW_BYTES = 8  # mean and variance of a dimension, of one sequence
 
 
@@ -89,6 +91,13 @@ class Mixture(LocalGuide):
         """q(z): batch shape (B,), event shape (K, D)."""
         scale = torch.exp(0.5 * self.local["log_variance"])
         return NormalMixture(WEIGHT_RATE * self.local["logits"], self.local["loc"], scale)
+
+    def units(self) -> dict[str, Unit]:
+        """A component's gradients shrink with its weight, and its units grow; weights have none."""
+        weights = torch.softmax(WEIGHT_RATE * self.local["logits"], -1)[..., None, None]
+        share = weights.clamp(min=LEAST_WEIGHT).rsqrt()
+        scale = torch.exp(0.5 * self.local["log_variance"])
+        return {"loc": share * scale, "log_variance": LOG_VARIANCE_UNIT * share}
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
         """None but for one component: the entropy of a mixture has no closed form."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.guides.base import Loss, register_guide
 from ltm_pyro.inference.guides.encoder import EncodingGuide, factorised_normal
+from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 
 
@@ -21,8 +22,8 @@ class SemiAmortized(EncodingGuide):
 
     The fast clock moves the offsets, which start at 0: with T_fast = 0 this is `amortized`. Offsets
     of loc count in the encoder's own scales, so that one learning rate suits sharp and flat
-    posteriors. After a good encoder a short loop with a large `Fast.lr` makes q worse, not better:
-    Adam's first steps have the length of the learning rate, however little is left to do.
+    posteriors. With `Fast(optimizer="adam")` a short loop with a large `Fast.lr` makes a good
+    encoder's q worse: Adam's first steps have the length of the rate, however little is left to do.
 
     The encoder learns on the slow clock from two gradients. One is that of the ELBO at the fitted
     q, passed on to the encoder as if the offsets did not depend on it: the first-order form of
@@ -62,6 +63,11 @@ class SemiAmortized(EncodingGuide):
             loc + scale * self.local["loc_offset"],
             log_variance + self.local["log_variance_offset"],
         )
+
+    def units(self) -> dict[str, Unit]:
+        """One scale of q for `loc_offset`, which counts in the encoder's scales."""
+        scale = torch.exp(0.5 * self.local["log_variance_offset"])
+        return {"loc_offset": scale, "log_variance_offset": LOG_VARIANCE_UNIT}
 
     def shared_loss(self, loss: Loss, batch: Batch) -> Tensor | None:
         """The summed -ELBO at the encoder's own answer, whatever the offsets are."""
