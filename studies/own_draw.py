@@ -31,7 +31,9 @@ def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
         for steps in settings["study.fast_steps"]:
             row: dict[str, Any] = {"fast_steps": steps, "truth_nats_per_sequence": truth}
             for noise, start in (("fixed", LOG_VARIANCE), ("fresh", 0.0)):
-                clock = ltm.Fast(steps=steps, lr=0.34, noise=noise, final_fraction=0.1)
+                clock = ltm.Fast(
+                    steps=steps, optimizer="adam", lr=0.34, noise=noise, final_fraction=0.1
+                )
                 guide = MeanField(run.model, init_log_variance=start)
                 svi = DualRateSVI(run.model, guide, clock, seed=run.config.seed)
                 post = svi.infer(batch, progress=False)

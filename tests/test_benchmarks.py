@@ -51,7 +51,7 @@ def test_published_likelihood_is_the_models(window: int) -> None:
 def test_published_loop_and_dual_rate_agree_on_the_same_noise() -> None:
     """With fixed noise both use plain Adam, so the fitted parameters are the same numbers."""
     model, batch = small_model(), ragged_batch()
-    fast, slow = ltm.Fast(steps=6, lr=0.1, noise="fixed"), ltm.Slow()
+    fast, slow = ltm.Fast(steps=6, optimizer="adam", lr=0.1, noise="fixed"), ltm.Slow()
     guide = ltm.build_guide("mean_field", model)
     ltm.DualRateSVI(model, guide, fast, slow).infer(batch)
     mu, log_variance = PublishedLoop(model, fast, slow).infer(batch)
@@ -63,7 +63,7 @@ def test_published_loop_and_dual_rate_agree_on_the_same_noise() -> None:
 @pytest.mark.parametrize("noise", ["fresh", "fixed"])
 def test_lean_loop_and_dual_rate_agree(noise: str) -> None:
     model, batch = small_model(), ragged_batch()
-    fast, slow = ltm.Fast(steps=6, lr=0.1, noise=noise), ltm.Slow()  # type: ignore[arg-type]
+    fast, slow = ltm.Fast(steps=6, optimizer="adam", lr=0.1, noise=noise), ltm.Slow()  # type: ignore[arg-type]
     guide = ltm.build_guide("mean_field", model)
     ltm.DualRateSVI(model, guide, fast, slow).infer(batch)
     mu, log_variance = LeanLoop(model, fast, slow).infer(batch)
@@ -97,7 +97,7 @@ def test_slow_steps_have_the_same_loss_and_move_the_weights() -> None:
     for build in (PublishedLoop, LeanLoop, None):
         torch.manual_seed(0)
         model = small_model()
-        fast, slow = ltm.Fast(steps=4, lr=0.1, noise="fixed"), ltm.Slow()
+        fast, slow = ltm.Fast(steps=4, optimizer="adam", lr=0.1, noise="fixed"), ltm.Slow()
         before = [p.detach().clone() for p in model.parameters()]
         if build is None:
             svi = ltm.DualRateSVI(model, ltm.build_guide("mean_field", model), fast, slow)
