@@ -101,7 +101,8 @@ class Fast:
     """T_fast: gradient steps per sequence; 0 leaves q where the guide starts it."""
     optimizer: Literal["natural", "adam"] = "natural"
     """`natural`: along the natural gradient, in units of q, for the families that have a normal in
-    them, and Adam at a third of the rate for what has none. `adam`: Adam for all."""
+    them, and Adam at a third of the rate for what has none. `adam`: Adam for all, as always with
+    `noise="fixed"`, whose objective narrows q without end."""
     lr: Rate = 0.3
     """Peak learning rate on the local parameters; a third of it suits `adam`."""
     momentum: ShareBelowOne = 0.3
@@ -124,6 +125,11 @@ class Fast:
     """Share of the steps beyond the first 8 (100 of `adam`), counted from the end, over which local
     parameters are averaged, so that what is left of the gradient noise cancels (Polyak & Juditsky
     1992). Fresh noise only."""
+
+    @property
+    def steps_naturally(self) -> bool:
+        """Whether natural steps are taken where a family has units."""
+        return self.optimizer == "natural" and self.noise == "fresh"
 
 
 @settings("slow")

@@ -50,7 +50,7 @@ def local_optimizer(guide: LocalGuide, fast: Fast) -> RowOptimizer:
     loop to be studied as it is, it is Adam itself.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
-    if fast.optimizer == "natural":
+    if fast.steps_naturally:
         return RowNatural(params, guide.units, fast.momentum, fast.betas)
     return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
 
@@ -220,7 +220,7 @@ class _Calls:
         self.count = fast.fixed_draws if self.fixed else 1
         ahead = self.objective.particles * (self.count if self.fixed else fast.steps)
         # Adam stays the yardstick that it was: on independent draws.
-        pairs = fast.optimizer == "natural" and not self.fixed
+        pairs = fast.steps_naturally
         noise, dtype = Noise(seed, batch.ids), loop.guide.anchor.dtype
         self.draw = Drawing(noise, dtype, ahead, antithetic=pairs)
 

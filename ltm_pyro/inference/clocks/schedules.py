@@ -121,7 +121,7 @@ def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.
         init_log_variance: l0, where the guide starts its log variances.
     """
     left = init_log_variance
-    if fast.optimizer == "adam":
+    if not fast.steps_naturally:
         left = math.copysign(max(abs(left) - fast_reach(fast), 0.0), left)
     else:
         for step in range(fast.steps if left else 0):
