@@ -175,7 +175,10 @@ WRONG_COMMANDS = {
         ["guide is 'mean_field'"],
     ),
     "other text": (["fit", "--resume", "--out", "good", "--corpus", "x.txt"], ["corpus.name is"]),
-    "more steps": (["fit", "--resume", "--out", "good", "--steps", "9"], ["steps is 2 in"]),
+    "fewer steps": (
+        ["fit", "--resume", "--out", "good", "--steps", "1"],
+        ["steps is 1", "extended"],
+    ),
 }
 
 
