@@ -270,3 +270,14 @@ def test_what_cannot_be_drawn_is_named() -> None:
     table = scores(post, batch)
     with pytest.raises(InputError, match="other sequences"):
         plots.score_panel(table, table.isel(sequence=[0]))
+
+
+def test_the_gallery_shows_every_figure() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "gallery.md").read_text(encoding="utf-8")
+    for name in set(plots.__all__) - {"save_figure"}:
+        assert f"plots.{name}(" in page, f"run benchmarks/gallery.py with {name} in it"
+    for image in (docs / "gallery").iterdir():
+        assert f"(gallery/{image.name})" in page
+        assert image.stat().st_size < 60_000
+        assert imread(image).std() > 0.01
