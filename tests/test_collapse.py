@@ -136,7 +136,8 @@ def test_copies_of_one_text_tell_nothing_apart() -> None:
     # The fast loop's own noise moved each copy's q elsewhere: 0.61 +- 0.04 nats were printed.
     model = oracle(strength=1.0)
     batch = Batch(model.simulate(1, seed=4).observed.repeat(48, 1))
-    svi = DualRateSVI(model, build_guide("mean_field", model), fast=Fast(steps=8, lr=0.3))
+    fast = Fast(steps=8, optimizer="adam", lr=0.3)
+    svi = DualRateSVI(model, build_guide("mean_field", model), fast=fast)
     post = svi.infer(batch)
     assert float(information_by_block(replace(post, x=None))["mutual_information"]) > 0.1
     panel = panel_of(model, post, batch)
