@@ -27,7 +27,7 @@ from ltm_pyro.run import Run, create_run, load_run, train, train_control
 from ltm_pyro.run.building import open_corpus
 from ltm_pyro.run.files import write_atomic
 from ltm_pyro.run.lock import sole_writer
-from ltm_pyro.run.opening import undo_new
+from ltm_pyro.run.replacing import undo_new
 
 
 def micro(text: Path) -> FitConfig:

@@ -155,13 +155,8 @@ def _open(
     from ltm_pyro.run.files import followed, refuse_protected
     from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
     from ltm_pyro.run.lock import sole_writer
-    from ltm_pyro.run.opening import (
-        first_corpus,
-        read_run,
-        recover_replaced,
-        refuse_existing,
-        refuse_foreign,
-    )
+    from ltm_pyro.run.opening import first_corpus, read_run
+    from ltm_pyro.run.replacing import recover_replaced, refuse_existing, refuse_foreign
 
     folder = followed(folder)
     if not resume:
@@ -248,7 +243,7 @@ def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[
     """What to say with the error that has ended a fit: what is left, and how to go on with it."""
     from ltm_pyro.cli.printing import resume_line
     from ltm_pyro.run import load_run
-    from ltm_pyro.run.opening import undo_new
+    from ltm_pyro.run.replacing import undo_new
 
     kept = _put_back(fitted, new)
     if kept:
@@ -270,7 +265,7 @@ def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[
 
 def _put_back(fitted: Run, new: bool) -> str:
     """Puts back the run that a new one without a step has replaced, and says so."""
-    from ltm_pyro.run.opening import undo_new, was_replaced
+    from ltm_pyro.run.replacing import undo_new, was_replaced
 
     unstarted = new and fitted.parallel.is_rank_0 and not fitted.svi.slow_step
     if not (unstarted and was_replaced(fitted.folder)):
@@ -309,7 +304,7 @@ class _Watch:
     def __call__(self, row: dict[str, float]) -> bool:
         """Whether to stop after the step with these metrics."""
         from ltm_pyro.inference.point_mass import bound_name
-        from ltm_pyro.run.opening import forget_replaced
+        from ltm_pyro.run.replacing import forget_replaced
 
         step = int(row["step"])
         if step == 1 and self.parallel.is_rank_0:

@@ -14,7 +14,8 @@ from ltm_pyro.data.cache import default_folder
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.files import partial_of, writing
-from ltm_pyro.run.opening import load_run, refuse_existing
+from ltm_pyro.run.opening import load_run
+from ltm_pyro.run.replacing import refuse_existing
 
 if TYPE_CHECKING:
     from ltm_pyro.run.folder import Run

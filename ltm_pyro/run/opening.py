@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +27,7 @@ from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
-from ltm_pyro.run.files import (
-    followed,
-    json_bytes,
-    new_folder,
-    refuse_protected,
-    sha256,
-    writing,
-)
+from ltm_pyro.run.files import followed, json_bytes, refuse_protected, sha256
 from ltm_pyro.run.folder import (
     CHECKPOINT,
     CONFIG,
@@ -50,6 +41,14 @@ from ltm_pyro.run.folder import (
 )
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
+from ltm_pyro.run.replacing import (
+    forget_replaced,
+    recover_replaced,
+    refuse_existing,
+    refuse_foreign,
+    replace_folder,
+    undo_new,
+)
 from ltm_pyro.run.schemas import Facts, Heading, checked
 from ltm_pyro.run.starting import start_from
 
@@ -155,7 +154,7 @@ def make_run(
         files[METRICS] = run.metrics_file.content(run.metrics)
     if config.persistent:
         files |= rows or {f"{STORE}/{name}": data for name, data in new_store_files().items()}
-    _replace_folder(folder, files)
+    replace_folder(folder, files)
     try:
         run.open_rows(run.svi.slow_step)
         run.note_checkpoint()
@@ -331,89 +330,6 @@ def share_run(parallel: Parallel, run: Run | None) -> Run:
             run.open_rows(run.svi.slow_step)
         run.svi.metrics = Course(rows)  # early stopping looks back
     return run
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuses to put a run where something else is.
-
-    Raises:
-        InputError: if that is a file, a folder of other things, or the one that we are in.
-    """
-    if Path.cwd().is_relative_to(os.path.realpath(folder)):
-        raise InputError(
-            f"{str(folder)!r} is the folder that this was started in, or above it: choose another "
-            "--out"
-        )
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not _is_run(folder):
-        raise InputError(
-            f"{str(folder)!r} exists and is no run folder: choose another --out, nothing in it is "
-            "touched"
-        )
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG).exists() and (folder / CHECKPOINT).exists()
-
-
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuses to put a new run where something is.
-
-    Raises:
-        InputError: saying how to go on with a run that is there, or to replace it.
-    """
-    refuse_foreign(folder)
-    if _is_run(folder) and not overwrite:
-        raise InputError(
-            f"run folder {str(folder)!r} exists: go on with it by --resume, replace it by "
-            "--overwrite, or choose another --out"
-        )
-
-
-def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Puts a new run at `folder`; one that is there is kept aside."""
-    if not folder.exists() or not any(folder.iterdir()):
-        new_folder(folder, files)
-        return
-    fresh, old = folder.with_name(f".{folder.name}.new"), _replaced(folder)
-    with writing(folder):
-        for left in (fresh, old):
-            shutil.rmtree(left, ignore_errors=True)
-        new_folder(fresh, files)
-        folder.replace(old)
-        try:
-            fresh.replace(folder)
-        except BaseException:
-            old.replace(folder)
-            raise
-
-
-def _replaced(folder: Path) -> Path:
-    """Where a run is kept whose place a new one has taken."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def was_replaced(folder: Path) -> bool:
-    """Whether a run is kept whose place the one in `folder` has taken."""
-    return _replaced(folder).exists()
-
-
-def recover_replaced(folder: Path) -> None:
-    """Puts back a run that was taken away by a process which was killed before it put another."""
-    if not folder.exists() and _replaced(folder).exists():
-        with writing(folder):
-            _replaced(folder).replace(folder)
-
-
-def forget_replaced(folder: Path) -> None:
-    """Removes a run that a new one has replaced."""
-    shutil.rmtree(_replaced(folder), ignore_errors=True)
-
-
-def undo_new(folder: Path) -> None:
-    """Removes a new run that cannot start, and puts back the one that it has replaced."""
-    shutil.rmtree(folder, ignore_errors=True)
-    recover_replaced(folder)
 
 
 def _no_run(folder: Path) -> InputError:

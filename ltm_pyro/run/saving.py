@@ -23,7 +23,8 @@ from ltm_pyro.run.building import absolute_paths
 from ltm_pyro.run.files import followed, refuse_protected
 from ltm_pyro.run.folder import STORE, Run, weights_of
 from ltm_pyro.run.lock import sole_writer
-from ltm_pyro.run.opening import forget_replaced, make_run, refuse_existing
+from ltm_pyro.run.opening import make_run
+from ltm_pyro.run.replacing import forget_replaced, refuse_existing
 
 
 @door

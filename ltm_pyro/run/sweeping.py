@@ -17,7 +17,8 @@ from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.changes import SCORING, refuse_changes
 from ltm_pyro.run.files import sha256
 from ltm_pyro.run.folder import CONFIG
-from ltm_pyro.run.opening import create_run, load_run, recorded_config, undo_new
+from ltm_pyro.run.opening import create_run, load_run, recorded_config
+from ltm_pyro.run.replacing import undo_new
 from ltm_pyro.run.training import train, train_control
 
 MOST_FITS = 1000
