@@ -1,4 +1,4 @@
-"""From settings to corpus, device, model and guide, the same ones for the same settings."""
+"""From settings to corpus, device, model, guide and fit, the same ones for the same settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import torch
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.corpus import check_options, load_corpus
-from ltm_pyro.data.finding import absolute_path
+from ltm_pyro.data.finding import IN_MEMORY, absolute_path
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, shown
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
+from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed, seeded
 
@@ -45,6 +49,35 @@ def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus
         arguments["tokenizer"] = tokenizer
         options.pop("vocab_size", None)  # of one that is learned
     return load_corpus(chosen.name, seq_len=config.model.seq_len, **arguments, **options)
+
+
+def reopened_corpus(config: FitConfig, tokenizer: Tokenizer, sha256: str, owner: str) -> Corpus:
+    """The corpus that a run was fitted to.
+
+    Args:
+        config: The run's settings.
+        tokenizer: The run's.
+        sha256: Of the corpus, as recorded.
+        owner: The run, for messages.
+
+    Raises:
+        InputError: as `load_corpus` does, and if it was never on disk or is another one now.
+    """
+    if config.corpus.name == IN_MEMORY:
+        raise InputError(
+            f"the corpus of {owner} was in the memory of a program: load it again by load_corpus, "
+            "with tokenizer=run.tokenizer, and give it where a corpus is asked for"
+        )
+    corpus = open_corpus(config, tokenizer if config.init_from else None)
+    if corpus.tokenizer.to_json() != tokenizer.to_json():
+        corpus = open_corpus(config, tokenizer)
+    if corpus.sha256 != sha256:
+        raise InputError(
+            f"corpus {config.corpus.name!r} is not the one that {owner} was fitted to (SHA-256 "
+            f"{corpus.sha256[:12]}, then {sha256[:12]}): restore the text, or fit anew (the "
+            "built-in pydoc differs between builds of Python)"
+        )
+    return corpus
 
 
 def check_corpus_options(chosen: CorpusConfig) -> None:
@@ -96,6 +129,30 @@ def initial_guide(config: FitConfig, model: LatentThoughtModel) -> LocalGuide:
     """The guide before the first step."""
     with seeded(derive_seed(config.seed, Stream.INITIAL, 1), torch.device("cpu")):
         return build_guide(config.guide, model, **config.guide_options)
+
+
+def initial_fit(config: FitConfig, device: str | None, parallel: Parallel) -> DualRateSVI:
+    """The fit before the first step."""
+    model = initial_model(config, device)
+    # Held-out sequences, of whatever number, are then inferred in parts of that size too.
+    rows = max(1, config.batch_size // parallel.size)
+    svi = DualRateSVI(
+        model,
+        initial_guide(config, model),
+        fast=config.fast,
+        slow=config.slow,
+        elbo=build_objective(config.objective, **config.objective_options),
+        seed=config.seed,
+        persistent=config.persistent,
+        execution=Execution(
+            precision=config.precision,
+            micro_batch=config.micro_batch or rows,
+            checkpointing=config.checkpointing,
+            parallel=parallel,
+        ),
+    )
+    svi.batch_size = config.batch_size
+    return svi
 
 
 def absolute_paths(config: FitConfig) -> FitConfig:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ltm_pyro.config import FitConfig, to_dict
+from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.errors import InputError, shown
 
 SCORING = ("eval_sequences", "eval_draws", "eval_fast_steps")
@@ -81,6 +81,36 @@ def difference(
     if name is None:
         return None
     return f"{name} is {shown(_at(mine, name))} in {here} and {shown(_at(other, name))} in {there}"
+
+
+def clocks_of(config: FitConfig) -> dict[str, Any]:
+    """The settings that a fit which goes on may change, and its earlier checkpoints have."""
+    values = to_dict(config)
+    return {name: values[name] for name in ("steps", "fast", "slow")}
+
+
+def difference_from_all(
+    config: FitConfig,
+    earlier: Iterable[Mapping[str, Any]],
+    found: Mapping[str, Any],
+    here: str,
+    there: str,
+) -> str | None:
+    """Where a checkpoint's settings differ, if they are none that its run has or has had.
+
+    Args:
+        config: The run's.
+        earlier: What it had instead, as `clocks_of` tells.
+        found: The checkpoint's.
+        here: What `config` belongs to.
+        there: What `found` belongs to.
+    """
+    other = difference(config, found, here, there, UNBOUND)
+    for record in earlier:
+        clocks = {name: record[name] for name in clocks_of(config)}
+        was = from_dict(FitConfig, {**to_dict(config), **clocks})
+        other = other and difference(was, found, here, there, UNBOUND)
+    return other
 
 
 def first_change(

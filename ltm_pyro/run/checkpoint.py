@@ -9,16 +9,19 @@ parses JSON and copies numbers; nothing in a checkpoint is executed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
+from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.reading import LARGEST_JSON, damaged, open_regular, read_bytes, read_json
 from ltm_pyro.run.files import (
     PARTIAL,
@@ -159,6 +162,58 @@ def check_names(expected: dict[str, Tensor], found: dict[str, Tensor], owner: st
             raise InputError(
                 f"{owner} holds another model: {name} should be {shapes[0]} and is {shapes[1]}"
             )
+
+
+def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
+    """Every weight that the slow clock fits, model's and guide's, as a checkpoint calls it."""
+    local = ("local.", "inputs.")
+    shared = {k: v for k, v in svi.guide.state_dict().items() if not k.startswith(local)}
+    return {**put("model.", _module(svi).state_dict()), **put("guide.", shared)}
+
+
+def tensors_of(svi: DualRateSVI) -> dict[str, Tensor]:
+    """The weights, and AdamW's moments."""
+    return {**weights_of(svi), **put("adamw.", svi.clock.state())}
+
+
+def restore(svi: DualRateSVI, tensors: dict[str, Tensor], step: int, owner: str) -> None:
+    """Puts what `tensors_of` returned into model, guide and optimiser.
+
+    Args:
+        svi: The fit.
+        tensors: Of a checkpoint.
+        step: Its slow step.
+        owner: The run that it belongs to, for messages.
+
+    Raises:
+        InputError: if they are another model's.
+    """
+    model, weights = _module(svi), take(tensors, "model.")
+    check_names(model.state_dict(), weights, owner)
+    model.load_state_dict(weights)
+    try:
+        svi.guide.load_state_dict(take(tensors, "guide."))
+        svi.clock.load(take(tensors, "adamw."))
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise damaged(owner, f"its checkpoint is another model's ({error})") from None
+    svi.slow_step, svi.whole = step, True
+
+
+def share_checkpoint(
+    parallel: Parallel, read: Callable[[], Checkpoint | None]
+) -> Checkpoint | None:
+    """What the first process reads, in all processes."""
+    if parallel.size == 1:
+        return read()
+    mine = parallel.on_rank_0(read)
+    state = parallel.broadcast(None if mine is None else mine.state)
+    if state is None:
+        return None
+    return Checkpoint(parallel.broadcast_tensors({} if mine is None else mine.tensors), state)
+
+
+def _module(svi: DualRateSVI) -> nn.Module:
+    return cast("nn.Module", svi.model)  # a run records no other
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,22 +16,18 @@ checkpoint to the very weights of one that was not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 import ltm_pyro
 from ltm_pyro.checks import one_of
-from ltm_pyro.config import FitConfig, from_dict, to_dict
+from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
-from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError, shown
@@ -40,14 +36,13 @@ from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import control
 from ltm_pyro.inference.course import Course, Metrics
-from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.run import checkpoint as checkpoints
-from ltm_pyro.run.building import initial_guide, initial_model, open_corpus
-from ltm_pyro.run.changes import UNBOUND, difference
-from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, check_names, put, take
+from ltm_pyro.run.building import initial_fit, initial_model, reopened_corpus
+from ltm_pyro.run.changes import clocks_of, difference_from_all
+from ltm_pyro.run.checkpoint import ATTEMPTS, STATE, Checkpoint, share_checkpoint, take
 from ltm_pyro.run.files import json_bytes, write_atomic
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.metrics import MetricsFile
@@ -57,7 +52,6 @@ CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.csv"
 CHECKPOINT, BEST, STORE, CONTROL = "checkpoint", "best", "store", "control"
 FOLDERS = {"last": CHECKPOINT, "best": BEST}
 """Where a checkpoint lies, by what it is asked for."""
-_CLOCKS = ("steps", "fast", "slow")
 
 
 class Run:
@@ -93,36 +87,12 @@ class Run:
         self.facts = facts
         self.tokenizer = tokenizer
         self.checkpoint_name = "last"
-        self.svi = self._fresh(device) if svi is None else svi
+        self.svi = initial_fit(config, device, self.parallel) if svi is None else svi
         self.model = cast("LatentThoughtModel", self.svi.model)
         self.guide = self.svi.guide
         self.svi.horizon = config.steps
         self._mark = ""
         self.svi.tokenizer = tokenizer
-
-    def _fresh(self, device: str | None) -> DualRateSVI:
-        """The fit before its first step."""
-        config = self.config
-        model = initial_model(config, device)
-        # Held-out sequences, of whatever number, are then inferred in parts of that size too.
-        rows = max(1, config.batch_size // self.parallel.size)
-        svi = DualRateSVI(
-            model,
-            initial_guide(config, model),
-            fast=config.fast,
-            slow=config.slow,
-            elbo=build_objective(config.objective, **config.objective_options),
-            seed=config.seed,
-            persistent=config.persistent,
-            execution=Execution(
-                precision=config.precision,
-                micro_batch=config.micro_batch or rows,
-                checkpointing=config.checkpointing,
-                parallel=self.parallel,
-            ),
-        )
-        svi.batch_size = config.batch_size
-        return svi
 
     def __repr__(self) -> str:
         return (
@@ -174,22 +144,8 @@ class Run:
             InputError: if it is not there, was never on disk, or is no longer the one that the
                 model was fitted to.
         """
-        if self.config.corpus.name == IN_MEMORY:
-            raise InputError(
-                f"the corpus of {self.label} was in the memory of a program: load it again by "
-                "load_corpus, with tokenizer=run.tokenizer, and give it where a corpus is asked for"
-            )
-        corpus = open_corpus(self.config, self.tokenizer if self.config.init_from else None)
-        if corpus.tokenizer.to_json() != self.tokenizer.to_json():
-            corpus = open_corpus(self.config, self.tokenizer)
         recorded = self.facts["corpus"]["sha256"]
-        if corpus.sha256 != recorded:
-            raise InputError(
-                f"corpus {self.config.corpus.name!r} is not the one that {self.label} was fitted "
-                f"to (SHA-256 {corpus.sha256[:12]}, then {recorded[:12]}): restore the text, or "
-                "fit anew (the built-in pydoc differs between builds of Python)"
-            )
-        return corpus
+        return reopened_corpus(self.config, self.tokenizer, recorded, self.label)
 
     @property
     def last_step(self) -> int:
@@ -209,8 +165,7 @@ class Run:
         """
         old, facts = self.config, dict(self.facts)
         if (old.steps, old.fast, old.slow) != (config.steps, config.fast, config.slow):
-            mine = {name: value for name, value in to_dict(old).items() if name in _CLOCKS}
-            record = {"until_step": self.svi.slow_step, **mine}
+            record = {"until_step": self.svi.slow_step, **clocks_of(old)}
             facts["earlier"] = [*facts.get("earlier", ()), record]
         write_atomic(self.folder / CONFIG, json_bytes({**facts, "config": to_dict(config)}))
         self.config, self.facts = config, facts
@@ -248,8 +203,11 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """All that the fit needs to go on."""
-        tensors = {**weights_of(self.svi), **put("adamw.", self.svi.clock.state())}
-        return Checkpoint(tensors, self._state(self.svi.slow_step))
+        return self._checkpoint_of(self.svi)
+
+    def _checkpoint_of(self, fit: DualRateSVI) -> Checkpoint:
+        state = {"slow_step": fit.slow_step, "config": to_dict(self.config)}
+        return Checkpoint(checkpoints.tensors_of(fit), state)
 
     def save(self) -> None:
         """Replaces the checkpoint on disk, whatever was changed since it was read.
@@ -388,22 +346,7 @@ class Run:
         Raises:
             InputError: if it belongs to other settings.
         """
-        step = self._checked_step(saved)
-        weights, shared = take(saved.tensors, "model."), take(saved.tensors, "guide.")
-        check_names(self.model.state_dict(), weights, self.label)
-        self.model.load_state_dict(weights)
-        with self._same_model():
-            self.guide.load_state_dict(shared)
-            self.svi.clock.load(take(saved.tensors, "adamw."))
-        self.svi.slow_step, self.svi.whole = step, True
-
-    @contextmanager
-    def _same_model(self) -> Iterator[None]:
-        """Turns what torch says of tensors that do not fit into one line."""
-        try:
-            yield
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise damaged(self.label, f"its checkpoint is another model's ({error})") from None
+        checkpoints.restore(self.svi, saved.tensors, self._checked_step(saved), self.label)
 
     def open_rows(self, step: int) -> None:
         """Takes up the local parameters on disk as they were at slow step `step`."""
@@ -445,12 +388,7 @@ class Run:
         fit = control(model, config.slow, config.steps, config.seed, self.svi.execution)
         saved = share_checkpoint(self.parallel, self._control_checkpoint)
         if saved is not None:
-            fit.slow_step = self._checked_step(saved)
-            weights = take(saved.tensors, "model.")
-            check_names(model.state_dict(), weights, self.label)
-            model.load_state_dict(weights)
-            with self._same_model():
-                fit.clock.load(take(saved.tensors, "adamw."))
+            checkpoints.restore(fit, saved.tensors, self._checked_step(saved), self.label)
         return fit
 
     def _control_checkpoint(self) -> Checkpoint | None:
@@ -463,11 +401,7 @@ class Run:
         Raises:
             InputError: if it cannot be written; the one before is then still whole.
         """
-        tensors = {
-            **put("model.", fit.model.state_dict()),
-            **put("adamw.", fit.clock.state()),
-        }
-        checkpoint = Checkpoint(tensors, self._state(fit.slow_step))
+        checkpoint = self._checkpoint_of(fit)
         with self.writing():
             self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
 
@@ -486,38 +420,13 @@ class Run:
         step = 0 if saved is None else self._checked_step(saved)
         return self.control_metrics_file.read(step)
 
-    def _state(self, step: int) -> dict[str, Any]:
-        return {"slow_step": step, "config": to_dict(self.config)}
-
     def _checked_step(self, saved: Checkpoint) -> int:
         """The checkpoint's slow step, known to belong to this run's settings."""
         state = checked(State, saved.state, Path(STATE), self.label)
         found = to_dict(state.config)
-        other = difference(self.config, found, CONFIG, STATE, UNBOUND)
-        for record in self.facts.get("earlier", ()):
-            was = from_dict(FitConfig, {**to_dict(self.config), **{k: record[k] for k in _CLOCKS}})
-            other = other and difference(was, found, CONFIG, STATE, UNBOUND)
+        other = difference_from_all(
+            self.config, self.facts.get("earlier", ()), found, CONFIG, STATE
+        )
         if other is not None:
             raise damaged(self.label, other)
         return state.slow_step
-
-
-def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
-    """Every weight that the slow clock fits, model's and guide's, as a checkpoint calls it."""
-    model = cast("LatentThoughtModel", svi.model)
-    local = ("local.", "inputs.")
-    shared = {k: v for k, v in svi.guide.state_dict().items() if not k.startswith(local)}
-    return {**put("model.", model.state_dict()), **put("guide.", shared)}
-
-
-def share_checkpoint(
-    parallel: Parallel, read: Callable[[], Checkpoint | None]
-) -> Checkpoint | None:
-    """What the first process reads, in all processes."""
-    if parallel.size == 1:
-        return read()
-    mine = parallel.on_rank_0(read)
-    state = parallel.broadcast(None if mine is None else mine.state)
-    if state is None:
-        return None
-    return Checkpoint(parallel.broadcast_tensors({} if mine is None else mine.tensors), state)

@@ -27,6 +27,7 @@ from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
+from ltm_pyro.run.checkpoint import share_checkpoint
 from ltm_pyro.run.files import followed, json_bytes, refuse_protected, sha256
 from ltm_pyro.run.folder import (
     CHECKPOINT,
@@ -37,7 +38,6 @@ from ltm_pyro.run.folder import (
     STORE,
     TOKENIZER,
     Run,
-    share_checkpoint,
 )
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer

@@ -20,8 +20,9 @@ from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import as_path
 from ltm_pyro.registry import option_names
 from ltm_pyro.run.building import absolute_paths
+from ltm_pyro.run.checkpoint import weights_of
 from ltm_pyro.run.files import followed, refuse_protected
-from ltm_pyro.run.folder import STORE, Run, weights_of
+from ltm_pyro.run.folder import STORE, Run
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.opening import make_run
 from ltm_pyro.run.replacing import forget_replaced, refuse_existing

@@ -6,8 +6,8 @@ from ltm_pyro.config import to_dict
 from ltm_pyro.errors import InputError
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.changes import difference
-from ltm_pyro.run.checkpoint import Checkpoint, put, take
-from ltm_pyro.run.folder import CONTROL, Run, weights_of
+from ltm_pyro.run.checkpoint import Checkpoint, put, take, weights_of
+from ltm_pyro.run.folder import CONTROL, Run
 
 
 def start_from(run: Run, other: Run) -> dict[str, bytes]:
