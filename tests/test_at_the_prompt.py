@@ -114,7 +114,7 @@ def test_a_long_inference_shows_that_it_goes_on(
     svi = ltm.DualRateSVI(oracle, "mean_field", ltm.Fast(steps=50))
     svi.infer(oracle.simulate(4))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("ltm_pyro.inference.clocks.svi.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("ltm_pyro.inference.clocks.fast_posterior.QUIET_SECONDS", 0.0)
     svi.infer(oracle.simulate(4))
     assert "infer" in capsys.readouterr().err
     svi.infer(oracle.simulate(4), progress=False)

@@ -85,8 +85,7 @@ def difference(
 
 def clocks_of(config: FitConfig) -> dict[str, Any]:
     """The settings that a fit which goes on may change, and its earlier checkpoints have."""
-    values = to_dict(config)
-    return {name: values[name] for name in ("steps", "fast", "slow")}
+    return {k: v for k, v in to_dict(config).items() if k in ("steps", "fast", "slow")}
 
 
 def difference_from_all(

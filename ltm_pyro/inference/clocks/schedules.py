@@ -6,10 +6,11 @@ A schedule answers for step 0, 1, ..., total - 1, so nothing has to be saved to 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT
+from ltm_pyro.random import Stream, derive_seed
 
 
 def constant(step: int, total: int) -> float:
@@ -81,6 +82,28 @@ def slow_kl_weight(slow: Slow, step: int, total: int) -> float:
 def thoughts_joined(slow: Slow, step: int, total: int) -> bool:
     """Whether the slow step `step` of `total` uses thoughts."""
     return step >= round(slow.thoughts_start * total)
+
+
+@dataclass(frozen=True)
+class Now:
+    """One slow step: its number, the schedules' step and total, what they say, and its noise."""
+
+    step: int
+    scheduled: int
+    total: int
+    kl_weight: float
+    thinks: bool
+    fast_noise: int
+    slow_noise: int
+
+    @classmethod
+    def at(cls, slow: Slow, step: int, total: int | None, seed: int) -> Now:
+        """The slow step `step` of `total`; without a total the schedules have not begun."""
+        noise = [derive_seed(seed, stream, step) for stream in (Stream.FAST, Stream.SLOW)]
+        if total is None:
+            return cls(step, 0, 1, 1.0, True, *noise)
+        weight = slow_kl_weight(slow, step, total)
+        return cls(step, step, total, weight, thoughts_joined(slow, step, total), *noise)
 
 
 def restated(slow: Slow, before: int, after: int) -> Slow:

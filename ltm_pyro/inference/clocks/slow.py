@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -22,7 +23,7 @@ from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives import Objective
+from ltm_pyro.inference.objectives import Objective, kl_estimator
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.priors.base import ThoughtPrior
@@ -94,10 +95,24 @@ class SlowObjective:
         nll = losses.detach() if read is batch else self._nll(z[None], batch)
         return SlowLoss(losses.sum(), losses.sum(), nll, torch.zeros_like(nll))
 
+    @cached_property
+    def kl_estimator(self) -> str:
+        """How the objective gets its KL; asked for while the guide holds rows."""
+        return kl_estimator(self.objective, self.model, self.guide)
+
     @torch.no_grad()
     def _nll(self, z: Tensor, batch: Batch) -> Tensor:
         """-log p(x | z) per sequence, (B,), mean over draws (S, B, K, D)."""
         return -torch.stack([self.model.log_likelihood(each, batch) for each in z]).mean(0)
+
+
+def show_prior(model: LatentModel, draws: list[Tensor], parallel: Parallel) -> None:
+    """Shows a slow step's draws (S, B, K, D), of all processes, to a prior that learns."""
+    prior = getattr(model, "thought_prior", None)
+    if not draws or not isinstance(prior, ThoughtPrior):
+        return
+    if any(p.requires_grad for p in prior.parameters()):
+        prior.observe(parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
 
 
 def embedding_weights(*parts: object) -> list[nn.Parameter]:

@@ -13,32 +13,35 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from operator import index
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ltm_pyro.checks import QUIET_SECONDS, switch, whole_number
+from ltm_pyro.checks import switch, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
-from ltm_pyro.exclusive import nested
 from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
-from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen, local_optimizer
-from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight, thoughts_joined
-from ltm_pyro.inference.clocks.slow import SlowClock, SlowObjective, Sums, embedding_weights
+from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.fast_posterior import fast_posterior
+from ltm_pyro.inference.clocks.schedules import Now, learning_rate
+from ltm_pyro.inference.clocks.slow import (
+    SlowClock,
+    SlowObjective,
+    Sums,
+    embedding_weights,
+    show_prior,
+)
 from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.inputs import (
     Sequences,
-    batch_of,
     guide_for,
     objective_name,
     settings,
@@ -46,33 +49,13 @@ from ltm_pyro.inference.inputs import (
     training_data,
 )
 from ltm_pyro.inference.non_finite import numbers_out_of_range
-from ltm_pyro.inference.objectives import (
-    as_objective,
-    build_objective,
-    describe,
-    kl_estimator,
-)
+from ltm_pyro.inference.objectives import as_objective, build_objective, describe
 from ltm_pyro.inference.point_mass import headline, metrics_row, refuse_runaway
-from ltm_pyro.inference.posterior import Posterior, fitted_posterior
+from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.doors import door, meet
-from ltm_pyro.models.priors import ThoughtPrior
-from ltm_pyro.random import Stream, derive_seed
-
-
-@dataclass(frozen=True)
-class Now:
-    """One slow step: its number, the schedules' step and total, what they say, and its noise."""
-
-    step: int
-    scheduled: int
-    total: int
-    kl_weight: float
-    thinks: bool
-    fast_noise: int
-    slow_noise: int
 
 
 @dataclass(frozen=True)
@@ -217,59 +200,9 @@ class DualRateSVI:
             InputError: if the model cannot score the batch, or `steps` is negative.
             NonFiniteError: if local parameters became NaN or infinite.
         """
-        batch = batch_of(batch, self.tokenizer)
-        if steps is not None and steps < 0:
-            raise InputError(f"steps is {steps}: must be 0 or more")
-        if warm_start and self.parallel.size > 1:
-            raise InputError(
-                "infer(warm_start=True) needs stored rows, and each process has its own alone: "
-                "load the run in one process"
-            )
-        batch = batch.to(self.model.device)
-        meet(self.model, batch)
-        noise = derive_seed(self.seed if seed is None else seed, Stream.FAST)
-        fast = self.fast if steps is None else replace(self.fast, steps=index(steps))
-        store = self.store if warm_start else None
-
-        result: FastResult | None = None
-
-        def fit(rows: Batch) -> dict[str, Tensor]:
-            nonlocal result
-            result, _ = self.fast_loop(
-                rows, fast, noise, store=store, record=True, after_step=bar.update
-            )
-            return {**self.guide.rows(), **result.columns()}
-
-        # Within another public function, that one's bar is the one to watch.
-        shown = progress and self.parallel.is_rank_0 and not nested()
-        parts = self.execution.parts_of(batch, slice(0, len(batch)))
-        bar = tqdm(
-            total=fast.steps * len(parts), desc="infer", unit="step", delay=QUIET_SECONDS,
-            leave=False, disable=not shown,
-        )  # fmt: skip
-        with bar, self.execution.computing(self.model):
-            fitted = self.execution.by_rows(batch, fit)
-        trace, own = result.of_columns(fitted) if result is not None else (None, None)
-        self.guide.reset(batch)
-        self.guide.load_rows(fitted)
-        with torch.no_grad():  # a learned prior as it stands now
-            prior = self.model.prior()
-        with numbers_out_of_range(self.guide, batch, step=-1):
-            return fitted_posterior(
-                self.guide,
-                prior,
-                batch,
-                trace=trace,
-                own_draw_elbo=own,
-                optimizer=local_optimizer(self.guide, fast).name,
-                objective=describe(self.elbo),
-                objective_kl=self._kl_estimator,
-            )
-
-    @cached_property
-    def _kl_estimator(self) -> str:
-        """How the objective gets its KL; asked for while the guide holds rows."""
-        return kl_estimator(self.elbo, self.model, self.guide)
+        return fast_posterior(
+            self, batch, steps, seed=seed, warm_start=warm_start, progress=progress
+        )
 
     @door
     def step(self, batch: Batch) -> Metrics:
@@ -301,7 +234,7 @@ class DualRateSVI:
         meet(self.model, batch)
         if not self.guide.has_density:
             refuse_runaway(self.model, self.guide)
-        now = self._now()
+        now = Now.at(self.slow, self.slow_step, self.horizon, self.seed)
         try:
             with self.execution.computing(self.model):
                 rows = self.execution.parts(len(batch))
@@ -310,7 +243,8 @@ class DualRateSVI:
         except BaseException:
             self.clock.discard()
             raise
-        self._observe([part.z for part in parts if part.z is not None])
+        draws = [part.z for part in parts if part.z is not None]
+        show_prior(self.model, draws, self.parallel)
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
         self.whole = False
         lr = self.clock.step(now.scheduled, now.total)
@@ -331,15 +265,6 @@ class DualRateSVI:
         row = metrics_row(self.guide, sums, told)
         self.metrics.append(row)
         return row
-
-    def _now(self) -> Now:
-        """What the schedules, and the noise, are at this slow step."""
-        step, total = self.slow_step, self.horizon
-        noise = [derive_seed(self.seed, stream, step) for stream in (Stream.FAST, Stream.SLOW)]
-        if total is None:
-            return Now(step, 0, 1, 1.0, True, *noise)
-        weight = slow_kl_weight(self.slow, step, total)
-        return Now(step, step, total, weight, thoughts_joined(self.slow, step, total), *noise)
 
     @door
     def fit(
@@ -382,20 +307,14 @@ class DualRateSVI:
             self.horizon = self.slow_step + steps
         self.batch_size = batch_size
         first, last = len(self.metrics), self.slow_step + steps
+        lanes = self.store is not None
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
         following = followed(self, callbacks, held_out, last)
         with bar, following as after:
             for _ in range(steps):
-                row = self.step(
-                    rows_of_step(
-                        data,
-                        self.slow_step,
-                        batch_size,
-                        self.seed,
-                        self.parallel,
-                        lanes=self.store is not None,
-                    )
-                )
+                now = self.slow_step
+                batch = rows_of_step(data, now, batch_size, self.seed, self.parallel, lanes=lanes)
+                row = self.step(batch)
                 bar.update()
                 bar.set_postfix(headline(row))
                 if after(row):
@@ -485,11 +404,3 @@ class DualRateSVI:
             "n_sequences": torch.tensor(len(batch), device=batch.device),
         }
         return Part(sums, rows, loss.z)
-
-    def _observe(self, draws: list[Tensor]) -> None:
-        """Shows the slow step's draws, of all processes, to a prior that learns."""
-        prior = getattr(self.model, "thought_prior", None)
-        if not draws or not isinstance(prior, ThoughtPrior):
-            return
-        if any(p.requires_grad for p in prior.parameters()):
-            prior.observe(self.parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
