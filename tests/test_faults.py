@@ -87,7 +87,7 @@ def test_every_family_that_leaves_the_numbers_keeps_its_last_step(tmp_path, conf
 
 @pytest.mark.parametrize("family", ["low_rank", "full_rank", "mixture"])
 def test_a_rate_too_high_is_told_with_the_sequences(tmp_path, config, family):
-    fast = Fast(steps=16, lr=1e4, schedule="constant")
+    fast = Fast(steps=16, lr=1e4, schedule="constant", optimizer="adam")
     config = dataclasses.replace(config, guide=family, fast=fast, steps=60)
     run = create_run(tmp_path / "run", config)
     with pytest.raises(NonFiniteError, match="lower the learning rates") as caught:

@@ -31,6 +31,7 @@ from ltm_pyro.run.checkpoint import Checkpoint
 from ltm_pyro.run.extending import extend
 from ltm_pyro.run.files import new_folder, refuse_protected, write_atomic, writing
 from ltm_pyro.run.metrics import MetricsFile
+from ltm_pyro.run.opening import recorded_config
 from ltm_pyro.run.scoring import json_value, per_sequence_csv, score_run, summary
 
 STEPS = 4
@@ -84,6 +85,12 @@ def test_a_run_is_read_back_as_it_was_left(tmp_path, config):
     assert again.corpus().sha256 == run.facts["corpus"]["sha256"]
     assert again.control().slow_step == STEPS == len(again.control_metrics())
     assert f"step {STEPS} of {STEPS}" in repr(again)
+
+
+def test_a_run_of_before_there_was_a_choice_keeps_its_clock(tmp_path, config):
+    finish(create_run(tmp_path / "run", config))
+    _edit(tmp_path / "run/config.json", lambda c: c["config"]["fast"].pop("optimizer"))
+    assert recorded_config(tmp_path / "run").fast.optimizer == "adam"
 
 
 def test_nothing_in_a_run_folder_can_execute(tmp_path, config):

@@ -297,6 +297,9 @@ def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
             f"{label} was written by an older version of ltm-pyro {heading.version} (it has the "
             f"setting {name!r}, which is gone): use that version, or fit anew with --overwrite"
         )
+    if isinstance(settings, dict) and isinstance(settings.get("fast"), dict):
+        # Runs of before there was a choice: they go on with the clock that they began with.
+        settings["fast"].setdefault("optimizer", "adam")
     return facts, checked(Facts, facts, folder / CONFIG, label).config
 
 
