@@ -9,7 +9,8 @@ STAMP := .venv/.installed
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## install, then fit the nano preset, score it and print some text (minutes)
+demo: $(STAMP)  ## install, then fit a text whose truth is known and a real one, and score them (minutes)
+	$(BIN)/ltm-pyro fit --preset mixture --out runs/demo-mixture --overwrite
 	$(BIN)/ltm-pyro fit --preset nano --out runs/demo --overwrite
 
 study: $(STAMP)  ## NAME=... [DATA=folder] [SMOKE=1]: run a study of studies/, or go on with it
@@ -65,7 +66,7 @@ format: $(STAMP)  ## apply the style
 	$(BIN)/ruff format
 
 clean:  ## remove .venv, caches, build leftovers and the demo's run
-	rm -rf .venv .venv-arviz1 build dist docs/_build docs/notebooks ltm_pyro.egg-info runs/demo
+	rm -rf .venv .venv-arviz1 build dist docs/_build docs/notebooks ltm_pyro.egg-info runs/demo runs/demo-mixture
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage .coverage.*
 	find ltm_pyro tests notebooks benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,7 +1,7 @@
-"""Writes the README's table of the demo from a finished run, with what made it beside it.
+"""Writes the README's table of the demo from its two finished runs, with what made it beside it.
 
     make demo
-    .venv/bin/python benchmarks/readme_demo.py runs/demo
+    .venv/bin/python benchmarks/readme_demo.py
 
 Replaces what stands between the markers in README.md and copies the run's score figure to docs/.
 """
@@ -26,23 +26,35 @@ def main() -> None:
     """Rewrites the block."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
-    run = parser.parse_args().run
+    parser.add_argument("mixture", type=Path, nargs="?", default=Path("runs/demo-mixture"))
+    options = parser.parse_args()
+    run = options.run
+    known = json.loads((options.mixture / "scores.json").read_text())
     scores = json.loads((run / "scores.json").read_text())
     config = json.loads((run / "config.json").read_text())
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
     block = "\n".join(
-        [BEGIN, *table(scores), "", footnote(scores, config, run), "", *picture(), END]
+        [BEGIN, *table(scores, known), "", footnote(scores, config, run), "", *picture(), END]
     )
     readme.write_text(before + block + after)
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     shutil.copyfile(run / "scores.png", ROOT / PICTURE)
 
 
-def table(scores: dict[str, Any]) -> list[str]:
-    """The scores as Markdown rows."""
-    unit, control, panel = scores["unit"], scores["control"], scores["collapse"]
+def table(scores: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The scores of both texts as Markdown rows."""
+    columns = [_column(scores), _column(known)]
+    head = [
+        f"| held-out text | pydoc, per {scores['unit']} | `mixture`, per {known['unit']} |",
+        "|---|---|---|",
+    ]
+    return head + [f"| {name} | {columns[0][name]} | {columns[1][name]} |" for name in columns[0]]
+
+
+def _column(scores: dict[str, Any]) -> dict[str, str]:
+    control, panel = scores["control"], scores["collapse"]
 
     def with_errors(values: dict[str, Any], name: str) -> str:
         return (
@@ -53,25 +65,18 @@ def table(scores: dict[str, Any]) -> list[str]:
         pair = scores["against_control"][name]
         return f"{pair['ratio']:.4f} ± {pair['ratio_error']:.4f}: {pair['verdict']}"
 
-    rows = [
-        (
-            f"`ppl_elbo` per {unit}",
-            with_errors(scores, "ppl_elbo"),
-            with_errors(control, "ppl_elbo"),
+    return {
+        "`ppl_elbo`, with thoughts": with_errors(scores, "ppl_elbo"),
+        "`ppl_iw`, with thoughts": f"{with_errors(scores, 'ppl_iw')}, S = {scores['draws']}",
+        "control: same decoder, no z": with_errors(control, "ppl_elbo"),
+        "`ppl_elbo`, paired ratio to the control": against_control("ppl_elbo"),
+        "`ppl_iw`, paired ratio to the control": against_control("ppl_iw"),
+        "KL, nats per sequence": f"{panel['kl']:.2f} ± {panel['kl_se']:.2f}",
+        "loss with another document's z, nats per sequence": (
+            f"{panel['penalty_shuffled']:.2f} ± {panel['penalty_shuffled_se']:.2f}"
         ),
-        (f"`ppl_iw` per {unit}, S = {scores['draws']}", with_errors(scores, "ppl_iw"), "the same"),
-        ("`ppl_elbo`, paired ratio", against_control("ppl_elbo"), "1"),
-        ("`ppl_iw`, paired ratio", against_control("ppl_iw"), "1"),
-        ("KL, nats per sequence", f"{panel['kl']:.2f} ± {panel['kl_se']:.2f}", "-"),
-        (
-            "loss with another document's z, nats per sequence",
-            f"{panel['penalty_shuffled']:.2f} ± {panel['penalty_shuffled_se']:.2f}",
-            "-",
-        ),
-        ("k-hat", scores["khat"]["in_words"], "-"),
-    ]
-    head = ["| held-out text | with thoughts | control: same decoder, no z |", "|---|---|---|"]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
+        "k-hat": scores["khat"]["in_words"],
+    }
 
 
 def footnote(scores: dict[str, Any], config: dict[str, Any], run: Path) -> str:
@@ -84,11 +89,11 @@ def footnote(scores: dict[str, Any], config: dict[str, Any], run: Path) -> str:
     )
     return (
         f"Mode {scores['mode']}: {scores['mode_meaning']}. First error: of having sampled these "
-        f"{scores['n_documents']} documents ({scores['n_sequences']} sequences, "
+        f"documents ({scores['n_documents']} of pydoc, {scores['n_sequences']} sequences, "
         f"{scores['n_tokens']} {scores['unit']}s); second: Monte Carlo. One fit of each. Made by "
-        f"`make demo` and `benchmarks/readme_demo.py`: {settings['steps']} slow steps for each "
-        f"model, seed {settings['seed']}, corpus SHA-256 {config['corpus']['sha256'][:12]}, "
-        f"{versions}, Python {platform.python_version()}; {seconds:.0f} s for the fit on "
+        f"`make demo` and `benchmarks/readme_demo.py`: on pydoc {settings['steps']} slow steps for "
+        f"each model, seed {settings['seed']}, corpus SHA-256 {config['corpus']['sha256'][:12]}, "
+        f"{versions}, Python {platform.python_version()}; {seconds:.0f} s for that fit on "
         f"{os.cpu_count()} cores ({platform.machine()})."
     )
 
@@ -98,10 +103,10 @@ def picture() -> list[str]:
     return [
         f"![Held-out gain over the control, sequence by sequence]({PICTURE})",
         "",
-        "Each sequence's gain over the control, a decoder without thoughts that is trained apart,",
-        "in nats. Above the dashed line this fit gives the sequence more probability than that fit",
-        "does; that thoughts are why shows on average only, over seeds. Another document's",
-        "thoughts (orange) must score lower, or z is not used.",
+        "On pydoc: each sequence's gain over the control, a decoder without thoughts that is",
+        "trained apart, in nats. Above the dashed line this fit gives the sequence more",
+        "probability than that fit does; that thoughts are why shows on average only, over seeds.",
+        "Another document's thoughts (orange) must score lower, or z is not used.",
     ]
 
 
