@@ -45,7 +45,7 @@ def oracle_comparison() -> Comparison:
         FAMILIES,
         budget=256,
         draws=1000,  # enough for a k-hat
-        fast=Fast(lr=0.1),
+        fast=Fast(optimizer="adam", lr=0.1),
         train=oracle.simulate(64, seed=2),
         reference="hmc",
         subset=5,

@@ -179,7 +179,9 @@ def test_errors_survive_pickling(error: Exception) -> None:
 
 def _diverge(seed: int) -> None:
     oracle = make_oracle()
-    svi = DualRateSVI(oracle, ltm.build_guide("mean_field", oracle), Fast(steps=3, lr=1e30))
+    svi = DualRateSVI(
+        oracle, ltm.build_guide("mean_field", oracle), Fast(steps=3, lr=1e30, optimizer="adam")
+    )
     svi.infer(oracle.simulate(3, seed=seed))
 
 
