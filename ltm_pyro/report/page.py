@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 _STRONGEST = 4.0  # nats of difference at which a token has its full colour
+_LONG = 1e7
+"""From here on a number that is no count is shown by its power of ten."""
 _BARE = 4  # decimals of numbers of which nothing is said
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'"
 
@@ -57,6 +59,8 @@ def number(value: float | int | None, digits: int | None = None, sign: bool = Fa
         shown = f"{value:+,}" if sign else f"{value:,}"
     elif not math.isfinite(value):
         shown = str(value)
+    elif abs(value) >= _LONG:
+        shown = f"{value:{'+' if sign else ''}.5e}"
     else:
         shown = f"{value:{'+' if sign else ''},.{_BARE if digits is None else digits}f}"
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
