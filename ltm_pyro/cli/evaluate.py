@@ -6,6 +6,8 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
+
 from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_run, add_scoring, open_run
 from ltm_pyro.cli.parsing import Parser
@@ -56,29 +58,7 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro evaluate`; returns the exit status."""
     arguments = expand_shortcuts(arguments)
-    parser = Parser("evaluate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
-    add_run(parser)
-    parser.add_argument("--mode", type=str, default="oracle", help="oracle, prefix or prior")
-    parser.add_argument(
-        "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
-    )
-    add_scoring(parser, split=None)
-    parser.add_argument(
-        "--as_published",
-        action="store_true",
-        help="what the released procedure would print of this model, corrected step by step",
-    )
-    parser.add_argument(
-        "--per",
-        type=str,
-        help="unit of the scores: token, byte or word (default: token, of --corpus byte)",
-    )
-    parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
-    parser.add_argument(
-        "--by_position", action="store_true", help="also the loss by position in the sequence"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_group(parser, "corpus", FitConfig(corpus=CorpusConfig(name="")), ["corpus.tokenizer"])
+    parser = _parser()
     options = parser.parse_args(arguments)
     whole_number("seed", options.seed, at_least=0)
     asked = parser.parse_args(arguments, defaults=False).as_dict().get("corpus", {})
@@ -95,13 +75,7 @@ def run(arguments: list[str]) -> int:
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.diagnostics.units import loss_by_position, refuse_unknown, score_table
-    from ltm_pyro.run.scoring import (
-        json_value,
-        published_table,
-        score_run,
-        sequences_of,
-        summary,
-    )
+    from ltm_pyro.run.scoring import json_value, score_run, sequences_of, summary
 
     per = options.per or ("byte" if asked else "token")
 
@@ -109,18 +83,7 @@ def run(arguments: list[str]) -> int:
     with StopSignals() if many() else contextlib.nullcontext():
         fitted = open_run(options.run, options.device, options.checkpoint)
         if options.as_published:
-            table = published_table(
-                fitted,
-                fitted.corpus(),
-                split=options.split or "val",
-                sequences=options.sequences,
-                draws=options.draws,
-                seed=options.seed,
-            )
-            if fitted.parallel.is_rank_0:
-                rows = {"as_published": table.to_dict("records")}
-                shown = json.dumps(rows) if options.json else printing.format_published(table)
-                print(shown)
+            _print_published(fitted, options)
             return 0
         corpus = _other(fitted, asked) if asked else fitted.corpus()
         own = corpus.sha256 == fitted.facts["corpus"]["sha256"]
@@ -161,6 +124,51 @@ def run(arguments: list[str]) -> int:
     if panel is not None:
         print(f"\n{format_panel(panel)}")
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("evaluate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
+    add_run(parser)
+    parser.add_argument("--mode", type=str, default="oracle", help="oracle, prefix or prior")
+    parser.add_argument(
+        "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
+    )
+    add_scoring(parser, split=None)
+    parser.add_argument(
+        "--as_published",
+        action="store_true",
+        help="what the released procedure would print of this model, corrected step by step",
+    )
+    parser.add_argument(
+        "--per",
+        type=str,
+        help="unit of the scores: token, byte or word (default: token, of --corpus byte)",
+    )
+    parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
+    parser.add_argument(
+        "--by_position", action="store_true", help="also the loss by position in the sequence"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_group(parser, "corpus", FitConfig(corpus=CorpusConfig(name="")), ["corpus.tokenizer"])
+    return parser
+
+
+def _print_published(fitted: Run, options: Namespace) -> None:
+    """What the released procedure would print of the run's own text."""
+    from ltm_pyro.cli.printing import format_published
+    from ltm_pyro.run.scoring import published_table
+
+    table = published_table(
+        fitted,
+        fitted.corpus(),
+        split=options.split or "val",
+        sequences=options.sequences,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    if fitted.parallel.is_rank_0:
+        rows = {"as_published": table.to_dict("records")}
+        print(json.dumps(rows) if options.json else format_published(table))
 
 
 def _other(fitted: Run, asked: dict[str, Any]) -> Corpus:
