@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Tokenizer
@@ -219,8 +218,8 @@ class Batch:
 
     @property
     def holds_numbers(self) -> bool:
-        """Whether there is something to look at: a simulation computes with shapes alone."""
-        return not (isinstance(self.mask, FakeTensor) or self.mask.is_meta)
+        """Whether there is something to look at: the meta device knows shapes alone."""
+        return not self.mask.is_meta
 
     def distinct(self) -> Batch:
         """The batch, known to hold each sequence once.

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -67,8 +66,6 @@ def can_prepack(weight: Tensor) -> bool:
 
 def _reordered(second: Tensor) -> Tensor:
     """What a product with second^T takes."""
-    if isinstance(second, FakeTensor):  # in a simulation of memory: as many bytes
-        return second.clone(memory_format=torch.contiguous_format)
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(second.contiguous(), _ROWS)
     return out
 
