@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
 PICTURE = "guide_comparison.png"
 PAGE = ROOT / "docs" / "guides.md"
-OPTIONS = "--guides mean_field,low_rank,full_rank,amortized,semi_amortized --reference hmc"
+OPTIONS = (
+    "--guides mean_field,low_rank,full_rank,amortized,semi_amortized --reference hmc --sequences 32"
+)
 
 
 def main() -> None:

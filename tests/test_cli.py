@@ -35,7 +35,7 @@ STEPS = 4
 def no_figures(monkeypatch):
     """Leaves out the pictures, which take longer than a small fit."""
     monkeypatch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda run, held_out: None)
-    monkeypatch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
+    monkeypatch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: "")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def fitted(tmp_path_factory):
     arguments = ["--corpus", str(text), "--steps", "2", "--no-control", *MICRO]
     with pytest.MonkeyPatch.context() as patch:  # pictures take longer than a small fit
         patch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda run, held_out: None)
-        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
+        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: "")
         assert main(["fit", "--out", str(folder / "good"), *arguments]) == 0
     return folder
 

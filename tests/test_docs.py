@@ -117,7 +117,7 @@ def test_every_command_of_the_pages_runs(
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the pictures, which tests of their own draw."""
     monkeypatch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda run, held_out: None)
-    monkeypatch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
+    monkeypatch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: "")
 
 
 @pytest.mark.usefixtures("quick_reports")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from ltm_pyro import plots
 from ltm_pyro.config import Fast, ModelConfig
@@ -177,6 +182,32 @@ def test_nothing_overlaps_and_nothing_is_cut_off(drawn: dict[str, Figure]) -> No
                 assert title.get_window_extent().x1 < legend.get_window_extent().x0, (
                     f"{name}: title {title.get_text()!r} runs into its legend"
                 )
+
+
+def texts_drawn(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Every text as it is drawn, ticks included, and where."""
+    found: list[tuple[str, Bbox]] = []
+    draw = Text.draw
+
+    def record(text: Text, renderer: Any, *args: Any, **kwargs: Any) -> None:
+        if text.get_visible() and text.get_text().strip():
+            found.append((text.get_text(), text.get_window_extent(renderer)))
+        draw(text, renderer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", record)
+        FigureCanvasAgg(figure).draw()
+    return found
+
+
+def test_no_label_lies_on_another_and_no_panel_is_empty(drawn: dict[str, Figure]) -> None:
+    for name, figure in drawn.items():
+        for (one, box), (other, beside) in combinations(texts_drawn(figure), 2):
+            common = Bbox.intersection(box, beside)
+            touch = common is not None and min(common.width, common.height) > 1  # pixels
+            assert not touch, f"{name}: {one!r} lies on {other!r}"
+        for axes in figure.axes:
+            assert axes.has_data() or axes.texts, f"{name}: {axes.get_title('left')!r} is empty"
 
 
 def test_saving_is_atomic_and_reproducible(tmp_path: Path) -> None:

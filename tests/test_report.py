@@ -27,6 +27,7 @@ from ltm_pyro.report import make_report
 from ltm_pyro.report.checks import FAILED, NOT_MADE, PASSED
 from ltm_pyro.report.identity import fit_command
 from ltm_pyro.report.text import visible
+from ltm_pyro.report.verdict import _answer
 from ltm_pyro.run import load_run
 
 ORDER = [
@@ -185,6 +186,27 @@ def test_what_acts_is_shown_by_its_number(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
+def test_panels_that_share_an_axis_are_labelled_each(run: Path) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
+    for name, label in (("documents", "gain over the control"), ("course", "slow step")):
+        figure = html[html.index(f'id="figure-{name}"') :].partition("</figure>")[0]
+        panels = re.findall(r"<svg.*?</svg>", figure, flags=re.DOTALL)
+        assert len(panels) > 1
+        assert all(label in panel for panel in panels), f"a panel of {name} has no {label!r}"
+
+
+@pytest.mark.parametrize(("used", "answer"), [(True, "yes, in this fit"), (False, "not shown")])
+def test_a_gain_is_not_put_down_to_thoughts_that_are_not_used(used: bool, answer: str) -> None:
+    gain = {"nats_per_sequence": 0.0118, "error": 0.0036, "documents": 11,
+            "too_few_documents": False, "told_apart": True}  # fmt: skip
+    gains = {"elbo": {**gain, "told_apart": False}, "iw_bound": gain}
+    scores = {"collapse": {"uses_thoughts": used}, "n_documents": 11}
+    found, sentence = _answer(gains, scores)
+    assert found == answer
+    assert ("reason is not shown" in sentence) is not used
+    assert "0.0118 ± 0.0036" in sentence  # never "0.01 ± 0.00"
+
+
 def test_checks_tell_what_was_not_made(run: Path) -> None:
     checks = {check["name"]: check for check in numbers_of(run)["checks"]}
     assert {check["state"] for check in checks.values()} <= {PASSED, FAILED, NOT_MADE}
@@ -258,7 +280,7 @@ def test_what_cannot_be_used_is_told_in_a_line(run: Path, tmp_path: Path, capsys
     fit = ["fit", "--corpus", str(text), "--out", str(other), "--steps", "1", "--no-control"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda run, held_out: None)
-        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
+        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: "")
         assert main([*fit, *MICRO]) == 0
     mine = load_run(run)
     with pytest.raises(InputError, match="corpora"):

@@ -27,7 +27,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(folder / "text.txt", 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ltm_pyro.cli.artefacts._write_figures", lambda *arguments: None)
-        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: None)
+        patch.setattr("ltm_pyro.cli.artefacts.write_page", lambda *arguments: "")
         arguments = ["--corpus", str(text), "--out", str(folder / "run"), "--steps", "2", *MICRO]
         arguments += ["--corpus.options.fractions", "[0.5, 0.4, 0.1]"]
         assert main(["fit", *arguments]) == 0

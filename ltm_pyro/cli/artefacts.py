@@ -114,8 +114,11 @@ def _write_figures(run: Run, held_out: HeldOut) -> None:
 
 def write_page(
     run: Run, corpus: Corpus, held_out: HeldOut, texts: Sequence[Mapping[str, str]]
-) -> None:
+) -> str:
     """Writes the report; prefix and prior scores, which take as long as these, are left to it.
+
+    Returns:
+        Its verdict: whether thoughts help, in a few sentences.
 
     Raises:
         InputError: if it cannot be written.
@@ -124,6 +127,8 @@ def write_page(
 
     report = make_report(run, corpus, held_out=held_out, texts=texts, modes=("oracle",))
     write_report(report, run.folder / "report.html")
+    said = report.numbers["verdict"]
+    return f"Do thoughts help? {said['answer'].capitalize()}. {said['sentence']} {said['use']}"
 
 
 def list_files(folder: Path) -> str:

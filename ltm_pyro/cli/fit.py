@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -346,7 +347,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     alone = saved if parallel is None else load_run(saved.folder, device=str(saved.model.device))
     texts = samples(alone, corpus)
     _print_samples(texts)
-    write_page(alone, corpus, held_out, texts)
+    print(f"\n{textwrap.fill(write_page(alone, corpus, held_out, texts), 100)}")
     print(f"\nFiles in {printable(str(saved.folder))}\n{list_files(saved.folder)}")
 
 

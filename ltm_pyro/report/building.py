@@ -100,7 +100,7 @@ def make_report(
             scored[mode] = score_run(run, corpus, mode=mode, **given)  # type: ignore[arg-type]
     pictures = _pictures(run, held_out)
     if runs is not None:
-        pictures["runs"] = picture(runs.plot(), "runs", whole=True)
+        pictures["runs"] = picture(runs.plot(), "runs")
     texts = samples(run, corpus) if texts is None else texts
     numbers = _numbers(run, scored, runs, pictures, texts)
     return Report(numbers, render(numbers, {name: p.panels for name, p in pictures.items()}))
@@ -240,8 +240,7 @@ def _pictures(run: Run, held_out: HeldOut) -> dict[str, Picture]:
     if (run.folder / "comparison.nc").exists():
         with xr.open_dataset(run.folder / "comparison.nc", engine="h5netcdf") as data:
             figures["comparison"] = plots.guide_comparison(Comparison(data.load()))
-    whole = ("comparison", "map")
-    return {name: picture(f, name, whole=name in whole) for name, f in figures.items()}
+    return {name: picture(f, name, whole=name == "map") for name, f in figures.items()}
 
 
 def _colour(held_out: HeldOut) -> tuple[Any, ...]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -51,18 +53,21 @@ def picture(figure: Figure, name: str, *, whole: bool = False) -> Picture:
     Args:
         figure: Not to be used any more.
         name: Sets its ids apart from those of other pictures on the page.
-        whole: Keep all panels together, where they share their axes.
+        whole: Keep all panels together, such as a map and its colour bar.
     """
     caption = ""
     for text in figure.texts:
         if text.get_gid() == "caption":
             caption = " ".join(text.get_text().split())
             text.set_visible(False)
+    axes = [each for each in figure.axes if each.get_visible()]
+    together = whole or bool(figure.legends)
+    if not together:
+        _label_each(axes)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    axes = [each for each in figure.axes if each.get_visible()]
     boxes = [each.get_tightbbox() for each in axes]
-    if whole or figure.legends:
+    if together:
         groups = [(axes, figure.get_tightbbox())]
     else:
         scale = figure.dpi_scale_trans.inverted()
@@ -77,6 +82,19 @@ def picture(figure: Figure, name: str, *, whole: bool = False) -> Picture:
             each.set_visible(each in kept)
         panels.append(_svg(figure, box.padded(_PAD), f"{name}-{number}", caption))
     return Picture(panels, caption)
+
+
+def _label_each(panels: Sequence[Axes]) -> None:
+    """Ticks and label of an axis that panels share, at each of them: the page sets them apart."""
+    for axes in panels:
+        for name, shared in (("x", axes.get_shared_x_axes()), ("y", axes.get_shared_y_axes())):
+            twins = [getattr(twin, f"{name}axis") for twin in shared.get_siblings(axes)]
+            if len(twins) > 1:
+                own = getattr(axes, f"{name}axis")
+                own.set_tick_params(**{"labelbottom" if name == "x" else "labelleft": True})
+                own.set_label_text(
+                    next(filter(None, (t.get_label_text() for t in (own, *twins))), "")
+                )
 
 
 def _svg(figure: Figure, box: Bbox, name: str, label: str) -> str:

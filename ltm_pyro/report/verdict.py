@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ def verdict(held_out: HeldOut, scores: dict[str, Any]) -> dict[str, Any]:
     """Do thoughts help, by how much, how sure; and what is not supported.
 
     A bound above the control's exact log-likelihood, by more than its paired error, shows that this
-    fit of the model gives the text more probability than this fit of the control. A bound below it
-    shows nothing: the model may still be better.
+    fit of the model gives the text more probability than this fit of the control. That thoughts are
+    why takes more: another document's thoughts must hurt. A bound below the control shows nothing:
+    the model may still be better.
 
     Args:
         held_out: Scores of mode `oracle`.
@@ -77,18 +79,20 @@ def _answer(gains: dict[str, dict[str, Any]], scores: dict[str, Any]) -> tuple[s
         chosen = gains[above[-1]]
         other = [name for name in gains if name not in above]
         rest = f" {_upper(_LABELS[other[0]])} alone would not show it." if other else ""
-        return "yes, in this fit", (
+        panel = scores["collapse"]
+        used = panel is not None and panel["uses_thoughts"]
+        doubt = "" if used else " That its thoughts are the reason is not shown."
+        return "yes, in this fit" if used else "not shown", (
             f"Held-out text is more probable under this model than under the same decoder without "
-            f"thoughts: {_LABELS[above[-1]]} lies {_value(chosen):.2f} ± {chosen['error']:.2f} "
-            f"nats per sequence above the control, paired over {chosen['documents']} "
-            f"{_documents(scores)}.{rest}"
+            f"thoughts: {_LABELS[above[-1]]} lies {_with_error(chosen)} nats per sequence above "
+            f"the control, paired over {chosen['documents']} {_documents(scores)}.{rest}{doubt}"
         )
     best = gains["iw_bound"]
     apart = best["told_apart"]
     return "not shown", (
-        f"That thoughts help is not shown: {_LABELS['iw_bound']} lies {_value(best):+.2f} ± "
-        f"{best['error']:.2f} nats per sequence from the same decoder without thoughts, paired "
-        f"over {best['documents']} {_documents(scores)}"
+        f"That thoughts help is not shown: {_LABELS['iw_bound']} lies {_with_error(best, '+')} "
+        f"nats per sequence from the same decoder without thoughts, paired over "
+        f"{best['documents']} {_documents(scores)}"
         + (
             ". It is below; whether the model itself is worse, a bound cannot say."
             if apart
@@ -99,6 +103,13 @@ def _answer(gains: dict[str, dict[str, Any]], scores: dict[str, Any]) -> tuple[s
 
 def _value(gain: dict[str, Any]) -> float:
     return float(gain["nats_per_sequence"])
+
+
+def _with_error(gain: dict[str, Any], sign: str = "") -> str:
+    """Both with two decimals, or as many as show the error."""
+    error = gain["error"]
+    digits = max(2, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 2
+    return f"{_value(gain):{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def _upper(text: str) -> str:
