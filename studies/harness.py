@@ -7,12 +7,14 @@ A study NAME is two files. `studies/NAME.yaml` says what is asked and what is va
     seeds: [0, 1, 2]
     fixed: {steps: 300}                 settings that all cells share
     smoke: {grid: ..., seeds: [0], fixed: {steps: 2}}       in place of the above with --smoke
-    data: wikitext2                     a corpus of the folder --data, if one is needed
+    data: wikitext2                     a corpus of the folder --data, or a list of them: then
+                                        `cell` gets the folder itself
 
 `studies/NAME.py` has three functions: `cell(settings, data)` computes one row (or several, as a
 list of dicts), `figure(table)` draws the table, `paragraph(table)` says in words what comes out,
 and what does not. A finished cell is a JSON file named by the hash of its settings and of the code
-that made it: a study that was stopped goes on, and one whose script has changed starts anew.
+that made it, and of what it reads (names, sizes and times of change): a study that was stopped
+goes on, and one whose script or data has changed starts anew.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +60,8 @@ class Study:
         question: What it asks.
         cells: Settings of every cell, the seed among them.
         code: The module with `cell`, `figure` and `paragraph`.
-        data: The corpora that it reads, or `None`.
+        data: What `cell` gets: the corpus that it reads, the folder of several, or `None`.
+        reads: The corpora.
         out: Where table, figure, paragraph and finished cells go.
         command: That makes all of it.
     """
@@ -67,6 +71,7 @@ class Study:
     cells: list[Settings]
     code: ModuleType
     data: Path | None
+    reads: list[Path]
     out: Path
     command: str
 
@@ -85,18 +90,20 @@ class Study:
         if smoke:
             plan = {**plan, **plan["smoke"]}
         wanted = plan.get("data")
-        if wanted is not None:
+        reads = [wanted] if isinstance(wanted, str) else wanted or []
+        for corpus in reads:
             if data is None:
-                raise InputError(f"study {name!r} reads {wanted!r}: give --data FOLDER that has it")
-            if not (data / wanted).exists():
-                raise InputError(f"--data {str(data)!r} has no {wanted!r}: give another folder")
+                raise InputError(f"study {name!r} reads {corpus!r}: give --data FOLDER that has it")
+            if not (data / corpus).exists():
+                raise InputError(f"--data {str(data)!r} has no {corpus!r}: give another folder")
         command = f"python -m studies {name}" + " --smoke" * smoke + " --data DATA" * bool(wanted)
         return cls(
             name=name,
             question=plan["question"],
             cells=_cells(plan),
             code=importlib.import_module(f"studies.{name}"),
-            data=None if wanted is None else data / wanted,  # type: ignore[operator]
+            data=data / wanted if data and isinstance(wanted, str) else data if wanted else None,
+            reads=[data / corpus for corpus in reads if data],
             out=(out or HOME / "results") / (f"{name}_smoke" if smoke else name),
             command=command,
         )
@@ -138,8 +145,16 @@ class Study:
     def _kept(self, settings: Settings) -> Path:
         """Where the rows of a cell are kept."""
         source = Path(self.code.__file__ or "").read_bytes()
-        key = json.dumps([settings, ltm_pyro.__version__], sort_keys=True).encode() + source
+        known = [settings, ltm_pyro.__version__, *self._fingerprint]
+        key = json.dumps(known, sort_keys=True).encode() + source
         return self.out / "cells" / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
+
+    @cached_property
+    def _fingerprint(self) -> list[Any]:
+        """Names, sizes and times of change of the files that it reads."""
+        files = [file for corpus in self.reads for file in sorted(corpus.rglob("*"))]
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        return [[name, info.st_size, info.st_mtime_ns] for name, info in stats]
 
     def _table(self) -> pd.DataFrame:
         rows = [row for each in self.cells for row in self._finished(each)]

@@ -92,13 +92,29 @@ def test_every_study_runs(name: str, tmp_path: Path) -> None:
     plan = yaml.safe_load((harness.HOME / f"{name}.yaml").read_text())
     arguments = [name, "--smoke", "--out", str(tmp_path)]
     if "data" in plan:
-        made = tmp_path / plan["data"]
-        made.mkdir()
-        words = ["one thought", "another thought", "nothing at all", "it was late", "she said so"]
-        for book in range(8):
-            text = " ".join(words[(book + i * i) % 5] for i in range(400))
-            (made / f"author{book % 3} - book{book}.md").write_text(text)
+        make_data(tmp_path)
         arguments += ["--data", str(tmp_path)]
     assert main(arguments) == 0
     out = tmp_path / f"{name}_smoke"
     assert {"table.csv", "figure.png", "README.md"} <= {path.name for path in out.iterdir()}
+
+
+def make_data(folder: Path) -> None:
+    """A little of every corpus that a study may ask for."""
+    words = ["one thought", "another thought", "nothing at all", "it was late", "she said so"]
+    texts = [" ".join(words[(book + i * i) % 5] for i in range(400)) for book in range(8)]
+    for name in ("novels", "wikitext2", "tinyshakespeare", "gsm8k"):
+        (folder / name).mkdir()
+    for book, text in enumerate(texts):
+        (folder / "novels" / f"author{book % 3} - book{book}.md").write_text(text)
+    lines = " \n ".join(text[i : i + 300] for text in texts for i in range(0, 4000, 300))
+    for file in ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt"):
+        (folder / file).write_text(lines)
+    (folder / "tinyshakespeare" / "input.txt").write_text(lines)
+    problems = [
+        {"question": f"{words[i % 5]}: how many are {i} and 3?", "answer": f"#### {i + 3}"}
+        for i in range(300)
+    ]
+    for name in ("train", "test"):
+        problem_lines = "".join(json.dumps(each) + "\n" for each in problems)
+        (folder / "gsm8k" / f"{name}.jsonl").write_text(problem_lines)
