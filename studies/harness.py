@@ -10,6 +10,8 @@ A study NAME is two files. `studies/NAME.yaml` says what is asked and what is va
     data: wikitext2                     a corpus of the folder --data, or a list of them: then
                                         `cell` gets the folder itself
 
+Cells whose `corpus.name` is `DATA/NAME` are computed where --data has it, and else left out.
+
 `studies/NAME.py` has three functions: `cell(settings, data)` computes one row (or several, as a
 list of dicts), `figure(table)` draws the table, `paragraph(table)` says in words what comes out,
 and what does not. A finished cell is a JSON file named by the hash of its settings and of the code
@@ -23,6 +25,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import platform
 import sys
 import time
@@ -96,13 +99,15 @@ class Study:
                 raise InputError(f"study {name!r} reads {corpus!r}: give --data FOLDER that has it")
             if not (data / corpus).exists():
                 raise InputError(f"--data {str(data)!r} has no {corpus!r}: give another folder")
-        command = f"python -m studies {name}" + " --smoke" * smoke + " --data DATA" * bool(wanted)
+        cells = [cell for cell in _cells(plan) if _has_its_corpus(cell, data)]
+        given = bool(wanted) or any("DATA/" in str(cell.get("corpus.name")) for cell in cells)
+        command = f"python -m studies {name}" + " --smoke" * smoke + " --data DATA" * given
         return cls(
             name=name,
             question=plan["question"],
-            cells=_cells(plan),
+            cells=cells,
             code=importlib.import_module(f"studies.{name}"),
-            data=data / wanted if data and isinstance(wanted, str) else data if wanted else None,
+            data=data / wanted if data and isinstance(wanted, str) else data if given else None,
             reads=[data / corpus for corpus in reads if data],
             out=(out or HOME / "results") / (f"{name}_smoke" if smoke else name),
             command=command,
@@ -181,12 +186,19 @@ class Study:
         seeds = sorted({each["seed"] for each in self.cells})
         made = (
             f"Made by `{self.command}`: {done} of {len(kept)} cells, seeds {seeds}, "
-            f"{seconds / 60:.0f} minutes in all on {torch.get_num_threads()} thread(s) "
-            f"({platform.machine()}), ltm_pyro {ltm_pyro.__version__}, torch {torch.__version__}, "
-            f"Python {sys.version.split()[0]}."
+            f"{seconds / 60:.0f} minutes in all on {torch.get_num_threads()} thread(s) of "
+            f"{os.cpu_count()} cores ({platform.machine()}, no GPU), ltm_pyro "
+            f"{ltm_pyro.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}."
         )
         text = [f"# {self.question}", self.code.paragraph(table).strip(), "![figure](figure.png)"]
         (self.out / "README.md").write_text("\n\n".join([*text, made]) + "\n", "utf-8")
+
+
+def _has_its_corpus(cell: Settings, data: Path | None) -> bool:
+    """Whether a cell's corpus is there, if it is one of the folder --data."""
+    name = str(cell.get("corpus.name", ""))
+    wanted = name.removeprefix("DATA/")
+    return name == wanted or (data is not None and (data / wanted).exists())
 
 
 def _cells(plan: dict[str, Any]) -> list[Settings]:

@@ -9,15 +9,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-import ltm_pyro as ltm
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.guides.mean_field import MeanField
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
-from studies.common import config_of, fitted, over_seeds
-
-LOG_VARIANCE = -5.0
-"""Where the published procedure starts the log variances of q."""
+from studies.common import (
+    bounds_of,
+    config_of,
+    exact_loss,
+    fitted,
+    over_seeds,
+    own_draw_loss,
+    released_loop,
+)
 
 
 def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
@@ -25,22 +27,16 @@ def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
     with fitted(config_of(settings)) as run:
         corpus = run.corpus()
         batch = spread(corpus.val, settings["study.sequences"])
-        exact = getattr(corpus, "log_likelihood", None)
-        truth = np.nan if exact is None else -float(exact(batch).mean())
+        truth = exact_loss(corpus, batch)
         rows = []
         for steps in settings["study.fast_steps"]:
             row: dict[str, Any] = {"fast_steps": steps, "truth_nats_per_sequence": truth}
-            for noise, start in (("fixed", LOG_VARIANCE), ("fresh", 0.0)):
-                clock = ltm.Fast(
-                    steps=steps, optimizer="adam", lr=0.34, noise=noise, final_fraction=0.1
-                )
-                guide = MeanField(run.model, init_log_variance=start)
-                svi = DualRateSVI(run.model, guide, clock, seed=run.config.seed)
-                post = svi.infer(batch, progress=False)
-                honest = ltm.evaluate(run.model, post, batch, draws=64, controls=False)
-                row[f"{noise}_fresh_draws"] = -float(honest["elbo"].mean())
-                if post.own_draw_elbo is not None:
-                    row["fixed_own_draw"] = -float(post.own_draw_elbo.double().mean())
+            seed = run.config.seed
+            fixed = released_loop(run.model, batch, steps, seed)
+            fresh = released_loop(run.model, batch, steps, seed, 0.0, noise="fresh")
+            row["fixed_own_draw"] = own_draw_loss(fixed)
+            for noise, post in (("fixed", fixed), ("fresh", fresh)):
+                row[f"{noise}_fresh_draws"] = bounds_of(run.model, post, batch)["elbo_loss"]
             rows.append(row)
     return rows
 

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from studies import harness
 from studies.__main__ import main
+from studies.common import config_of, with_errors
 
 TOY = """
 def cell(settings, data):
@@ -84,6 +86,29 @@ def test_what_does_not_exist_is_refused(
     studies.toy.STOP = None
     assert main(arguments) == 2
     assert named in capsys.readouterr().err
+
+
+def test_cells_of_a_corpus_that_is_not_there_are_left_out(toy: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load((toy / "toy.yaml").read_text())
+    plan["grid"] = {"corpus.name": ["mixture", "DATA/here", "DATA/elsewhere"]}
+    (toy / "toy.yaml").write_text(yaml.safe_dump(plan))
+    data = tmp_path / "data"
+    (data / "here").mkdir(parents=True)
+    found = harness.Study.load("toy", data=data)
+    assert {cell["corpus.name"] for cell in found.cells} == {"mixture", "DATA/here"}
+    assert found.data == data
+    assert config_of({"corpus.name": "DATA/here"}, data).corpus.name == str(data / "here")
+    alone = harness.Study.load("toy")
+    assert {cell["corpus.name"] for cell in alone.cells} == {"mixture"}
+    assert "--data" in found.command
+    assert "--data" not in alone.command
+
+
+def test_means_stand_with_their_errors_over_seeds() -> None:
+    table = pd.DataFrame({"study.a": [1, 1, 2], "seed": [0, 1, 0], "loss": [3.0, 5.0, 7.0]})
+    assert with_errors(table, ["study.a"], {"loss": "loss, nats"}) == (
+        "| a | loss, nats |\n|---|---|\n| 1 | 4.00 ± 1.00 |\n| 2 | 7.00 |"
+    )
 
 
 @pytest.mark.slow
