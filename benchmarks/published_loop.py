@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import ltm_pyro as ltm
 from ltm_pyro.inference.clocks.schedules import learning_rate
-from ltm_pyro.models.decoder import Decoder
-from ltm_pyro.models.layers import (
+from ltm_pyro.models.decoder import (
     CrossAttention,
+    Decoder,
     DecoderLayer,
     SelfAttention,
     SwiGLU,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.config import preset
-from ltm_pyro.engine.kernels import prepack
+from ltm_pyro.engine.kernels import likelihood
 from ltm_pyro.models import decoder as decoder_module
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.sampling import write_tokens
@@ -71,7 +71,7 @@ def never(weight: Tensor) -> bool:
 
 TRICKS: Mapping[str, tuple[tuple[Any, str, Any], ...]] = {
     "all": (),
-    "prepack": ((prepack, "can_prepack", never), (decoder_module, "can_prepack", never)),
+    "prepack": ((likelihood, "can_prepack", never), (decoder_module, "can_prepack", never)),
     "trunk": ((ltm.LatentThoughtModel, "prepare", lambda model, batch: batch),),
     "cross_entropy": ((decoder_module, "token_log_prob", all_at_once),),
     "kv_cache": ((Decoder, "start", plain_start), (Decoder, "step", plain_step)),

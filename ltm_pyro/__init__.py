@@ -22,7 +22,7 @@ _HOME = {
     "Execution": "ltm_pyro.engine.execution",
     "InputError": "ltm_pyro.errors",
     "NonFiniteError": "ltm_pyro.errors",
-    "exclusively": "ltm_pyro.exclusive",
+    "exclusively": "ltm_pyro.doors",
     "LatentThoughtModel": "ltm_pyro.models.latent_thought",
     "LatentModel": "ltm_pyro.models.base",
     "check_model": "ltm_pyro.models.contract",
@@ -106,10 +106,10 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
     from ltm_pyro.diagnostics.units import loss_by_position as loss_by_position
     from ltm_pyro.diagnostics.units import score_table as score_table
+    from ltm_pyro.doors import exclusively as exclusively
     from ltm_pyro.engine.execution import Execution as Execution
     from ltm_pyro.errors import InputError as InputError
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
-    from ltm_pyro.exclusive import exclusively as exclusively
     from ltm_pyro.export import to_datatree as to_datatree
     from ltm_pyro.inference.callbacks import Callback as Callback
     from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI

@@ -157,3 +157,14 @@ def real_number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         raise InputError(f"{name} is {shown(value)}: must be a number")
     return float(value)
+
+
+def finite_number(name: str, value: object) -> float:
+    """`value` as a `float`, known to be finite.
+
+    Raises:
+        InputError: if it is not, naming `name`.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name} is {shown(value)}: must be a finite number")
+    return float(value)

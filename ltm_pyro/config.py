@@ -126,11 +126,6 @@ class Fast:
     parameters are averaged, so that what is left of the gradient noise cancels (Polyak & Juditsky
     1992). Fresh noise only."""
 
-    @property
-    def steps_naturally(self) -> bool:
-        """Whether natural steps are taken where a family has units."""
-        return self.optimizer == "natural" and self.noise == "fresh"
-
 
 @settings("slow")
 class Slow:

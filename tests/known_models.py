@@ -13,10 +13,9 @@ from ltm_pyro.config import ModelConfig
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.guides import LocalGuide
 from ltm_pyro.inference.objectives import Objective
-from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 TINY = ModelConfig(
     vocab_size=7, seq_len=12, n_layers=2, width=16, n_heads=2, mlp_hidden=24, window=4,

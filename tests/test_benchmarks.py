@@ -19,8 +19,7 @@ from tolerances import EXACT
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics.cost import cost_report
 from ltm_pyro.inference.clocks.fast import frozen
-from ltm_pyro.models.drawing import Drawing
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 
 def small_model(**overrides: int) -> ltm.LatentThoughtModel:

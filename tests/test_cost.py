@@ -17,11 +17,11 @@ from ltm_pyro.diagnostics.cost import (
     format_cost,
     paper_flops_per_token,
 )
+from ltm_pyro.doors import meet
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.models.doors import meet
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 SMALL = ModelConfig(

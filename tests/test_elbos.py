@@ -28,9 +28,8 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.objectives import PyroElbo
-from ltm_pyro.models.drawing import Drawing, draw
 from ltm_pyro.models.linear_gaussian import LinearGaussian
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise, draw
 
 PARTICLES = 3
 

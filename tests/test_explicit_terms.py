@@ -17,8 +17,7 @@ from ltm_pyro.inference.guides import LocalGuide, guide_families
 from ltm_pyro.inference.guides.contract import moved_guide
 from ltm_pyro.inference.objectives import OBJECTIVES, PyroElbo, Terms, build_objective
 from ltm_pyro.models.base import SITE_X, SITE_Z
-from ltm_pyro.models.drawing import Drawing
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 PARTICLES = 3
 WEIGHT = 0.3

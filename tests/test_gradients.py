@@ -29,10 +29,9 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.objectives import Objective, build_objective
-from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.full_normal import FullNormal
 from ltm_pyro.models.linear_gaussian import LinearGaussian
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 W, NOISE, X = 1.3, 0.7, 2.0
 AT = np.array([0.3, -0.4, 0.5])

@@ -38,9 +38,8 @@ from ltm_pyro.inference.objectives import (
     stopped_log_prob,
 )
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.drawing import Drawing, draw
 from ltm_pyro.models.linear_gaussian import LinearGaussian
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise, draw
 from ltm_pyro.run import create_run, load_run
 
 

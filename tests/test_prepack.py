@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltm_pyro.engine.kernels import prepack as module
-from ltm_pyro.engine.kernels.prepack import linear, prepack, prepacked
+from ltm_pyro.engine.kernels import likelihood as module
+from ltm_pyro.engine.kernels.likelihood import linear, prepack, prepacked
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Sums of 48 products round in another order; bf16 has 8 bits."""

@@ -13,7 +13,7 @@ import torch
 import ltm_pyro as ltm
 
 PACKAGE = Path(ltm.__file__).parent
-MOST_FILES = 24
+MOST_FILES = 15
 
 
 class _ReachedError(Exception):

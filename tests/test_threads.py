@@ -18,8 +18,8 @@ from known_models import TINY, make_language_model, make_oracle, make_tokens
 import ltm_pyro as ltm
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.tokenizer import ByteTokenizer
+from ltm_pyro.doors import exclusive, exclusively
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError, ToldElsewhereError
-from ltm_pyro.exclusive import exclusive, exclusively
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.random import seeded
 

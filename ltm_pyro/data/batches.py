@@ -221,6 +221,19 @@ class Batch:
         """Whether there is something to look at: the meta device knows shapes alone."""
         return not self.mask.is_meta
 
+    def usable(self) -> Batch:
+        """The batch as ordinary tensors: those of `torch.inference_mode()` are copied.
+
+        Raises:
+            InputError: if it is on the meta device.
+        """
+        if self.mask.is_meta:
+            raise InputError(
+                "batch is on the meta device, which holds no numbers: make it on another"
+            )
+        made = any(isinstance(v, Tensor) and v.is_inference() for v in vars(self).values())
+        return self._each(torch.clone) if made and not torch.is_inference_mode_enabled() else self
+
     def distinct(self) -> Batch:
         """The batch, known to hold each sequence once.
 

@@ -41,12 +41,12 @@ from ltm_pyro.diagnostics.terms import (
     standard_error,
 )
 from ltm_pyro.diagnostics.token_scores import token_scores
+from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 
 Mode = Literal["oracle", "prefix", "prior"]
 MODES = {

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import simulate
 from ltm_pyro.random import Stream, derive_seed, seeded
 

@@ -12,9 +12,9 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.calibration import ROWS_AT_ONCE
 from ltm_pyro.diagnostics.marginals import moments
+from ltm_pyro.doors import door
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import simulate
 from ltm_pyro.random import Stream, derive_seed, seeded
 

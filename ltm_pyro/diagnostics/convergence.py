@@ -27,13 +27,13 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.terms import standard_error
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 Floats = NDArray[np.float64]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
 from ltm_pyro.diagnostics.memory import MemoryReport, small_fit
-from ltm_pyro.engine.kernels.cross_entropy import MOST_LOGITS
+from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
 from ltm_pyro.inference.clocks.schedules import fast_reach, kl_floor_per_sequence
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.models.layers import block_shape, fused
+from ltm_pyro.models.decoder import block_shape, fused
 
 KL_FLOOR_WARNING = 0.05
 """Nats per token above which the fast schedule, and not the text, decides the ELBO."""

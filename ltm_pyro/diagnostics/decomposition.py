@@ -15,10 +15,10 @@ from ltm_pyro.diagnostics.information import kl_by_block
 from ltm_pyro.diagnostics.labels import sequence_coords
 from ltm_pyro.diagnostics.marginals import blocks
 from ltm_pyro.diagnostics.terms import Likelihoods, fresh_draws
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 

@@ -26,12 +26,12 @@ from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.log_mean import log_mean, tail_error
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, khat_threshold, pareto_khat
 from ltm_pyro.diagnostics.terms import Likelihoods, score_terms
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.simulation import Simulated
 from ltm_pyro.random import Stream, derive_seed, seeded
 

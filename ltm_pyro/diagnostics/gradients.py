@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import ltm_pyro
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
@@ -36,7 +37,6 @@ from ltm_pyro.inference.objectives import (
     kl_estimator,
 )
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 BLOCKS = 10

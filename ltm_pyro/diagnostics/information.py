@@ -38,11 +38,16 @@ from torch.distributions import Independent
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.gaussian_kl import gaussian_kl, is_factorised_normal
 from ltm_pyro.inference.posterior import KL_DRAWS, Posterior
-from ltm_pyro.models.doors import door
-from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal
+from ltm_pyro.models.full_normal import (
+    BlockNormal,
+    FullNormal,
+    LowRankNormal,
+    gaussian_kl,
+    is_factorised_normal,
+)
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 Kind = Literal["exact", "monte carlo", "at least", "unknown"]

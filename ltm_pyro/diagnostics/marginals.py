@@ -10,9 +10,13 @@ from pyro.distributions import MixtureSameFamily, TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.gaussian_kl import is_factorised_normal
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal
+from ltm_pyro.models.full_normal import (
+    BlockNormal,
+    FullNormal,
+    LowRankNormal,
+    is_factorised_normal,
+)
 from ltm_pyro.models.normal_mixture import NormalMixture
 from ltm_pyro.models.priors.autoregressive import StationaryAR1
 

@@ -19,14 +19,14 @@ from ltm_pyro.checks import refuse_too_large
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.execution import Execution
-from ltm_pyro.engine.kernels.cross_entropy import MOST_LOGITS
+from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.guides.base import GUIDES
 from ltm_pyro.inference.objectives import OBJECTIVES, build_objective
+from ltm_pyro.models.decoder import block_shape, fused
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.models.layers import block_shape, fused
 from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.random import seeded
 from ltm_pyro.registry import load_plugins

@@ -21,11 +21,11 @@ from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.mean_field import MeanField
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.doors import door
 
 START_LOG_VARIANCE = -5.0
 """Where the released code starts the log variances of q."""

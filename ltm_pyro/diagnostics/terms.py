@@ -17,8 +17,7 @@ from torch import Tensor
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.drawing import Drawing
-from ltm_pyro.random import Noise, Stream, derive_seed
+from ltm_pyro.random import Drawing, Noise, Stream, derive_seed
 
 DRAWS_AT_ONCE = 64
 """Draws of z held in memory together, (64, B, K, D)."""

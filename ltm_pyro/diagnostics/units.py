@@ -20,8 +20,8 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.diagnostics.labels import sequence_coords
 from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, exponential, losses, monte_carlo
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.models.doors import door
 
 UNITS = ("token", "byte", "word")
 """What scores may be divided by; `n_tokens`, `n_bytes` and `n_words` count it."""

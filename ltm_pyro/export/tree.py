@@ -17,13 +17,12 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.labels import sequence_coords
+from ltm_pyro.doors import door, require_model
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.export import groups
 from ltm_pyro.export.groups import Variables
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.contract import require_model
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.priors import ThoughtPrior
 from ltm_pyro.random import Stream, derive_seed, seeded
 

@@ -13,14 +13,13 @@ from torch import Tensor
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch, as_tensor
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.models.doors import door
-from ltm_pyro.models.drawing import draw
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
-from ltm_pyro.random import Noise, Stream, derive_seed
+from ltm_pyro.random import Noise, Stream, derive_seed, draw
 
 _TEXTS = 2**32  # no prompt has as many
 

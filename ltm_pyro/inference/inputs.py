@@ -11,12 +11,11 @@ from pyro.infer import ELBO
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.doors import require_model
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.training_data import RowsOf, TrainingData
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.contract import require_model
-from ltm_pyro.models.doors import usable
 
 T = TypeVar("T")
 
@@ -90,7 +89,7 @@ def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
     if isinstance(data, SequenceSet):
         return data.batch(range(len(data)))
     if isinstance(data, Batch):
-        return usable(data).distinct()
+        return data.usable().distinct()
     texts = [data] if isinstance(data, str) else data
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise InputError(
@@ -127,7 +126,7 @@ def training_data(data: TrainingData | Batch) -> TrainingData:
         InputError: if it is nothing of the kind.
     """
     if isinstance(data, Batch):
-        return RowsOf(usable(data).distinct())
+        return RowsOf(data.usable().distinct())
     if not callable(getattr(data, "training_batch", None)):
         raise InputError(
             f"data is {_described(data)}: must be the training split of a corpus "

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ltm_pyro.checks import one_of, real_number
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.row_selection import has_normal_marginals, select_rows
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 DRAWS = 4000
 """Draws behind what has no closed form: an end of a 94 % interval is then off by 0.04 sd or so."""

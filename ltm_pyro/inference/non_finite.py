@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -16,14 +14,14 @@ _VALUES = re.compile(r"\b(nan|inf)\b")
 _ELEMENT = re.compile(r"Batch element (\d+)")
 
 
-@contextmanager
-def numbers_out_of_range(guide: LocalGuide, batch: Batch, step: int) -> Iterator[None]:
-    """Turns what torch says of NaN, infinity and singular matrices into `NonFiniteError`.
+def tell_non_finite(error: Exception, guide: LocalGuide, batch: Batch, step: int = -1) -> None:
+    """Tells what torch says of NaN, infinity and singular matrices as a `NonFiniteError`.
 
     A distribution refuses its parameters, a factorisation its matrix, `multinomial` its
     probabilities, each in words of its own, before any objective is there to look at.
 
     Args:
+        error: What torch raised; another error is left alone.
         guide: Holds the rows of the batch.
         batch: B sequences.
         step: The slow step, or -1 for a fast loop alone.
@@ -31,26 +29,16 @@ def numbers_out_of_range(guide: LocalGuide, batch: Batch, step: int) -> Iterator
     Raises:
         NonFiniteError: naming the sequences where they are known.
     """
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        bad = _rows_out_of_range(guide, batch)
-        singular = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-        plain = type(error) in (RuntimeError, ValueError)
-        told = plain and (bool(bad.any()) or _VALUES.search(str(error)) is not None)
-        if not (singular or told):
-            raise
-        element = _ELEMENT.search(str(error))
-        if element is not None and not bool(bad.any()):
-            bad[int(element[1]) % len(batch)] = True  # the sequences are the last batch dimension
-        reason = "a matrix of q is singular" if singular else "numbers of q are out of range"
-        raise NonFiniteError(batch.ids[bad].tolist(), step, reason) from None
-
-
-def _rows_out_of_range(guide: LocalGuide, batch: Batch) -> torch.Tensor:
-    """Which sequences have a local parameter that is not finite, (B,)."""
     bad = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
     for p in dict(guide.local_parameters()).values():
         if len(p) == len(batch):
             bad |= ~p.detach().flatten(1).isfinite().all(1)
-    return bad
+    singular = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+    plain = type(error) in (RuntimeError, ValueError)
+    if not (singular or (plain and (bool(bad.any()) or _VALUES.search(str(error))))):
+        return
+    element = _ELEMENT.search(str(error))
+    if element is not None and not bool(bad.any()):
+        bad[int(element[1]) % len(batch)] = True  # the sequences are the last batch dimension
+    reason = "a matrix of q is singular" if singular else "numbers of q are out of range"
+    raise NonFiniteError(batch.ids[bad].tolist(), step, reason) from None

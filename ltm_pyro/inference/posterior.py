@@ -14,14 +14,13 @@ from torch import Tensor
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.html import show
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.intervals import interval, quantiles, rows_of
-from ltm_pyro.models.drawing import draw
 from ltm_pyro.models.row_selection import select_rows
-from ltm_pyro.random import Noise, fresh_seed
+from ltm_pyro.random import Noise, draw, fresh_seed
 
 _SHOWN = 5  # sequences in a notebook
 KL_DRAWS = 256

@@ -55,20 +55,21 @@ class RowNatural:
         self.units, self.momentum = units, momentum
         known = units().keys()
         self.params = {name: p.detach() for name, p in params.items() if name in known}
-        self.adam = RowAdam({n: p for n, p in params.items() if n not in known}, betas)
+        rest = {n: p for n, p in params.items() if n not in known}
+        self.adam = RowAdam(rest, betas) if rest else None
         self.kept = {name: p.new_zeros(p.shape) for name, p in self.params.items()}
 
     @property
     def name(self) -> str:
         """What moves the parameters, told apart where not all have a unit."""
-        rest = ", ".join(self.adam.params)
+        rest = ", ".join(self.adam.params) if self.adam else ""
         if not self.params:
             return f"adam: no units of {rest}"
         return f"natural; adam: {rest}" if rest else "natural"
 
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:
         """One step of descent along `gradients`, in place."""
-        if self.adam.params:
+        if self.adam is not None:
             self.adam.step(gradients, ADAM_SHARE * lr)
         with torch.no_grad():
             units = self.units()
@@ -82,12 +83,12 @@ class RowNatural:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by row, as flat names to (B, ...) tensors."""
-        adam = self.adam.state() if self.adam.params else {}
+        adam = self.adam.state() if self.adam else {}
         return {**adam, **{f"momentum.{name}": kept for name, kept in self.kept.items()}}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state` returned."""
-        if self.adam.params:
+        if self.adam is not None:
             self.adam.load(state)
         for name, kept in self.kept.items():
             kept.copy_(state[f"momentum.{name}"])

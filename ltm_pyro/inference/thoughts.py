@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.generation import generate
 from ltm_pyro.inference.inputs import Sequences, batch_of
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 _MOST = 1000  # texts between two

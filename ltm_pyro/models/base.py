@@ -13,8 +13,8 @@ from torch.distributions import Independent
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import exclusively
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.exclusive import exclusively
 from ltm_pyro.html import show
 from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import getattr_static
 from typing import Any
 from weakref import WeakSet
 
@@ -22,38 +21,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import FIRST_USE, exclusive, require_model
 from ltm_pyro.errors import ContractError, InputError, shown
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
-
-MEMBERS = (
-    "prior", "log_likelihood", "prepare", "check", "thought_shape", "device", "parameters",
-)  # fmt: skip
-"""What inference asks of a model; `LatentModel` gives all but the first from two methods."""
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Relative, and absolute in nats, for two ways to the same log density."""
 
 _DRAWS = 3
-
-
-def require_model(model: object) -> None:
-    """Refuses what is no model at all.
-
-    Raises:
-        InputError: with what is missing.
-    """
-    how = "derive it from ltm_pyro.LatentModel, which asks for prior() and likelihood(z, batch)"
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is {shown(model)}: {how}")
-    missing = [name for name in MEMBERS if getattr_static(model, name, None) is None]
-    if missing:
-        raise InputError(f"model is a {type(model).__name__} without {', '.join(missing)}: {how}")
-    for name, p in model.named_parameters():
-        if p.is_inference():
-            raise InputError(
-                f"model has weights made under torch.inference_mode() ({name}): build it outside"
-            )
 
 
 @exclusive
@@ -107,6 +82,9 @@ def first_use(model: LatentModel, batch: Batch) -> None:
     for clause in (_prior_has_a_shape, _program):
         _run(clause, model, rows)
     _MET.add(model)
+
+
+FIRST_USE.append(first_use)
 
 
 def _run(clause: Callable[[LatentModel, Batch], None], model: LatentModel, batch: Batch) -> None:

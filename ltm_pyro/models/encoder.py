@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ltm_pyro.checks import MOST, refuse_too_large, whole_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.models.decoder import SwiGLU, rotary_angles, rotate
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.models.layers import SwiGLU, rotary_angles, rotate
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 
 _MOST_LAYERS = 256

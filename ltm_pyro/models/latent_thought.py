@@ -20,10 +20,11 @@ from torch import Tensor
 from ltm_pyro.checks import refuse_too_large, whole_number
 from ltm_pyro.config import ModelConfig, Precision, preset
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import exclusively
+from ltm_pyro.engine.kernels.likelihood import Scoring
 from ltm_pyro.errors import InputError, shown, unknown_name
-from ltm_pyro.exclusive import exclusively
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
-from ltm_pyro.models.decoder import Decoder, Scoring
+from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
 from ltm_pyro.models.priors import ThoughtPrior, build_prior
 

@@ -9,6 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from ltm_pyro.random import from_noise, noise_size
+
 Shape = torch.Size | list[int] | tuple[int, ...]
 _NO_SHAPE = torch.Size()
 
@@ -87,6 +89,15 @@ class Shaped(TorchDistribution):
             return z, self.log_prob(z)
         flat, log_prob = both(torch.Size(sample_shape))
         return self.shape_up(flat), log_prob
+
+    @property
+    def noise_size(self) -> int | None:
+        """Normal numbers that a draw takes, as `flat`."""
+        return noise_size(self.flat)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal numbers, (..., N) to (..., K, D)."""
+        return self.shape_up(from_noise(self.flat, noise))
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, (...), where `flat` has one."""

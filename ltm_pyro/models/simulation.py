@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import door
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
-from ltm_pyro.models.doors import door
 
 
 @dataclass(frozen=True, repr=False)

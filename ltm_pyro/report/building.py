@@ -20,8 +20,8 @@ from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.compare import Comparison
 from ltm_pyro.diagnostics.documents import gains_by_document
 from ltm_pyro.diagnostics.held_out import held_out_bounds
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
-from ltm_pyro.models.doors import door
 from ltm_pyro.reading import read_json
 from ltm_pyro.report import identity as identities
 from ltm_pyro.report.checks import checks_made

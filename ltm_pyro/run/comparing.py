@@ -19,8 +19,8 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.held_out import spread
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown, unknown_name
-from ltm_pyro.models.doors import door
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.changes import SCORING, flat
 from ltm_pyro.run.folder import CONFIG, Run

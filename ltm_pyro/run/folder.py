@@ -28,6 +28,7 @@ from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
+from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError, shown
@@ -36,7 +37,6 @@ from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import control
 from ltm_pyro.inference.course import Course, Metrics
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.run import checkpoint as checkpoints

@@ -17,13 +17,13 @@ from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.hub import PREFIX
 from ltm_pyro.data.tokenizer import Tokenizer, check_restorable, load_tokenizer
+from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.course import Course
 from ltm_pyro.inference.point_mass import refuse_runaway
-from ltm_pyro.models.doors import door
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus

@@ -9,13 +9,13 @@ from pathlib import Path
 from ltm_pyro.checks import switch
 from ltm_pyro.config import FitConfig
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.doors import door
 from ltm_pyro.engine.rows.database import RowDatabase, new_store_files
 from ltm_pyro.engine.rows.store import MemoryRows
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives import OBJECTIVES, Objective
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import as_path
 from ltm_pyro.registry import option_names

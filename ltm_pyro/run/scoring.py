@@ -26,9 +26,9 @@ from ltm_pyro.diagnostics.perplexity import COMPARED, PERPLEXITIES, against_cont
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
 from ltm_pyro.diagnostics.units import UNITS, score_table
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.doors import door
 from ltm_pyro.run.folder import Run
 
 _CONTROL_DRAWS = 2

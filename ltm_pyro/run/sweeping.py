@@ -10,8 +10,8 @@ from typing import Any
 
 from ltm_pyro.config import FitConfig, from_dict, merged, to_dict
 from ltm_pyro.data.base import Corpus
+from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.changes import SCORING, refuse_changes

@@ -22,13 +22,13 @@ from ltm_pyro.diagnostics.compare.reference import against_reference, check_refe
 from ltm_pyro.diagnostics.compare.summary import add_summary
 from ltm_pyro.diagnostics.compare.table import Comparison
 from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
 from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel, exact_evidence
-from ltm_pyro.models.doors import door
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed, seeded
 

@@ -21,10 +21,10 @@ from ltm_pyro.diagnostics.trust.drift import drift_flags
 from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row_flags
 from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
 from ltm_pyro.diagnostics.trust.weights import weight_flags
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 FALSE_ALARM_RATE = 0.01

@@ -154,3 +154,59 @@ class CachedLayer:
         scores = torch.bmm(self.norm_cross(h).unsqueeze(1), self.reads)
         shares = scores.view(rows, self.heads, -1).softmax(-1).view(rows, 1, -1)
         return torch.baddbmm(h.unsqueeze(1), shares, self.writes).squeeze(1)
+
+
+class CachedDecoder:
+    """What generation keeps between positions; valid while the decoder's weights stay.
+
+    Args:
+        decoder: A `Decoder`.
+        z: (B, K, D).
+
+    Attributes:
+        t: The next position.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Any, z: Tensor) -> None:
+        self.decoder, self.t = decoder, 0
+        self.thoughts = decoder.thought_keys(z)
+        large = sum(p.numel() for p in decoder.parameters()) >= LARGE
+        halved = large and len(z) == 1 and z.is_cpu
+        size = min(decoder.config.window, decoder.config.seq_len)
+        blocks = zip(decoder.layers, self.thoughts, strict=True)
+        self.layers = [CachedLayer(layer, kv, size, halved) for layer, kv in blocks]
+        self.norm, self.output = Norm(decoder.norm), halve(decoder.embedding.weight, halved)
+        self.angles = RotaryTable(decoder.cosines.to(z.dtype), decoder.sines.to(z.dtype))
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> None:
+        """Takes in the first P tokens (B, P) in one parallel pass, at `t` = 0.
+
+        The logits of the token after them are `step(tokens[:, -1])`, as if `step` had been called P
+        times before.
+        """
+        decoder, self.t = self.decoder, tokens.shape[1]
+        h, angles = decoder.embed(tokens), (decoder.cosines[: self.t], decoder.sines[: self.t])
+        for i, layer in enumerate(decoder.layers):
+            keys_values = layer.self_attention.heads(layer.norm_self(h), angles)[1:]
+            self.layers[i].fill(*keys_values)
+            if i + 1 < len(self.layers):  # what the last layer would pass on is not asked for
+                h = layer.think(layer.attend(h, angles), self.thoughts[i])
+
+    @torch.no_grad()
+    def step(self, previous: Tensor | None) -> Tensor:
+        """Logits of the next token, (B, V), advancing by one position.
+
+        Args:
+            previous: (B,) the token before, or `None` at the first position (BOS).
+        """
+        if previous is None:
+            h = self.decoder.bos.expand(self.thoughts[0].shape[1], -1)
+        else:
+            h = F.embedding(previous, self.decoder.embedding.weight)
+        angles = self.angles.at(self.t)
+        for layer in self.layers:
+            h = layer.step(h, angles, self.t)
+        self.t += 1
+        return product(self.norm(h), self.output)

@@ -81,7 +81,7 @@ class RowFile:
         self._verify()
 
     def _connected(self, mode: str) -> sqlite3.Connection:
-        # Threads take turns at the doors of the package (`ltm_pyro.exclusive`).
+        # Threads take turns at the doors of the package (`ltm_pyro.doors`).
         return sqlite3.connect(
             f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_PATIENCE,
             isolation_level=None, check_same_thread=False,

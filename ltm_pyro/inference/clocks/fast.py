@@ -15,16 +15,15 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.store import RowStore
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.clocks.schedules import learning_rate
+from ltm_pyro.inference.clocks.schedules import learning_rate, steps_naturally
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.non_finite import numbers_out_of_range
+from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import Objective, Terms
 from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.row_natural import RowNatural
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.drawing import Drawing
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def local_optimizer(guide: LocalGuide, fast: Fast) -> RowOptimizer:
     loop to be studied as it is, it is Adam itself.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
-    if fast.steps_naturally:
+    if steps_naturally(fast):
         return RowNatural(params, guide.units, fast.momentum, fast.betas)
     return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
 
@@ -147,14 +146,13 @@ class FastLoop:
         if not self.guide.local_parameters():
             return FastResult(*torch.zeros(3, device=batch.device)), optimizer
         # What may change between steps, that numbers are finite, the loop checks itself.
-        with (
-            frozen(self.slow),
-            torch.enable_grad(),
-            pyro.validation_enabled(False),
-            numbers_out_of_range(self.guide, batch, step=-1),
-        ):
-            calls = _Calls(self, batch, fast, seed, weight)
-            return self._run(calls, optimizer, record, after_step), optimizer
+        with frozen(self.slow), torch.enable_grad(), pyro.validation_enabled(False):
+            try:
+                calls = _Calls(self, batch, fast, seed, weight)
+                return self._run(calls, optimizer, record, after_step), optimizer
+            except (RuntimeError, ValueError) as error:
+                tell_non_finite(error, self.guide, batch)
+                raise
 
     def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowOptimizer:
         self.guide.reset(batch)
@@ -220,7 +218,7 @@ class _Calls:
         self.count = fast.fixed_draws if self.fixed else 1
         ahead = self.objective.particles * (self.count if self.fixed else fast.steps)
         # Adam stays the yardstick that it was: on independent draws.
-        pairs = fast.steps_naturally
+        pairs = steps_naturally(fast)
         noise, dtype = Noise(seed, batch.ids), loop.guide.anchor.dtype
         self.draw = Drawing(noise, dtype, ahead, antithetic=pairs)
 

@@ -12,14 +12,13 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.checks import QUIET_SECONDS
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import meet, nested
 from ltm_pyro.errors import InputError
-from ltm_pyro.exclusive import nested
 from ltm_pyro.inference.clocks.fast import FastResult, local_optimizer
 from ltm_pyro.inference.inputs import Sequences, batch_of
-from ltm_pyro.inference.non_finite import numbers_out_of_range
+from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import describe
 from ltm_pyro.inference.posterior import Posterior, fitted_posterior
-from ltm_pyro.models.doors import meet
 from ltm_pyro.random import Stream, derive_seed
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def fast_posterior(
     svi.guide.load_rows(fitted)
     with torch.no_grad():  # a learned prior as it stands now
         prior = svi.model.prior()
-    with numbers_out_of_range(svi.guide, batch, step=-1):
+    try:
         return fitted_posterior(
             svi.guide,
             prior,
@@ -84,3 +83,6 @@ def fast_posterior(
             objective=describe(svi.elbo),
             objective_kl=svi.slow_objective.kl_estimator,
         )
+    except (RuntimeError, ValueError) as error:
+        tell_non_finite(error, svi.guide, batch)
+        raise

@@ -29,8 +29,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import SITE_Z, LatentModel
-from ltm_pyro.models.drawing import Drawing
-from ltm_pyro.random import Noise, Stream, derive_seed
+from ltm_pyro.random import Drawing, Noise, Stream, derive_seed
 
 
 def fit_reference(

@@ -126,6 +126,11 @@ def restated(slow: Slow, before: int, after: int) -> Slow:
     )
 
 
+def steps_naturally(fast: Fast) -> bool:
+    """Whether natural steps are taken where a family has units."""
+    return fast.optimizer == "natural" and fast.noise == "fresh"
+
+
 def fast_reach(fast: Fast) -> float:
     """R: the sum of the fast learning rates; Adam moves a parameter at most about so far."""
     return sum(learning_rate(fast, step, fast.steps) for step in range(fast.steps))
@@ -144,7 +149,7 @@ def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.
         init_log_variance: l0, where the guide starts its log variances.
     """
     left = init_log_variance
-    if not fast.steps_naturally:
+    if not steps_naturally(fast):
         left = math.copysign(max(abs(left) - fast_reach(fast), 0.0), left)
     else:
         for step in range(fast.steps if left else 0):

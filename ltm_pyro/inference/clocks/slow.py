@@ -25,9 +25,8 @@ from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives import Objective, kl_estimator
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.drawing import Drawing
 from ltm_pyro.models.priors.base import ThoughtPrior
-from ltm_pyro.random import Noise
+from ltm_pyro.random import Drawing, Noise
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ltm_pyro.checks import switch, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.doors import door, meet
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
@@ -48,14 +49,13 @@ from ltm_pyro.inference.inputs import (
     tokenizer_of,
     training_data,
 )
-from ltm_pyro.inference.non_finite import numbers_out_of_range
+from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
 from ltm_pyro.inference.point_mass import headline, metrics_row, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door, meet
 
 
 @dataclass(frozen=True)
@@ -381,8 +381,11 @@ class DualRateSVI:
                 result, moments = self.fast_loop(
                     read, self.fast, now.fast_noise, weight=now.kl_weight, store=self.store
                 )
-                with numbers_out_of_range(self.guide, batch, now.step):
+                try:
                     loss = self.slow_objective.at_fitted(batch, read, now.kl_weight, now.slow_noise)
+                except (RuntimeError, ValueError) as error:
+                    tell_non_finite(error, self.guide, batch, now.step)
+                    raise
                 if self.store is not None and self.guide.local_parameters():
                     rows = {**self.guide.rows(), **moments.state()}
             else:

@@ -15,13 +15,13 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import exclusive, require_model
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.exclusive import exclusive
 from ltm_pyro.inference.row_natural import Unit
 from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
-from ltm_pyro.models.contract import require_model
 from ltm_pyro.registry import Registry
 
 Loss = Callable[[Batch], Tensor]
@@ -95,8 +95,8 @@ class LocalGuide(Program, ABC):
         """
 
     def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """KL(q || prior) per sequence in nats, (B,); `None` where there is no closed form."""
-        return None
+        """KL(q || prior) per sequence in nats, (B,); `None` where torch knows no closed form."""
+        return closed_kl(self.posterior(), prior) if self.has_density else None
 
     def units(self) -> dict[str, Unit]:
         """How local parameters relate to a mean and a scale, for the natural gradient.
@@ -222,6 +222,15 @@ class LocalGuide(Program, ABC):
         if local:
             self.load_rows({k: v.to(self.anchor) for k, v in local.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def closed_kl(q: TorchDistribution, prior: TorchDistribution) -> Tensor | None:
+    """KL(q || prior) in nats, (B,), where torch knows a closed form; see `models.full_normal`."""
+    try:
+        kl: Tensor = kl_divergence(q, prior)
+    except NotImplementedError:
+        return None
+    return kl
 
 
 GUIDES: Registry[type[LocalGuide]] = Registry(

@@ -8,7 +8,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.encoder import build_encoder
@@ -51,10 +50,6 @@ class EncodingGuide(LocalGuide):
         self._kept = None if answer.requires_grad else (sources, versions, answer)
         loc, log_variance = answer.chunk(2, dim=-1)
         return loc, log_variance
-
-    def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """Closed form against a factorised normal or an autoregressive prior, (B,)."""
-        return independent_normal_kl(self.posterior(), prior)
 
     def _learning(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())

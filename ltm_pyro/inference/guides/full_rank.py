@@ -9,7 +9,6 @@ from torch import Tensor
 from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
@@ -120,10 +119,6 @@ class FullRank(LocalGuide):
         """For `loc` the scale of a dimension given those before it; `lower` has none."""
         scale = torch.exp(0.5 * self.local["log_variance"])
         return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
-
-    def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """Closed form against a factorised normal prior, (B,)."""
-        return gaussian_kl(self.posterior(), prior)
 
 
 def _layers(model: LatentModel) -> int:

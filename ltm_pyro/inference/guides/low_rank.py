@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.gaussian_kl import gaussian_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
@@ -89,7 +88,3 @@ class LowRank(LocalGuide):
         """S for `loc`, at most its scale given the other dimensions; `factor` has none."""
         scale = torch.exp(0.5 * self.local["log_variance"])
         return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
-
-    def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """Closed form against a factorised normal prior, (B,)."""
-        return gaussian_kl(self.posterior(), prior)

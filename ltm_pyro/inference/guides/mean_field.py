@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.gaussian_kl import independent_normal_kl
 from ltm_pyro.inference.guides.base import LocalGuide, register_guide
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
@@ -53,7 +52,3 @@ class MeanField(LocalGuide):
         """One scale of q for `loc`."""
         scale = torch.exp(0.5 * self.local["log_variance"])
         return {"loc": scale, "log_variance": LOG_VARIANCE_UNIT}
-
-    def kl(self, prior: TorchDistribution) -> Tensor | None:
-        """Closed form against a factorised normal or an autoregressive prior, (B,)."""
-        return independent_normal_kl(self.posterior(), prior)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ltm_pyro.checks import log_variance, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.gaussian_kl import gaussian_kl
-from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.guides.base import LocalGuide, closed_kl, register_guide
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.normal_mixture import NormalMixture
@@ -104,4 +103,4 @@ class Mixture(LocalGuide):
         if self.components > 1:
             return None
         q = self.posterior()
-        return gaussian_kl(dist.Normal(q.mean, q.stddev).to_event(2), prior)
+        return closed_kl(dist.Normal(q.mean, q.stddev).to_event(2), prior)

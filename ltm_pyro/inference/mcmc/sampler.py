@@ -8,13 +8,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc.draws import MCMCDraws
 from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.doors import door
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 MAX_LEAPFROG = 32

@@ -16,8 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from ltm_pyro.inference.objectives.base import Draw, Objective, Terms, stopped_log_prob
-from ltm_pyro.inference.objectives.evidence import BetaElbo, Elbo, FreeBits, StickingTheLanding
+from ltm_pyro.inference.objectives.evidence import (
+    Draw,
+    Elbo,
+    Objective,
+    StickingTheLanding,
+    Terms,
+)
+from ltm_pyro.inference.objectives.free_bits import BetaElbo, FreeBits
 from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
     ImportanceWeighted,
@@ -30,6 +36,7 @@ from ltm_pyro.inference.objectives.pyro_elbos import (
     differentiable,
     kl_estimator,
 )
+from ltm_pyro.inference.objectives.stopped import stopped_log_prob
 from ltm_pyro.registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry(

@@ -1,15 +1,222 @@
-"""Objectives that charge the KL as such: the ELBO, and its relatives that change the charge."""
+"""What an objective is: a number per sequence from explicit terms on S draws (`Terms`).
+
+    z_s ~ q(z),  s = 1..S,     log w_s = log p(x | z_s) + c (log p(z_s) - log q(z_s))
+
+No handler of Pyro's takes part; what its own trace of model and guide gives is the same to
+rounding. Higher is better; summed over the batch and negated it is a loss.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer import ELBO
 from torch import Tensor
 
-from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.objectives.base import Objective, Terms, finite_number
-from ltm_pyro.inference.objectives.group_kl import kl_by_group
+from ltm_pyro.checks import whole_number
+from ltm_pyro.data.batches import Batch
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.objectives.stopped import stopped_log_prob
+from ltm_pyro.models.base import LatentModel, Program
+from ltm_pyro.models.plain_svi import svi_asks
+from ltm_pyro.random import Drawing, Noise, fresh_seed
+
+Draw = Callable[[TorchDistribution, int], Tensor]
+"""(q, S) -> draws (S, B, K, D), with a path to q's parameters: usually a `Drawing`."""
+
+_MOST_PARTICLES = 10**6
+
+
+class Terms:
+    """S draws from the guide for each of B sequences, and what they score, in nats.
+
+    Each term is computed when it is first asked for, and once.
+
+    Args:
+        model: The model.
+        guide: Holds B rows.
+        prior: p(z), event shape (K, D).
+        batch: B sequences, possibly prepared by the model.
+        q: The guide's posterior.
+        z: (S, B, K, D).
+        weight: c, the KL weight.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        prior: TorchDistribution,
+        batch: Batch,
+        q: TorchDistribution,
+        z: Tensor,
+        weight: float = 1.0,
+    ) -> None:
+        self.model, self.guide, self.prior, self.batch = model, guide, prior, batch
+        self.q, self.z, self.weight = q, z, weight
+
+    @property
+    def n_layers(self) -> int | None:
+        """Decoder layers that the thoughts feed in equal blocks; `None` without layers."""
+        return self.model.n_layers
+
+    @cached_property
+    def log_lik(self) -> Tensor:
+        """Log p(x | z), (S, B): the decoder's pass."""
+        if len(self.z) == 1:
+            return self.model.log_likelihood(self.z[0], self.batch)[None]
+        return self.model.log_likelihood(self.z, self.batch)
+
+    @cached_property
+    def _log_prior(self) -> Tensor:
+        return self.prior.log_prob(self.z)
+
+    @cached_property
+    def _log_q(self) -> Tensor:
+        return self.q.log_prob(self.z)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """C log p(z), (S, B)."""
+        return self.weight * self._log_prior
+
+    def log_q(self, stopped: bool = False) -> Tensor:
+        """C log q(z), (S, B); with `stopped`, at parameters held constant."""
+        return self.weight * (stopped_log_prob(self.guide, self.z) if stopped else self._log_q)
+
+    def log_weight(self, stopped: bool = False) -> Tensor:
+        """Log w, (S, B)."""
+        return self.log_lik + self.log_prior - self.log_q(stopped)
+
+    @cached_property
+    def closed_kl(self) -> Tensor | None:
+        """KL(q || p), (B,), where the guide has it in closed form."""
+        return self.guide.kl(self.prior)
+
+    def kl(self) -> Tensor:
+        """C KL(q || p), (B,): closed, or the mean of log q - log p over the draws."""
+        if self.closed_kl is not None:
+            return self.weight * self.closed_kl
+        return self.weight * (self._log_q - self._log_prior).mean(0)
+
+    @torch.no_grad()
+    def report(self) -> tuple[Tensor, Tensor]:
+        """(nll, kl) of each sequence at these draws, (B,) each, weight 1, nothing descended."""
+        kl = self.closed_kl
+        if kl is None:
+            kl = (self._log_q - self._log_prior).mean(0)
+        return -self.log_lik.detach().mean(0), kl.detach()
+
+
+class Objective(ELBO):
+    """A sum over sequences of nats to be maximised, on S draws made at once.
+
+    An `ELBO` of Pyro's, so that it serves wherever one does. Guides must draw with a path from
+    parameters to z (`rsample`).
+
+    Args:
+        particles: S, draws per sequence and call; each costs one evaluation of the decoder.
+
+    Attributes:
+        name: By which `build_objective` knows it.
+        options: What it was built with.
+        evaluations: Sequences times draws that it has been computed on by the clocks.
+    """
+
+    name: ClassVar[str] = ""
+    charges_kl: ClassVar[bool] = False
+    """Whether it pays for the KL as such (`Terms.kl`), in closed form where the guide has one."""
+
+    def __init__(self, particles: int = 1, **options: Any) -> None:
+        whole_number("particles", particles, 1, _MOST_PARTICLES)
+        super().__init__(  # type: ignore[no-untyped-call]
+            num_particles=particles, max_plate_nesting=1, vectorize_particles=particles > 1
+        )
+        self.options: dict[str, Any] = {**options, "particles": particles}
+        self.evaluations = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+    @property
+    def particles(self) -> int:
+        """S."""
+        return int(self.num_particles)
+
+    @abstractmethod
+    def per_sequence(self, terms: Terms) -> Tensor:
+        """The objective of each sequence in nats, higher is better, (B,)."""
+
+    def terms(
+        self,
+        model: LatentModel,
+        guide: LocalGuide,
+        batch: Batch,
+        draw: Draw,
+        weight: float = 1.0,
+        prior: TorchDistribution | None = None,
+    ) -> Terms:
+        """Draws from the guide, ready to be scored.
+
+        Args:
+            model: The model.
+            guide: Holds the B rows of `batch`.
+            batch: The sequences.
+            draw: Makes the draws.
+            weight: c.
+            prior: p(z), where it has been made already.
+
+        Raises:
+            InputError: if the guide's draws have no gradient.
+        """
+        q = guide.posterior()
+        if not q.has_rsample:
+            raise InputError(
+                f"objective {self.name!r} needs a path from the guide's parameters to z (rsample), "
+                "and this guide's distribution has none: use elbo=pyro.infer.Trace_ELBO()"
+            )
+        prior = model.prior() if prior is None else prior
+        return Terms(model, guide, prior, batch, q, draw(q, self.particles), weight)
+
+    def descend(self, *place: Any, **options: Any) -> tuple[Tensor, Terms]:
+        """Minus the objective, summed over the batch, in nats; and its terms. See `terms`."""
+        terms = self.terms(*place, **options)
+        self.evaluations += terms.z.shape[:2].numel()
+        return -self.per_sequence(terms).sum(), terms
+
+    def differentiable_loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Tensor:
+        """Minus the objective, summed over the batch, in nats, on noise of torch's generator."""
+        if svi_asks():  # Pyro's own SVI learns of weights when programs run
+            for program in (model, guide):
+                if isinstance(program, Program):
+                    program.tell_svi(batch)
+        if not isinstance(guide, LocalGuide):
+            from ltm_pyro.inference.objectives.pyro_elbos import ProgramTerms
+
+            return -self.per_sequence(ProgramTerms(model, guide, batch, self.particles)).sum()
+        guide.check(batch)
+        draw = Drawing(Noise(fresh_seed(), batch.ids))
+        return self.descend(model, guide, batch, draw)[0]
+
+    def loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
+        """`differentiable_loss` as a number."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, batch))
+
+    def loss_and_grads(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
+        """`loss`, its gradient added to the weights' `.grad`: what `pyro.infer.SVI` asks for."""
+        loss = self.differentiable_loss(model, guide, batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("objectives are made of explicit terms, see `Terms`")
 
 
 class Elbo(Objective):
@@ -44,87 +251,3 @@ class StickingTheLanding(Objective):
     def per_sequence(self, terms: Terms) -> Tensor:
         """(B,)."""
         return terms.log_weight(stopped=True).mean(0)
-
-
-class BetaElbo(Elbo):
-    """E_q log p(x | z) - weight KL(q || p) (Higgins et al. 2017, eq. 4): no bound below weight 1.
-
-    Args:
-        weight: Of the KL, 0 or more; above 1 it buys compression, below 1 reconstruction.
-        particles: S.
-    """
-
-    name: ClassVar[str] = "beta"
-
-    def __init__(self, weight: float = 1.0, particles: int = 1) -> None:
-        weight = finite_number("weight", weight)
-        if weight < 0:
-            raise InputError(f"weight is {weight}: must be 0 or more")
-        super().__init__(particles, weight=weight)
-        self.beta = weight
-
-    def charge(self, terms: Terms) -> Tensor:
-        """C weight KL, (B,)."""
-        return self.beta * terms.kl()
-
-
-Level = Literal["total", "layer", "thought"]
-LEVELS = ("total", "layer", "thought")
-
-
-class FreeBits(Elbo):
-    """The ELBO in which a group's KL costs at least `nats` (Kingma et al. 2016, eq. 15).
-
-    E_q log p(x | z) - sum_g max(nats, KL_g): below `nats` a group's KL is free, and q has no reason
-    to fall back on the prior. The maximum is taken per sequence and not of the batch's mean, so
-    that no sequence's posterior depends on its neighbours. Never above the ELBO.
-
-    Where the KL is a Monte Carlo estimate the maximum is of the mean over the draws, which is
-    larger on average than that of the KL itself: use several particles.
-
-    Args:
-        nats: Free nats per group, 0 or more.
-        level: Groups: all thoughts together (`total`), those that feed one decoder layer (`layer`),
-            or each thought vector (`thought`). The last two need a q and a prior that factorise
-            over thoughts.
-        particles: S.
-    """
-
-    name: ClassVar[str] = "free_bits"
-
-    def __init__(self, nats: float = 1.0, level: Level = "total", particles: int = 1) -> None:
-        nats = finite_number("nats", nats)
-        if nats < 0:
-            raise InputError(f"nats is {nats}: must be 0 or more")
-        if level not in LEVELS:
-            raise unknown_name("level of free_bits", str(level), LEVELS)
-        super().__init__(particles, nats=nats, level=level)
-        self.nats = nats
-        self.level = level
-
-    def charge(self, terms: Terms) -> Tensor:
-        """C sum_g max(nats, KL_g), (B,)."""
-        if self.level == "total":
-            free = torch.as_tensor(
-                self.nats * terms.weight, dtype=terms.z.dtype, device=terms.z.device
-            )
-            return torch.maximum(terms.kl(), free)
-        by_group = kl_by_group(terms.q, terms.prior, terms.z, self._groups(terms))
-        if by_group is None:
-            raise InputError(
-                f"free_bits at level {self.level!r} needs a q and a prior that are independent "
-                f"between {self.level}s, which guide {terms.guide.family!r} or the prior is not: "
-                "use level 'total'"
-            )
-        return terms.weight * by_group.clamp(min=self.nats).sum(-1)
-
-    def _groups(self, terms: Terms) -> int:
-        """Layers or thoughts."""
-        if self.level == "thought":
-            return int(terms.z.shape[-2])
-        if terms.n_layers is None:
-            raise InputError(
-                "free_bits at level 'layer': this model has no layers; use level 'total' or "
-                "'thought'"
-            )
-        return terms.n_layers

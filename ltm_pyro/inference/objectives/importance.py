@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ltm_pyro.checks import finite_number
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.objectives.base import Objective, Terms, finite_number
+from ltm_pyro.inference.objectives.evidence import Objective, Terms
 
 
 class Renyi(Objective):

@@ -1,4 +1,7 @@
-"""Pyro's own ELBO objects, and anyone's, as objectives: the one place where Pyro's handlers run."""
+"""What is Pyro's, or anyone's: their ELBO objects as objectives, their programs as guides.
+
+The one place where Pyro's handlers run.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
@@ -19,8 +24,8 @@ from torch.distributions import kl_divergence
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.base import Draw, Objective, Terms
-from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel
+from ltm_pyro.inference.objectives.evidence import Draw, Objective, Terms
+from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
 
 
 class PyroElbo(Objective):
@@ -204,3 +209,51 @@ def kl_estimator(elbo: ELBO, model: LatentModel, guide: LocalGuide) -> str:
                 return "monte_carlo"
             return "analytic"
     return "monte_carlo" if isinstance(elbo, Trace_ELBO | RenyiELBO) else "unknown"
+
+
+class ProgramTerms(Terms):
+    """Of a guide that is any Pyro program with a site `z`, e.g. one of Pyro's autoguides.
+
+    Args:
+        model: The model.
+        guide: The program.
+        batch: B sequences.
+        particles: S.
+    """
+
+    def __init__(self, model: LatentModel, guide: Any, batch: Batch, particles: int) -> None:
+        traces = [poutine.trace(guide).get_trace(batch) for _ in range(particles)]
+        z = torch.stack([trace.nodes[SITE_Z]["value"] for trace in traces])
+        q = traces[0].nodes[SITE_Z]["fn"]
+        super().__init__(model, guide, model.prior(), batch, q, z)
+        self._traces = traces
+
+    @cached_property
+    def _log_q(self) -> Tensor:
+        # All sites: an autoguide draws under another name, and hands the value on.
+        for trace in self._traces:
+            trace.compute_log_prob()
+        return torch.stack([_sum_of_sites(trace) for trace in self._traces])
+
+    def log_q(self, stopped: bool = False) -> Tensor:
+        """Log q(z), (S, B).
+
+        Raises:
+            InputError: for stopped parameters, which such a guide cannot be asked for.
+        """
+        if stopped:
+            raise InputError(
+                f"{type(self.guide).__name__} is no guide of this package, and this objective "
+                "holds q's parameters constant: use objective 'elbo' or 'iwae'"
+            )
+        return self._log_q
+
+    @cached_property
+    def closed_kl(self) -> Tensor | None:
+        """None."""
+        return None
+
+
+def _sum_of_sites(trace: Any) -> Tensor:
+    sites = [name for name in trace.stochastic_nodes if name != PLATE]
+    return torch.stack([trace.nodes[name]["log_prob"] for name in sites]).sum(0)

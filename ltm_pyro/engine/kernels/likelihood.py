@@ -1,0 +1,395 @@
+"""The decoder's likelihood, computed quickly: the same numbers, sooner.
+
+**Prepacking.** A matrix product on the CPU rearranges its second factor before it begins. In the
+fast loop that factor is a weight which stays as it is for T_fast steps, forward as W^T and backward
+as W. oneDNN can be handed both rearranged. Where it has no such layout (other devices, other
+precisions) products are plain.
+
+**Log softmax(h E^T)[y]** for many positions, whatever the size of the vocabulary. As long as an
+(N, V) tensor of logits is small, it is made, and torch does the rest. Larger ones are never held:
+rows are visited in chunks, and one visit serves the value and the gradient by h, since with
+p = softmax(h E^T)
+
+    log p(y)          =  h . E[y] - log sum_v exp(h . E[v])
+    d log p(y) / d h  =  E[y] - sum_v p_v E[v]
+
+The gradient by E needs p, so it visits the rows again.
+
+**Once a fast loop** (`Scoring`): what does not depend on z.
+
+What each buys, measured alone by `benchmarks/tricks.py`, is in `engine/README.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ltm_pyro.config import Precision
+from ltm_pyro.engine.kernels.compiled import CompiledScore, Score
+
+_PRECISIONS = (torch.float32, torch.bfloat16)
+_ROWS = 2048
+"""Rows of the first factor that a layout is made for; others are as welcome."""
+
+
+class Prepacked(NamedTuple):
+    """A matrix W as products take it: x W^T, and x W."""
+
+    transposed: Tensor
+    plain: Tensor
+
+
+_PREPACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Weights to their layouts; a weight that is gone takes its own along."""
+
+
+def prepack(weight: Tensor) -> Tensor:
+    """The same matrix, detached, and prepacked while that tensor lives.
+
+    Args:
+        weight: (out, in); must not change as long as the result is used.
+    """
+    weight = weight.detach()
+    if can_prepack(weight):
+        _PREPACKED[weight] = Prepacked(_reordered(weight), _reordered(weight.T))
+    return weight
+
+
+def prepacked(weight: Tensor) -> Prepacked | None:
+    """What `prepack` made for this very tensor."""
+    found: Prepacked | None = _PREPACKED.get(weight)
+    return found
+
+
+def can_prepack(weight: Tensor) -> bool:
+    """Whether oneDNN has a layout for a matrix of this device and precision."""
+    known = all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+    usable = weight.is_cpu and weight.dtype in _PRECISIONS and torch.backends.mkldnn.is_available()
+    return usable and known
+
+
+def _reordered(second: Tensor) -> Tensor:
+    """What a product with second^T takes."""
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(second.contiguous(), _ROWS)
+    return out
+
+
+@torch.library.custom_op("ltm_pyro::frozen_product", mutates_args=())
+def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """The product of x (..., in) with W^T, or of x (..., out) with W."""
+    found = prepacked(weight)
+    if found is None:
+        return x @ (weight.T if transposed else weight)
+    second = found.transposed if transposed else found.plain
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, second, None, "none", [], "")
+    return out
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0 if transposed else 1]))
+
+
+@register_flop_formula(torch.ops.ltm_pyro.frozen_product)
+def _product_flops(x: Sequence[int], weight: Sequence[int], transposed: bool, **_: Any) -> int:
+    """For `torch.utils.flop_counter`."""
+    del transposed
+    return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[1])
+    ctx.transposed = inputs[2]
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (weight,) = ctx.saved_tensors
+    return _product(grad.contiguous(), weight, not ctx.transposed), None, None
+
+
+_product.register_autograd(_product_backward, setup_context=_keep_weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product x W^T, from the layout of a prepacked weight where there is one.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+
+    Returns:
+        (..., out).
+    """
+    casting = torch.is_autocast_enabled("cpu")
+    low = weight.dtype == torch.get_autocast_dtype("cpu")
+    if weight.requires_grad or not weight.is_cpu or (casting and not low):
+        return F.linear(x, weight)
+    # A compiler cannot ask; in its graphs the product itself does.
+    if not torch.compiler.is_compiling() and prepacked(weight) is None:
+        return F.linear(x, weight)
+    product: Tensor = _product(x.to(weight.dtype), weight, True)
+    return product
+
+
+class Projection(nn.Linear):
+    """A linear map without bias; quicker where its weight is frozen and prepacked."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return linear(x, self.weight)
+
+
+MOST_LOGITS = 2**21
+"""Logits held at once: 8 MB in float32, so that they stay in or near the cache."""
+
+
+def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log probability of each target, in nats.
+
+    Under autocast the products are in its lower precision; sums and exponentials are in single
+    precision at least.
+
+    Args:
+        h: (N, H) hidden states.
+        weight: (V, H) output embedding.
+        targets: (N,) int64 in 0..V-1, at padded positions too.
+
+    Returns:
+        (N,) log probabilities. Of a large vocabulary at most `MOST_LOGITS` logits live at a time,
+        forward and backward.
+    """
+    if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
+        low = torch.get_autocast_dtype(h.device.type)
+        h, weight = h.to(low), weight.to(low)
+    if len(h) * len(weight) <= MOST_LOGITS:
+        logits = h @ weight.T
+        return -F.cross_entropy(logits.to(_full(logits)), targets, reduction="none")
+    gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    log_prob: Tensor = _by_chunks(h, weight, targets, gradient)[0]
+    return log_prob
+
+
+def _full(like: Tensor) -> torch.dtype:
+    """Of sums and exponentials."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _chunks(h: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, MOST_LOGITS // len(weight))
+    return [slice(i, i + size) for i in range(0, len(h), size)]
+
+
+def _logits(h: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """The product h weight^T, in the same memory each time: fresh memory is slow to touch."""
+    shape = len(h), len(weight)
+    room = memory if memory.numel() >= shape[0] * shape[1] else h.new_empty(shape[0] * shape[1])
+    return torch.mm(h, weight.T, out=room[: shape[0] * shape[1]].view(shape))
+
+
+@torch.library.custom_op("ltm_pyro::token_log_prob", mutates_args=())
+def _by_chunks(
+    h: Tensor, weight: Tensor, targets: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(y), log normaliser, d log p(y) / d h): (N,), (N,), (N, H); the last empty if unasked.
+
+    An operator, because a compiler would unroll the chunks and hold the logits of all.
+    """
+    log_prob, log_norm = (h.new_empty(len(h), dtype=_full(h)) for _ in range(2))
+    by_h = h.new_empty(h.shape if gradient else 0)
+    memory = h.new_empty(min(MOST_LOGITS, h.shape[0] * weight.shape[0]))
+    for rows in _chunks(h, weight):
+        logits = _logits(h[rows], weight, memory)
+        full, target = logits.to(_full(h)), targets[rows, None]
+        of_target, top = full.gather(1, target), full.amax(1, keepdim=True)
+        p = full.sub_(top).exp_()
+        total = p.sum(1, keepdim=True)
+        norm = top + total.log()
+        log_norm[rows], log_prob[rows] = norm[:, 0], (of_target - norm)[:, 0]
+        if gradient:
+            mean = (p.to(weight.dtype) @ weight).to(p.dtype).div_(total)
+            by_h[rows] = weight[target[:, 0]] - mean
+    return log_prob, log_norm, by_h
+
+
+@_by_chunks.register_fake
+def _(h: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sums = h.new_empty(len(h), dtype=_full(h))
+    return sums, torch.empty_like(sums), h.new_empty(h.shape if gradient else 0)
+
+
+@torch.library.custom_op("ltm_pyro::token_log_prob_by_weight", mutates_args=())
+def _by_weight(
+    grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor
+) -> Tensor:
+    """sum_n grad_n (1[v = y_n] - p_nv) h_n for every vocabulary entry v, (V, H)."""
+    weighted = grad[:, None] * h.to(grad.dtype)
+    out = torch.zeros_like(weight, dtype=grad.dtype).index_add_(0, targets, weighted)
+    memory = h.new_empty(min(MOST_LOGITS, h.shape[0] * weight.shape[0]))
+    for rows in _chunks(h, weight):
+        logits = _logits(h[rows], weight, memory).to(grad.dtype)
+        p = logits.sub_(log_norm[rows, None]).exp_().to(h.dtype)
+        out.sub_(p.T @ weighted[rows].to(h.dtype))
+    return out.to(weight.dtype)
+
+
+@_by_weight.register_fake
+def _(grad: Tensor, h: Tensor, weight: Tensor, targets: Tensor, log_norm: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Any) -> None:
+    h, weight, targets, _ = inputs
+    _, log_norm, by_h = output
+    ctx.save_for_backward(h, weight, targets, log_norm, by_h)
+
+
+def _backward(
+    ctx: Any, grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    h, weight, targets, log_norm, gradient = ctx.saved_tensors
+    by_h = grad[:, None].to(h.dtype) * gradient if ctx.needs_input_grad[0] else None
+    by_weight = _by_weight(grad, h, weight, targets, log_norm) if ctx.needs_input_grad[1] else None
+    return by_h, by_weight, None, None
+
+
+_by_chunks.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.ltm_pyro.token_log_prob])
+def _flops(h: Sequence[int], weight: Sequence[int], targets: Any, gradient: bool, **_: Any) -> int:
+    """For `torch.utils.flop_counter`."""
+    return (2 if gradient else 1) * 2 * h[0] * h[1] * weight[0]
+
+
+@register_flop_formula([torch.ops.ltm_pyro.token_log_prob_by_weight])
+def _flops_by_weight(grad: Any, h: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * 2 * h[0] * h[1] * weight[0]
+
+
+def frozen_weights(decoder: Any) -> dict[str, Tensor]:
+    """Matrices that a decoder's `score` multiplies by, for `functional_call`, while weights stay.
+
+    They are rounded as autocast would round them, again and again, at every step; those of the
+    layers are prepacked.
+    """
+    device = decoder.bos.device.type
+    low = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if low else decoder.bos.dtype
+    out: dict[str, Tensor] = {}
+    if not low and not can_prepack(decoder.bos):
+        return out
+    for name, module in decoder.named_modules():
+        if name.startswith("layers.0.self_attention"):  # in the trunk, which is computed
+            continue
+        if isinstance(module, Projection):
+            out[f"{name}.weight"] = prepack(module.weight.to(dtype))
+        elif low and isinstance(module, nn.Linear | nn.Embedding):
+            out[f"{name}.weight"] = module.weight.detach().to(dtype)
+    return out
+
+
+class Scoring:
+    """Log p(x | z) by a decoder, with frozen weights or with learning ones.
+
+    A fast loop asks for it T_fast times with weights and tokens that stay: what does not depend on
+    z is then computed once (`prepare`). Both clocks may be compiled, each to a graph of its own;
+    scores and simulations stay uncompiled.
+
+    Args:
+        decoder: The decoder.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.precision: Precision = "fp32"
+        self._frozen: Score = self._score
+        self._learning: Score | None = None
+        self._weights = WeakTensorKeyDictionary()  # of a trunk, while it lives
+
+    def compile(self) -> None:
+        """Compiles the likelihood where the two clocks ask for it; falls back, with a warning."""
+        if self._learning is None:
+            self._frozen = CompiledScore(self._score)
+            self._learning = CompiledScore(self.decoder.score_embedded)
+
+    @contextmanager
+    def computing(self, precision: Precision, checkpointing: bool) -> Iterator[None]:
+        """Inside the block the decoder computes in this way; see `LatentThoughtModel.computing`."""
+        before = self.precision, self.decoder.checkpointing
+        self.precision, self.decoder.checkpointing = precision, checkpointing
+        try:
+            yield
+        finally:
+            self.precision, self.decoder.checkpointing = before
+
+    @torch.no_grad()
+    def prepare(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """The trunk (B, T, H); with it, while it lives, go the matrices in their products' form."""
+        with self._autocast():
+            trunk = self.decoder.trunk(tokens, hidden)
+            self._weights[trunk] = frozen_weights(self.decoder)
+        return trunk
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        z: Tensor,
+        hidden: Tensor | None = None,
+        trunk: Tensor | None = None,
+    ) -> Tensor:
+        """Log p(tokens | z) in nats, (..., B).
+
+        Args:
+            tokens: (..., B, T).
+            mask: (B, T).
+            z: (..., B, K, D).
+            hidden: (B, T) bool, tokens that are not read.
+            trunk: From `prepare`.
+        """
+        learning, plain = self.decoder.learning, tokens.dim() == 2 and z.dim() == 3
+        if learning and self._learning is not None and plain:
+            with self._autocast():
+                return self._learning(self.decoder.embed(tokens, hidden), tokens, mask, z)
+        weights = {} if trunk is None else self._weights.get(trunk, {})
+        if trunk is None:
+            unread = None if hidden is None else hidden.expand_as(tokens).flatten(0, -2)
+            with self._autocast():
+                trunk = self.decoder.trunk(tokens.flatten(0, -2), unread)
+            trunk = trunk.view(*tokens.shape, -1)
+        draws = z.shape[:-2]
+        if len(draws) > 1:
+            trunk = trunk.expand(*draws, *trunk.shape[-2:]).flatten(0, -3)
+            tokens, mask = (a.expand(*draws, a.shape[-1]).flatten(0, -2) for a in (tokens, mask))
+        # Only a fast loop differentiates by thoughts alone; one compiled graph serves just that.
+        score = self._frozen if z.requires_grad and not learning else self._score
+        with self._autocast():
+            return score(trunk, tokens, mask, z.flatten(0, -3), weights=weights).view(draws)
+
+    def _score(self, *inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`Decoder.score` with some weights replaced."""
+        if not weights:
+            return self.decoder.score(*inputs)
+        score: Tensor = functional_call(self.decoder, dict(weights), inputs)
+        return score
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.decoder.bos.device.type, dtype=torch.bfloat16)
