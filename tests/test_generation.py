@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import ltm_pyro as ltm
 from ltm_pyro.data.tokenizer import ByteTokenizer
+from ltm_pyro.engine.kernels import kv_cache
 from ltm_pyro.engine.kernels.kv_cache import Norm
-from ltm_pyro.models import decoder as decoder_module
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.sampling import SamplingRule, write_tokens
 from ltm_pyro.random import Noise, fresh_seed
@@ -180,7 +180,7 @@ def test_long_texts_go_round_the_ring_many_times() -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_products_in_halves_are_the_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # One row of a large decoder; an odd vocabulary (7) cannot be halved and stays whole.
-    monkeypatch.setattr(decoder_module, "LARGE", 1)
+    monkeypatch.setattr(kv_cache, "LARGE", 1)
     decoder = _model(window=4)
     z, tokens = _z(decoder, rows), torch.randint(TINY.vocab_size, (rows, 24))
     with torch.no_grad():
