@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ltm_pyro.plots.style import BLUE, GREY, INK, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, INK, house_figure
 from ltm_pyro.run import Run
 from studies.common import config_of, fitted, over_seeds
 from studies.tasks import Task, graded, wilson, writers
@@ -133,10 +133,9 @@ def figure(table: pd.DataFrame) -> Figure:
                     )  # fmt: skip
                 axes.axhline(1 / secrets, linestyle=":", linewidth=1.0, color=INK)
                 axes.set_ylim(-0.03, 1.05)
-                title_and_legend(axes, "")
                 secret = "no secret" if secrets == 1 else f"{secrets} secrets"
                 axes.set_title(f"{digits} digit{'s' * (digits > 1)}, {secret}")
-        grid[0, 0].legend(loc="lower right")
+        fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
         for axes in grid[-1]:
             axes.set_xlabel("examples before the sum")
         for axes in grid[:, 0]:
@@ -156,7 +155,7 @@ def paragraph(table: pd.DataFrame) -> str:
                 for model, row in rows.set_index("model").sort_index(ascending=False).iterrows()
             ]
             kind = "no secret" if secrets == 1 else f"{secrets} secrets"
-            lines.append(f"- {digits} digit(s), {kind}, {shots} examples: {', '.join(told)}")
+            lines.append(f"- {digits} digit(s), {kind}, {shots} example(s): {', '.join(told)}")
     gains = over_seeds(
         table[table["model"] == "thoughts"], ["study.secrets", "digits", "shots"], "gain"
     )
@@ -164,7 +163,7 @@ def paragraph(table: pd.DataFrame) -> str:
     apart = gains[gains["mean"].abs() > 2 * gains["error"]]
     told = [
         f"{int(r['study.secrets'])} secret(s), {int(r['digits'])} digit(s), {int(r['shots'])} "
-        f"examples: {r['mean']:+.3f} ± {r['error']:.3f}"
+        f"example(s): {r['mean']:+.3f} ± {r['error']:.3f}"
         for _, r in apart.iterrows()
     ]
     verdict = (

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import ltm_pyro as ltm
 from ltm_pyro.data.sequences import SequenceSet
-from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, house_figure
 from studies.common import config_of, fitted, over_seeds
 from studies.tasks import writers
 from studies.text_quality import distinct, self_bleu, triple_frontier_distance, word_entropy
@@ -120,7 +120,7 @@ def figure(table: pd.DataFrame) -> Figure:
             axes.set_xlabel(label)
         both[0].set_yticks(range(len(names)), names)
         both[0].invert_yaxis()
-        title_and_legend(both[1], "")
+        fig.legend(*both[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return fig
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ltm_pyro.diagnostics.sampling_error import clustered_ratio
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, house_figure
 from studies.common import config_of, fitted, over_seeds
 from studies.tasks import (
     Problem,
@@ -140,11 +140,10 @@ def figure(table: pd.DataFrame) -> Figure:
             )  # fmt: skip
         left.set_ylim(bottom=0)
         left.set_ylabel("share right")
-        right.set_ylabel("bits per byte of the true answer")
+        right.set_ylabel("bits per byte of the answer")
         for axes in (left, right):
             axes.set_xlabel("shots")
-        title_and_legend(left, "")
-        title_and_legend(right, "")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return fig
 
 

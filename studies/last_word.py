@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from ltm_pyro.diagnostics.sampling_error import clustered_mean
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, house_figure
 from studies.common import config_of, fitted, over_seeds
 from studies.gsm8k import left_out
 from studies.tasks import answer_nats, read_lines, wilson, writers
@@ -121,7 +121,7 @@ def figure(table: pd.DataFrame) -> Figure:
         for axes in (left, right):
             axes.set_xlabel("seed")
             axes.set_xticks(range(table["seed"].nunique()))
-            title_and_legend(axes, "")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return fig
 
 

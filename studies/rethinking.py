@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.inference.inputs import batch_of
-from ltm_pyro.plots.style import BLUE, GREY, ORANGE, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREY, ORANGE, house_figure
 from studies.arithmetic import fitted_to_sums, problems
 from studies.common import over_seeds
 from studies.tasks import Writer, answer_nats, writers
@@ -121,8 +121,7 @@ def figure(table: pd.DataFrame) -> Figure:
             column[1].set_xlabel("rounds")
         grid[0, 0].set_ylabel("share right")
         grid[1, 0].set_ylabel("log p, nats")
-        title_and_legend(grid[1, 0], "")
-        grid[1, 0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, fontsize=8)
+        fig.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return fig
 
 

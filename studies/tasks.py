@@ -56,7 +56,11 @@ def read_lines(file: Path, parse: Callable[[str], T]) -> tuple[list[T], list[int
         try:
             found.append(parse(line.decode("utf-8").removeprefix("\ufeff")))
         except (ValueError, RecursionError) as error:
-            known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+            known = {
+                UnicodeDecodeError: "not UTF-8",
+                UnicodeEncodeError: "it holds a lone surrogate",
+                RecursionError: "nested too deeply",
+            }
             bad.append((number, known.get(type(error), str(error))))
     for number, reason in bad[:_TOLD]:
         print(f"line {number} of {name} is left out: {reason}", file=sys.stderr)
@@ -100,6 +104,7 @@ def gsm8k_problem(line: str) -> Problem:
     if not fields or not all(isinstance(value, str) and value.strip() for value in fields):
         raise ValueError('it must be an object with strings "question" and "answer"')
     problem = Problem(fields[0].strip(), fields[1].strip())
+    problem.text.encode()
     if final_number(problem.answer) is None:
         raise ValueError("its answer has no number behind ####")
     return problem

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, against_control
 from ltm_pyro.diagnostics.units import score_table
-from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, PURPLE, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, PURPLE, house_figure
 from ltm_pyro.run.scoring import other_corpus, score_run
 from studies.common import clear, config_of, fitted, over_seeds
 
@@ -98,8 +98,7 @@ def figure(table: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("gain over the control, bits per byte")
-        title_and_legend(axes, "")
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.2, 1.0), ncols=4, fontsize=8)
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4)
     return fig
 
 

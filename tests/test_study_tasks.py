@@ -68,6 +68,7 @@ BAD = [
     json.dumps({**GOOD, "answer": "it is 5"}).encode(),
     b'{"question": "\xff", "answer": "#### 1"}',
     b"[" * 100_000,
+    json.dumps({**GOOD, "question": "\ud800"}).encode(),
 ]
 
 
@@ -171,3 +172,24 @@ def test_gsm8k_runs_on_a_malformed_copy(tmp_path: Path, capsys: pytest.CaptureFi
     (data / "test.jsonl").write_text("{broken\n")
     assert main(arguments) == 2
     assert "test.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_last_words_run_on_a_malformed_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As GSM8K does: what is no text is told by its line's number, counted and left out."""
+    data = tmp_path / "wikitext2"
+    data.mkdir()
+    line = "the old man went down to the sea again and the boat was not there , so he sat . "
+    (data / "train.txt").write_text("\n".join(f" {i} {line * 3}" for i in range(300)))
+    (data / "test.txt").write_bytes(
+        b"\n".join([*[line.encode()] * 9, b"\xff\xfe broken", b" = title = ", b"nul \0 nul"])
+    )
+    arguments = ["last_word", "--smoke", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    told = capsys.readouterr().err
+    assert "line 10 of 'test.txt'" in told
+    assert "line 12 of 'test.txt'" in told
+    said = (tmp_path / "out" / "last_word_smoke" / "README.md").read_text()
+    assert "2 lines of test.txt (line 10, 12)" in said
