@@ -25,6 +25,8 @@ _HOME = {
     "exclusively": "ltm_pyro.doors",
     "LatentThoughtModel": "ltm_pyro.models.latent_thought",
     "LatentModel": "ltm_pyro.models.base",
+    "SegmentedThoughtModel": "ltm_pyro.models.segmented",
+    "SessionThoughtModel": "ltm_pyro.models.segmented",
     "check_model": "ltm_pyro.models.contract",
     "LinearGaussian": "ltm_pyro.models.linear_gaussian",
     "LocalGuide": "ltm_pyro.inference.guides",
@@ -32,6 +34,7 @@ _HOME = {
     "register_guide": "ltm_pyro.inference.guides",
     "guide_families": "ltm_pyro.inference.guides",
     "check_guide": "ltm_pyro.inference.guides.contract",
+    "filter_thoughts": "ltm_pyro.inference.filtering",
     "DualRateSVI": "ltm_pyro.inference.clocks.svi",
     "Callback": "ltm_pyro.inference.callbacks",
     "HeldOutBound": "ltm_pyro.diagnostics.held_out",
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     from ltm_pyro.export import to_datatree as to_datatree
     from ltm_pyro.inference.callbacks import Callback as Callback
     from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI
+    from ltm_pyro.inference.filtering import filter_thoughts as filter_thoughts
     from ltm_pyro.inference.generation import generate as generate
     from ltm_pyro.inference.guides import LocalGuide as LocalGuide
     from ltm_pyro.inference.guides import build_guide as build_guide
@@ -131,6 +135,8 @@ if TYPE_CHECKING:
     from ltm_pyro.models.linear_gaussian import LinearGaussian as LinearGaussian
     from ltm_pyro.models.priors import build_prior as build_prior
     from ltm_pyro.models.priors import register_prior as register_prior
+    from ltm_pyro.models.segmented import SegmentedThoughtModel as SegmentedThoughtModel
+    from ltm_pyro.models.segmented import SessionThoughtModel as SessionThoughtModel
     from ltm_pyro.models.simulation import simulate as simulate
     from ltm_pyro.report.model_card import model_card as model_card
     from ltm_pyro.run import Run as Run

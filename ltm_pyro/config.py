@@ -62,7 +62,8 @@ class ModelConfig:
     thought_dim: Count = 16
     """D: width of a thought vector."""
     prior: Text = "standard_normal"
-    """p(z): `standard_normal`, or learned: `mixture`, `flow`, `autoregressive`."""
+    """p(z): `standard_normal`, or learned: `mixture`, `flow`, `autoregressive`, `state_space`,
+    `hierarchical`."""
     prior_options: Options = field(default_factory=dict)
     """Options of the prior, e.g. `{"components": 8}` for `mixture`."""
 

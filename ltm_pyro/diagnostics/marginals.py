@@ -19,6 +19,7 @@ from ltm_pyro.models.full_normal import (
 )
 from ltm_pyro.models.normal_mixture import NormalMixture
 from ltm_pyro.models.priors.autoregressive import StationaryAR1
+from ltm_pyro.models.priors.tree import NormalTree
 
 _MOMENT_DRAWS = 256  # for families that cannot state their marginal moments
 
@@ -67,7 +68,7 @@ def marginal(distribution: TorchDistribution, block: slice) -> TorchDistribution
         out = _low_rank(d, block)
     elif isinstance(d, BlockNormal):
         out = _of_blocks(d, block, dim)
-    elif isinstance(d, FullNormal):
+    elif isinstance(d, FullNormal | NormalTree):
         out = _of_covariance(d, block, dim)
     elif isinstance(d, NormalMixture):
         out = NormalMixture(d.log_weights, d.loc[..., block, :], d.scale[..., block, :])
@@ -110,7 +111,7 @@ def _of_blocks(d: BlockNormal, block: slice, dim: int) -> TorchDistribution:
     return BlockNormal(d.mean[..., block, :], inside)
 
 
-def _of_covariance(d: FullNormal | BlockNormal, block: slice, dim: int) -> TorchDistribution:
+def _of_covariance(d: Any, block: slice, dim: int) -> TorchDistribution:
     part = slice(block.start * dim, block.stop * dim)
     covariance = d.covariance[..., part, part]
     return FullNormal(d.mean[..., block, :], torch.linalg.cholesky(covariance))
