@@ -174,14 +174,24 @@ def with_errors(table: pd.DataFrame, by: list[str], columns: dict[str, str]) -> 
     groups = table.groupby(by, sort=False)[list(columns)]
     mean, error = groups.mean(), groups.std() / np.sqrt(groups.count())
     lines = [
-        "| " + " | ".join([*(name.rpartition(".")[2] for name in by), *columns.values()]) + " |"
+        "| "
+        + " | ".join(
+            [*(name.rpartition(".")[2].replace("_", " ") for name in by), *columns.values()]
+        )
+        + " |"
     ]
     lines.append("|---" * (len(by) + len(columns)) + "|")
     for key, values in mean.iterrows():
         names = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
-        cells = [
-            ("" if np.isnan(v) else f"{v:.2f}") + ("" if np.isnan(e) else f" ± {e:.2f}")
-            for v, e in zip(values, error.loc[key], strict=True)
-        ]
+        cells = [_rounded(v, e) for v, e in zip(values, error.loc[key], strict=True)]
         lines.append("| " + " | ".join([*names, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _rounded(value: float, error: float) -> str:
+    """A number with its error; alone where there is none, or where seeds cannot change it."""
+    if np.isnan(value):
+        return ""
+    if error > 0:
+        return f"{value:.2f} ± {error:.2f}"
+    return f"{value:g}" if float(value).is_integer() else f"{value:.2f}"

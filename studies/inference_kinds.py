@@ -244,7 +244,7 @@ def paragraph(table: pd.DataFrame) -> str:
         lines.append(f"- at test, {evaluations} evaluations: {found}.")
     truth = test["truth_rest_loss"].mean()
     columns = {
-        "slow_steps": "slow steps", "evaluations": "evaluations", "elbo_loss": "ELBO",
+        "evaluations": "evaluations", "elbo_loss": "ELBO",
         "iw_loss": "IW", "own_q_loss": "the encoder's own ELBO",
     }  # fmt: skip
     shown = with_errors(training, ["kind", "step_size", "slow_steps"], columns)

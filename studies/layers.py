@@ -74,12 +74,12 @@ def figure(table: pd.DataFrame) -> Figure:
                     mean["kept"], mean["mean"], mean["error"].fillna(0.0), color=color, marker="o",
                     ms=4, label=label,
                 )  # fmt: skip
-            above.yaxis.set_major_formatter(PercentFormatter(100.0, decimals=0))
-            above.set_title(name)
+            above.yaxis.set_major_formatter(PercentFormatter(100.0))
             for axes in (above, below):
                 axes.set_xlabel("layers whose thoughts are kept")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axes.legend(loc="upper left", fontsize=8)
+                axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=8)
+            above.set_title(name)
         panels[0, 0].set_ylabel("tokens guessed right")
         panels[1, 0].set_ylabel("nats per sequence")
     return fig
@@ -111,7 +111,7 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
     last = mean.iloc[-1]
     net = last["gain_per_sequence"] - last["kl_so_far"]
     return (
-        f"**{name}** ({rows['seed'].nunique()} seeds): accuracy is {mean['accuracy'].iloc[0]:.1f} "
+        f"**{name}** ({rows['seed'].nunique()} seed(s)): accuracy is {mean['accuracy'].iloc[0]:.1f} "
         f"% without thoughts, then "
         + ", ".join(f"{value:.1f}" for value in mean["accuracy"].iloc[1:])
         + f" % as layers 1 to {mean.index[-1]} join (most by layer {1 + int(np.argmax(steps))}); "

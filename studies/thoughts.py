@@ -105,12 +105,11 @@ def figure(table: pd.DataFrame) -> Figure:
         "make up for dearer ones). 0 thoughts or 0 fast steps: the decoder without thoughts, "
         "exact. Dashed: the corpus's own entropy."
     )
-    free, paid = table[table["budget"].isna()], table[table["budget"].notna()]
+    free, paid = table[table["budget"].isna()], _paid(table)
     with house_figure((10.0, 6.4), caption) as fig:
         panels = fig.subplots(3, 3).ravel()
         for axes, axis in zip(panels, AXES, strict=False):
-            rows = free[free["axis"].isin([axis, "base"])]
-            rows = _with_base(rows, free, axis)
+            rows = _with_base(free[free["axis"] == axis], free, axis)
             for column, color, label in (
                 ("elbo_loss", BLUE, "ELBO"),
                 ("iw_loss", GREEN, "IW"),
@@ -136,6 +135,8 @@ def figure(table: pd.DataFrame) -> Figure:
         for axes in panels:
             axes.axhline(float(table["truth_loss"].mean()), ls="--", lw=1.0, color=INK)
             axes.set_xscale("symlog", base=2, linthresh=1)
+            values = {int(x) for curve in axes.containers for x in curve[0].get_xdata()}
+            axes.set_xticks(sorted(values), [str(value) for value in sorted(values)])
         for row in range(3):
             panels[3 * row].set_ylabel("nats per sequence")
         for axes in (panels[0], panels[len(AXES)]):
@@ -143,20 +144,31 @@ def figure(table: pd.DataFrame) -> Figure:
     return fig
 
 
-BASE = {"thoughts": 2, "thought width": 8, "layers": 2, "width": 32, "slow steps": 300, "T_fast": 8}
+BASE = {"thoughts": 2, "thought width": 8, "layers": 1, "width": 32, "slow steps": 120, "T_fast": 4}
 """The base, whose rows stand in every panel: `tests/test_studies.py` holds it against the YAML."""
 
 
 def _with_base(rows: pd.DataFrame, free: pd.DataFrame, axis: str) -> pd.DataFrame:
     """The rows of an axis, the base's among them."""
     base = free[(free["axis"] == "thoughts") & (free["value"] == BASE["thoughts"])]
-    own = rows if axis == "thoughts" else rows[rows["value"] != BASE[axis]]
-    return own if axis == "thoughts" else pd.concat([own, base.assign(axis=axis, value=BASE[axis])])
+    if axis == "thoughts" and rows["budget"].isna().all():
+        return rows
+    return pd.concat([rows, base.assign(axis=axis, value=BASE[axis])])
+
+
+def _paid(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at equal FLOPs, the base's among them wherever its whole budget is spent."""
+    free, paid = table[table["budget"].isna()], table[table["budget"].notna()]
+    parts = [
+        _with_base(rows, free, str(axis)).fillna({"budget": 1.0})
+        for axis, rows in paid.groupby("axis", sort=False)
+    ]
+    return pd.concat(parts) if parts else paid
 
 
 def paragraph(table: pd.DataFrame) -> str:
     """Which of them pays, at equal slow steps and at equal FLOPs."""
-    free, paid = table[table["budget"].isna()], table[table["budget"].notna()]
+    free, paid = table[table["budget"].isna()], _paid(table)
     lines = []
     for axis in AXES:
         rows = _with_base(free[free["axis"] == axis], free, axis)

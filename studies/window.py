@@ -24,12 +24,12 @@ from studies.common import (
 
 MIXTURE: dict[str, Any] = {
     "preset": "mixture", "model.seq_len": 64, "model.width": 32, "model.mlp_hidden": 64,
-    "fast.steps": 8, "steps": 300, "eval_sequences": 128,
+    "fast.steps": 4, "steps": 150, "batch_size": 32, "slow.lr": 0.02, "eval_sequences": 128,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "preset": "nano", "model.seq_len": 128, "model.width": 64, "model.mlp_hidden": 128,
-    "steps": 400, "slow.thoughts_start": 0.3, "slow.kl_hold": 0.5, "slow.kl_full": 0.75,
-    "eval_sequences": 128, "eval_draws": 64,
+    "preset": "nano", "model.seq_len": 128, "model.n_layers": 2, "model.width": 64,
+    "model.mlp_hidden": 128, "fast.steps": 4, "steps": 300, "eval_sequences": 128,
+    "slow.thoughts_start": 0.3, "slow.kl_hold": 0.5, "slow.kl_full": 0.75, "eval_draws": 64,
 }  # fmt: skip
 """Small models, as a cell's own settings leave them."""
 
@@ -98,9 +98,10 @@ def figure(table: pd.DataFrame) -> Figure:
             above.set_title(name)
             for axes in (above, below):
                 axes.set_xscale("log", base=2)
+                axes.set_xticks(truth.index, [str(window) for window in truth.index])
                 axes.set_xlabel("window, tokens")
         panels[0, 0].set_ylabel("loss, nats per sequence")
-        panels[1, 0].set_ylabel("gain by thoughts, nats per sequence")
+        panels[1, 0].set_ylabel("nats gained by thoughts")
     return fig
 
 
@@ -134,7 +135,7 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
     costs = [str(w) for w, g in gains.iterrows() if g["mean"] < 0 and clear(g["mean"], g["error"])]
     share = gains["mean"][least] / context
     return (
-        f"**{name}** ({rows['seed'].nunique()} seeds): without thoughts a window of {most} instead "
+        f"**{name}** ({rows['seed'].nunique()} seed(s)): without thoughts a window of {most} instead "
         f"of {least} gains {context:.1f} nats per sequence; at window {least} thoughts gain "
         f"{gains['mean'][least]:.1f} ± {gains['error'][least]:.1f} by the importance-weighted "
         f"bound, {100 * share:.0f} % of that; at window {most} they gain "
