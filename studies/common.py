@@ -173,16 +173,12 @@ def with_errors(table: pd.DataFrame, by: list[str], columns: dict[str, str]) -> 
     """
     groups = table.groupby(by, sort=False)[list(columns)]
     mean, error = groups.mean(), groups.std() / np.sqrt(groups.count())
-    lines = [
-        "| "
-        + " | ".join(
-            [*(name.rpartition(".")[2].replace("_", " ") for name in by), *columns.values()]
-        )
-        + " |"
-    ]
+    heads = [*(name.rpartition(".")[2].replace("_", " ") for name in by), *columns.values()]
+    lines = ["| " + " | ".join(heads) + " |"]
     lines.append("|---" * (len(by) + len(columns)) + "|")
     for key, values in mean.iterrows():
-        names = [str(part) for part in (key if isinstance(key, tuple) else (key,))]
+        parts = key if isinstance(key, tuple) else (key,)
+        names = [f"{part:g}" if isinstance(part, float) else str(part) for part in parts]
         cells = [_rounded(v, e) for v, e in zip(values, error.loc[key], strict=True)]
         lines.append("| " + " | ".join([*names, *cells]) + " |")
     return "\n".join(lines)

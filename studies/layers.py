@@ -111,7 +111,7 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
     last = mean.iloc[-1]
     net = last["gain_per_sequence"] - last["kl_so_far"]
     return (
-        f"**{name}** ({rows['seed'].nunique()} seed(s)): accuracy is {mean['accuracy'].iloc[0]:.1f} "
+        f"**{name}** ({rows['seed'].nunique()} seeds): accuracy is {mean['accuracy'].iloc[0]:.1f} "
         f"% without thoughts, then "
         + ", ".join(f"{value:.1f}" for value in mean["accuracy"].iloc[1:])
         + f" % as layers 1 to {mean.index[-1]} join (most by layer {1 + int(np.argmax(steps))}); "

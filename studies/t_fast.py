@@ -149,8 +149,9 @@ def paragraph(table: pd.DataFrame) -> str:
         f"(importance weights: {tests['iw_loss'].iloc[-1]:.1f}); the own-draw score to "
         f"{tests['own_draw_loss'].iloc[-1]:.1f}, the corpus's own entropy being "
         f"{table['truth_loss'].mean():.1f}, below which no model's mean loss is but by luck. The "
-        "released start, log variance -5, costs KL that few steps cannot take back: so its own-draw "
-        "score falls with T_fast even where the bound hardly moves. Not tested: larger models, real text, and longer fits, where a decoder may need "
+        "released start, log variance -5, costs KL that few steps cannot take back, so its "
+        "own-draw score falls with T_fast even where the bound hardly moves. Not tested: larger "
+        "models, real text, and longer fits, where a decoder may need "
         "its fast loop less or more."
     )
     columns = {

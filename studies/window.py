@@ -135,7 +135,7 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
     costs = [str(w) for w, g in gains.iterrows() if g["mean"] < 0 and clear(g["mean"], g["error"])]
     share = gains["mean"][least] / context
     return (
-        f"**{name}** ({rows['seed'].nunique()} seed(s)): without thoughts a window of {most} instead "
+        f"**{name}** ({rows['seed'].nunique()} seeds): without thoughts a window of {most} instead "
         f"of {least} gains {context:.1f} nats per sequence; at window {least} thoughts gain "
         f"{gains['mean'][least]:.1f} ± {gains['error'][least]:.1f} by the importance-weighted "
         f"bound, {100 * share:.0f} % of that; at window {most} they gain "
