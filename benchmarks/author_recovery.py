@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 import ltm_pyro as ltm
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, clustered_ratio
+from ltm_pyro.diagnostics.estimates import clustered_mean, clustered_ratio
 
 BEGIN, END = "<!-- authors:begin -->", "<!-- authors:end -->"
 HEADER = 2000

@@ -44,7 +44,7 @@ _HOME = {
     "embed": "ltm_pyro.inference.thoughts",
     "interpolate": "ltm_pyro.inference.thoughts",
     "evaluate": "ltm_pyro.diagnostics.bounds",
-    "score_on_own_draws": "ltm_pyro.diagnostics.bounds",
+    "score_on_own_draws": "ltm_pyro.diagnostics.published",
     "as_published": "ltm_pyro.diagnostics.published",
     "score_table": "ltm_pyro.diagnostics.units",
     "loss_by_position": "ltm_pyro.diagnostics.units",
@@ -91,7 +91,6 @@ if TYPE_CHECKING:
     from ltm_pyro.data.corpus import load_corpus as load_corpus
     from ltm_pyro.data.tokenizer import register_tokenizer as register_tokenizer
     from ltm_pyro.diagnostics.bounds import evaluate as evaluate
-    from ltm_pyro.diagnostics.bounds import score_on_own_draws as score_on_own_draws
     from ltm_pyro.diagnostics.calibration import sbc as sbc
     from ltm_pyro.diagnostics.calibration import vsbc as vsbc
     from ltm_pyro.diagnostics.compare import Comparison as Comparison
@@ -106,6 +105,7 @@ if TYPE_CHECKING:
     from ltm_pyro.diagnostics.held_out import HeldOutBound as HeldOutBound
     from ltm_pyro.diagnostics.information import information_by_block as information_by_block
     from ltm_pyro.diagnostics.published import as_published as as_published
+    from ltm_pyro.diagnostics.published import score_on_own_draws as score_on_own_draws
     from ltm_pyro.diagnostics.trust import diagnose as diagnose
     from ltm_pyro.diagnostics.units import loss_by_position as loss_by_position
     from ltm_pyro.diagnostics.units import score_table as score_table

@@ -13,10 +13,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ltm_pyro.errors import InputError, shown, unknown_name
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from torch import Tensor
 
 MOST_COUNT = 10**7
 """Steps, draws or evaluations that anyone can mean; memory may set a lower limit."""
@@ -168,3 +173,75 @@ def finite_number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise InputError(f"{name} is {shown(value)}: must be a finite number")
     return float(value)
+
+
+class Identified(Protocol):
+    """A batch, or a posterior: something with a row per sequence."""
+
+    @property
+    def ids(self) -> Tensor:
+        """(B,) stable ids."""
+
+    @property
+    def corpus(self) -> str | None:
+        """Fingerprint of the corpus that the ids belong to; `None` where it is not known."""
+
+
+def refuse_other_sequences(
+    first: Identified | xr.Dataset,
+    second: Identified | xr.Dataset,
+    names: tuple[str, str] = ("the posterior", "the batch"),
+) -> None:
+    """Refuses two things that are not about the same sequences in the same order.
+
+    Ids are counted within a corpus, so those of two corpora may coincide: where both fingerprints
+    are known they must be equal too.
+
+    Args:
+        first: A batch, a posterior or scores: a Dataset over `sequence` of `evaluate`.
+        second: Another.
+        names: How to call them.
+
+    Raises:
+        InputError: if they are of other corpora, other sequences, or in another order.
+    """
+    (ids, corpus), (others, other_corpus) = _identity(first), _identity(second)
+    both = f"{names[0]} and {names[1]}"
+    if None not in (corpus, other_corpus) and corpus != other_corpus:
+        raise InputError(
+            f"{both} are of other sequences: their ids are of different corpora, or of one corpus "
+            "cut or tokenised in two ways; make both from the same corpus"
+        )
+    if not np.array_equal(ids, others):
+        raise InputError(
+            f"{both} hold other sequences, or in another order: their ids must be equal"
+        )
+
+
+def _identity(thing: Any) -> tuple[Any, str | None]:
+    if hasattr(thing, "ids"):
+        return thing.ids.cpu().numpy(), thing.corpus
+    return thing["sequence"].values, thing.attrs.get("corpus")
+
+
+def refuse_other_batch(post: Any, batch: Any, name: str = "the posterior") -> None:
+    """Refuses a batch that a posterior is not about; see `Posterior.refuse_other_batch`."""
+    refuse_other_sequences(post, batch, (name, "the batch"))
+    if post.x is None or batch.x is None:
+        return
+    x, mask = post.x.to(batch.device), post.mask.to(batch.device)
+    if x.shape != batch.x.shape or not bool((x == batch.x)[mask].all()):
+        raise InputError(
+            f"{name} and the batch hold other sequences under the same ids: infer on this batch"
+        )
+    for covariate, value in post.covariates.items():
+        one, other = value.to(batch.device), batch.covariates.get(covariate)
+        if other is None or one.shape != other.shape or not bool(_equal(one, other).all()):
+            raise InputError(
+                f"{name} and the batch differ in covariate {shown(covariate)}: infer on this batch"
+            )
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors hold the same, NaN included."""
+    return (one == other) | (one.isnan() & other.isnan())

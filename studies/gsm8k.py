@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.diagnostics.estimates import clustered_ratio
 from ltm_pyro.errors import InputError
 from ltm_pyro.plots.style import BLUE, GREY, house_figure
 from studies.common import config_of, fitted, over_seeds

@@ -21,9 +21,8 @@ from ltm_pyro.config import Fast, FitConfig
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.corpus import load_corpus
-from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.diagnostics.bounds import Likelihoods, evaluate
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.diagnostics.terms import Likelihoods
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, RowOptimizer, local_optimizer
 from ltm_pyro.inference.mcmc.target import State, setting
 from ltm_pyro.inference.mcmc.transition import Factor, take_step

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ltm_pyro.diagnostics.decomposition import reconstruction_by_block
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
 from ltm_pyro.plots.style import BLUE, GREEN, ORANGE, house_figure
 from studies.common import config_of, fitted, over_seeds, with_errors
 from studies.window import MIXTURE, TEXT

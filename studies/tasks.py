@@ -22,7 +22,7 @@ from scipy import stats
 
 import ltm_pyro as ltm
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.diagnostics.sampling_error import clustered_mean
+from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.models.latent_thought import LatentThoughtModel

@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, against_control
+from ltm_pyro.diagnostics.control import against_control
+from ltm_pyro.diagnostics.estimates import PERPLEXITIES
 from ltm_pyro.diagnostics.units import score_table
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, PURPLE, house_figure
 from ltm_pyro.run.scoring import other_corpus, score_run

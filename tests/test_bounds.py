@@ -11,8 +11,7 @@ from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics import terms
-from ltm_pyro.diagnostics.perplexity import per_token_perplexity
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.diagnostics.estimates import clustered_ratio, per_token_perplexity
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from cli_helpers import write_text
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
 from ltm_pyro.config import CorpusConfig, FitConfig, ModelConfig
-from ltm_pyro.diagnostics.sampling_error import clustered_contrast, clustered_ratio
+from ltm_pyro.diagnostics.estimates import clustered_ratio
 from ltm_pyro.errors import InputError
 from ltm_pyro.run import create_run
-from ltm_pyro.run.run_comparison import RunComparison
+from ltm_pyro.run.run_comparison import RunComparison, clustered_contrast
 
 ROUNDING = 1e-12  # of float64
 FRACTIONS = {"fractions": [0.5, 0.4, 0.1]}

@@ -11,8 +11,8 @@ from test_plots import infer, language, model
 from ltm_pyro import plots
 from ltm_pyro.config import Fast
 from ltm_pyro.diagnostics.contraction import contraction
+from ltm_pyro.diagnostics.control import gains_by_document
 from ltm_pyro.diagnostics.decomposition import reconstruction_by_block, token_surprise
-from ltm_pyro.diagnostics.documents import gains_by_document
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide

@@ -12,9 +12,8 @@ import xarray as xr
 from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics.perplexity import against_control
-from ltm_pyro.diagnostics.psis import khat_threshold
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.diagnostics.control import against_control
+from ltm_pyro.diagnostics.estimates import clustered_ratio, khat_threshold
 from ltm_pyro.models.full_normal import FullNormal
 
 

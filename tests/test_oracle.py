@@ -12,7 +12,8 @@ from pyro.infer import TraceMeanField_ELBO
 from tolerances import EXACT, MC
 
 from ltm_pyro.config import Fast
-from ltm_pyro.diagnostics.bounds import evaluate, score_on_own_draws
+from ltm_pyro.diagnostics.bounds import evaluate
+from ltm_pyro.diagnostics.published import score_on_own_draws
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide

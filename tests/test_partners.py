@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_pyro.diagnostics.partners import partners_of
+from ltm_pyro.diagnostics.bounds import partners_of
 
 
 @settings(max_examples=100, deadline=None)

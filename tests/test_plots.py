@@ -19,10 +19,11 @@ from matplotlib.transforms import Bbox
 from ltm_pyro import plots
 from ltm_pyro.config import Fast, ModelConfig
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.bounds import evaluate, score_on_own_draws
+from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.contraction import contraction
 from ltm_pyro.diagnostics.decomposition import reconstruction_by_block, token_surprise
+from ltm_pyro.diagnostics.published import score_on_own_draws
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI

@@ -13,7 +13,7 @@ from known_models import TINY, LearnedOracle, make_language_model, make_oracle, 
 
 from ltm_pyro import plots
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.diagnostics.bounds import score_on_own_draws
+from ltm_pyro.diagnostics.published import score_on_own_draws
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI

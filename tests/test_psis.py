@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ltm_pyro import compat_arviz
-from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_threshold, pareto_khat
+from ltm_pyro.diagnostics.estimates import khat_threshold
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, pareto_khat
 from ltm_pyro.errors import InputError
 
 DRAWS = 4_000

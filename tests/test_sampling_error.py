@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ltm_pyro.diagnostics.sampling_error import (
+from ltm_pyro.diagnostics.estimates import (
     clustered_mean,
     clustered_ratio,
     few_documents_note,

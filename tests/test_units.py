@@ -17,7 +17,7 @@ from cli_helpers import MICRO, write_text
 
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.diagnostics.estimates import clustered_ratio
 from ltm_pyro.errors import InputError
 
 # Characters and spaces of one to four bytes, so that sequences cut them in two.

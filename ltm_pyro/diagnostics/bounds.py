@@ -15,38 +15,37 @@ and in mode `prefix`, where q saw the first part of x and the rest is scored:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
 import torch
 import xarray as xr
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 import ltm_pyro
-from ltm_pyro.checks import one_of, whole_number
+from ltm_pyro.checks import one_of, refuse_other_batch, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
-from ltm_pyro.diagnostics.log_mean import log_mean
-from ltm_pyro.diagnostics.partners import partners_of
-from ltm_pyro.diagnostics.perplexity import bits_per_byte, perplexities
-from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio, documents_of, few_documents_note
-from ltm_pyro.diagnostics.terms import (
-    DRAWS_AT_ONCE,
-    Likelihoods,
-    Terms,
-    fresh_draws,
-    score_terms,
-    standard_error,
+from ltm_pyro.diagnostics.estimates import (
+    clustered_ratio,
+    corpus_attrs,
+    documents_of,
+    few_documents_note,
+    khat_threshold,
+    log_mean,
+    partners_of,
+    sequence_coords,
+    totals,
 )
-from ltm_pyro.diagnostics.token_scores import token_scores
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, pareto_khat
 from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
+from ltm_pyro.random import Drawing, Noise, Stream, derive_seed
 
 Mode = Literal["oracle", "prefix", "prior"]
 MODES = {
@@ -57,6 +56,135 @@ MODES = {
 _UNITS = {"khat": "1", "mask": "1", "n_tokens": "tokens", "n_bytes": "bytes", "n_words": "words"}
 SHUFFLED_DRAWS = 16
 """Draws per sequence for the shuffled-z control at most; it is a contrast, not a bound."""
+
+DRAWS_AT_ONCE = 64
+"""Draws of z held in memory together, (64, B, K, D)."""
+TOKENS_AT_ONCE = 8192
+"""Tokens that the decoder scores at a time: enough to keep a processor busy."""
+
+
+def fresh_draws(
+    q: TorchDistribution, ids: Tensor, draws: int, seed: int, *, other: bool = False
+) -> Iterator[Tensor]:
+    """S draws, (up to `DRAWS_AT_ONCE`, B, K, D) at a time.
+
+    Noise belongs to a sequence: its draws are the same in any batch, the first ones whatever S is.
+
+    Args:
+        q: Batch shape (B,).
+        ids: (B,) of the sequences.
+        draws: S.
+        seed: Of the scores.
+        other: Draws independent of the usual ones, to judge those by.
+    """
+    stream = Stream.CALIBRATE if other else Stream.SCORE
+    draw = Drawing(Noise(derive_seed(seed, stream), ids))
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        with torch.no_grad():
+            z = draw(q, min(DRAWS_AT_ONCE, draws - start))
+        yield z
+
+
+class Likelihoods:
+    """Log p(x | z_s), z (S, B, K, D) to (S, B) float64, some draws or some rows at a time.
+
+    So memory grows neither with S nor with B. Processes share the sequences; draws are cheap, and
+    are all made by each.
+
+    Args:
+        model: Whose likelihood.
+        batch: B sequences.
+        parallel: The processes.
+        at_once: Draws times sequences scored together; as many as `TOKENS_AT_ONCE` by default.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        batch: Batch,
+        parallel: Parallel | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        shared = parallel is not None and len(batch) >= parallel.size
+        self.parallel = parallel if shared else None
+        mine = self.parallel.share(len(batch)) if self.parallel else slice(0, len(batch))
+        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel()) if at_once is None else at_once
+        starts = range(mine.start, mine.stop, size)
+        self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
+        self.draws = max(1, size // max(1, mine.stop - mine.start))
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> Tensor:
+        """For all sequences, in every process."""
+        return self.gathered(torch.cat([self._of_rows(rows, z) for rows in self.parts], dim=1), 1)
+
+    def gathered(self, mine: Tensor, dim: int = 0) -> Tensor:
+        """What all processes have of their rows, along `dim`, in every process."""
+        return mine if self.parallel is None else self.parallel.gather_rows(mine, dim)
+
+    def _of_rows(self, rows: slice, z: Tensor) -> Tensor:
+        prepared = self.model.prepare(self.batch.select(rows))
+        some = z[:, rows].split(self.draws)
+        return torch.cat([self.model.log_likelihood(d, prepared).double() for d in some])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Log densities of S draws of q for each of B sequences, (S, B) float64, nats.
+
+    Attributes:
+        log_likelihood: log p(x | z).
+        log_prior: log p(z).
+        log_q: log q(z).
+    """
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_q: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) - log q(z)."""
+        return self.log_likelihood + self.log_prior - self.log_q
+
+
+def standard_error(draws: Tensor) -> Tensor:
+    """Of the mean over S independent draws, (S, ...) to (...); NaN for one draw alone."""
+    return draws.std(0) / math.sqrt(len(draws)) if len(draws) > 1 else draws[0] * torch.nan
+
+
+@torch.no_grad()
+def score_terms(
+    likelihoods: Likelihoods,
+    q: TorchDistribution,
+    prior: TorchDistribution,
+    draws: int,
+    seed: int,
+    *,
+    ids: Tensor | None = None,
+    rows: Tensor | slice = slice(None),
+    other: bool = False,
+) -> Terms:
+    """The terms of S fresh draws of q.
+
+    Args:
+        likelihoods: Of the sequences at `rows`.
+        q: Batch shape (B,).
+        prior: p(z).
+        draws: S.
+        seed: Of the draws.
+        ids: (B,) of q's sequences; those of `likelihoods` by default.
+        rows: Of q, the sequences that are scored; all by default.
+        other: As in `fresh_draws`.
+    """
+    parts = []
+    ids = likelihoods.batch.ids if ids is None else ids
+    for z in fresh_draws(q, ids, draws, seed, other=other):
+        log_q, z = q.log_prob(z).double()[:, rows], z[:, rows]
+        parts.append((likelihoods(z).double(), prior.log_prob(z).double(), log_q))
+    return Terms(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @door
@@ -119,7 +247,7 @@ def evaluate(
         (`bits_per_byte_predictive`), total bits / total bytes, and `n_bytes` and `n_words`: see
         `score_table` for all scores per token, byte and word. `_se` is the Monte Carlo standard
         error given these sequences, `_sampling_se` that of having sampled their documents, so that
-        two of it on either side hold 95 % (`diagnostics.sampling_error`).
+        two of it on either side hold 95 % (`diagnostics.estimates`).
 
     Raises:
         InputError: if the batch does not fit the model or the posterior.
@@ -145,6 +273,8 @@ def evaluate(
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
         if per_token:
             charged = prior if post is not None and mode == "oracle" else None
+            from ltm_pyro.diagnostics.token_scores import token_scores
+
             columns |= token_scores(likelihoods, q, charged, draws, seed, ids=batch.ids, rows=rows)
             columns["mask"] = scored.mask
     columns["n_tokens"] = scored.n_tokens
@@ -161,7 +291,7 @@ def evaluate(
         **_settings(post, mode, draws, seed),
         **corpus_attrs(batch),
         "left_out": len(batch) - len(scored),
-        **_totals(data),
+        **totals(data),
     }
     if notes := _notes(data, post):
         data.attrs["note"] = "; ".join(notes)
@@ -174,7 +304,7 @@ def _scored_part(batch: Batch, post: Posterior | None, mode: Mode) -> Batch:
         return batch
     if post is None:
         raise InputError(f"mode {mode!r} needs a posterior: give svi.infer(batch)")
-    post.refuse_other_batch(batch)
+    refuse_other_batch(post, batch)
     if mode == "oracle":
         return batch
     rest = batch.mask & ~post.mask.to(batch.device)
@@ -210,8 +340,10 @@ def _bounds(terms: Terms, post: Posterior | None) -> dict[str, Tensor]:
     log_w = terms.log_weights
     if post is None:
         log_w, kl, elbo_se = log_lik, torch.zeros_like(nll), nll_se
-    elif post.kl_estimator == "analytic":
-        kl, elbo_se = post.kl().double(), nll_se
+    elif not post.has_density:
+        kl, elbo_se = torch.full_like(nll, torch.inf), nll_se
+    elif post.closed_form_kl is not None:
+        kl, elbo_se = post.closed_form_kl.double(), nll_se
     else:
         kl, elbo_se = (terms.log_q - log_prior).mean(0), standard_error(log_w)
     iw = log_mean(log_w)
@@ -242,6 +374,8 @@ def _prediction(terms: Terms) -> dict[str, Tensor]:
 
 
 def _khat(log_weights: Tensor) -> Tensor:
+    if len(log_weights) < MIN_DRAWS:
+        return torch.full_like(log_weights[0], torch.nan)
     return torch.from_numpy(pareto_khat(log_weights.cpu().numpy()))
 
 
@@ -264,21 +398,6 @@ def _settings(post: Posterior | None, mode: Mode, draws: int, seed: int) -> dict
     }
 
 
-def _totals(data: xr.Dataset) -> dict[str, Any]:
-    """All sequences together."""
-    documents = documents_of(data)
-    size = clustered_ratio(data["n_tokens"].values, data["n_tokens"].values, documents)
-    return {
-        "n_sequences": data.sizes["sequence"],
-        "n_tokens": int(data["n_tokens"].sum()),
-        "n_documents": 0 if documents is None else size.documents,
-        "effective_documents": size.effective,
-        **perplexities(data),
-        **bits_per_byte(data),
-        "ppl_reconstruction_is_a_bound": "no: the KL is not charged",
-    }
-
-
 def _notes(data: xr.Dataset, post: Posterior | None) -> list[str]:
     """What must be said beside the numbers."""
     notes, left_out = [], data.attrs["left_out"]
@@ -292,43 +411,3 @@ def _notes(data: xr.Dataset, post: Posterior | None) -> list[str]:
     tokens = data["n_tokens"].values
     few = few_documents_note(clustered_ratio(tokens, tokens, documents_of(data)))
     return notes if few is None else [*notes, few]
-
-
-@door
-def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Dataset:
-    """The trap of fixed noise, made visible: the objective on its own draws beside the honest ELBO.
-
-    With `noise="fixed"` q adapts to the very draws it is fitted on, and the objective on them can
-    exceed log p(x) (DADVI with few draws; Giordano, Ingram & Broderick 2024). This diagnostic is
-    the only place where that number is shown, and it is not called a bound.
-
-    Args:
-        svi: With `Fast(noise="fixed")`.
-        batch: The sequences; they are inferred anew.
-        draws: S, fresh draws for the honest value.
-
-    Returns:
-        Dataset over `sequence`, nats: `own_draw_objective` (NOT a bound), `elbo`, `elbo_se` (fresh
-        draws), `excess` (the first minus the second).
-
-    Raises:
-        InputError: if the fast clock draws fresh noise, so that there are no own draws, or q is a
-            point mass, which has no ELBO to compare with.
-    """
-    if svi.fast.noise != "fixed":
-        raise InputError(
-            'score_on_own_draws needs Fast(noise="fixed"): fresh noise has no own draws'
-        )
-    if not svi.guide.has_density:
-        raise InputError(
-            f"score_on_own_draws compares ELBOs, and guide {svi.guide.family!r} is a point mass "
-            "without one: use a guide with a density such as 'mean_field'"
-        )
-    post = svi.infer(batch)
-    assert post.own_draw_elbo is not None
-    data = evaluate(svi.model, post, batch, draws)[["elbo", "elbo_se"]]
-    own = post.own_draw_elbo.double().cpu().numpy()
-    data["own_draw_objective"] = ("sequence", own)
-    data["excess"] = data["own_draw_objective"] - data["elbo"]
-    data.attrs = {"note": "own_draw_objective is not a bound", "fixed_draws": svi.fast.fixed_draws}
-    return data

@@ -16,7 +16,13 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.checks import refuse_other_sequences
+from ltm_pyro.diagnostics.estimates import (
+    Estimate,
+    clustered_mean,
+    documents_of,
+    few_documents_note,
+)
 from ltm_pyro.diagnostics.information import (
     TIGHT,
     counts,
@@ -25,12 +31,6 @@ from ltm_pyro.diagnostics.information import (
     strength,
 )
 from ltm_pyro.diagnostics.marginals import blocks, moments
-from ltm_pyro.diagnostics.sampling_error import (
-    Estimate,
-    clustered_mean,
-    documents_of,
-    few_documents_note,
-)
 from ltm_pyro.errors import InputError
 from ltm_pyro.html import show
 from ltm_pyro.inference.posterior import Posterior

@@ -26,7 +26,7 @@ from torch import Tensor
 from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.terms import standard_error
+from ltm_pyro.diagnostics.bounds import standard_error
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer

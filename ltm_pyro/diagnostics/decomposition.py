@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ltm_pyro.checks import one_of, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.bounds import Likelihoods, fresh_draws
+from ltm_pyro.diagnostics.estimates import sequence_coords
 from ltm_pyro.diagnostics.information import kl_by_block
-from ltm_pyro.diagnostics.labels import sequence_coords
 from ltm_pyro.diagnostics.marginals import blocks
-from ltm_pyro.diagnostics.terms import Likelihoods, fresh_draws
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior

@@ -22,10 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
-from ltm_pyro.diagnostics.log_mean import log_mean, tail_error
-from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, khat_threshold, pareto_khat
-from ltm_pyro.diagnostics.terms import Likelihoods, score_terms
+from ltm_pyro.diagnostics.bounds import Likelihoods, score_terms
+from ltm_pyro.diagnostics.estimates import corpus_attrs, khat_threshold, log_mean, sequence_coords
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, pareto_khat, tail_error
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed

@@ -26,10 +26,9 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ltm_pyro.checks import MOST_COUNT, whole_number
+from ltm_pyro.checks import MOST_COUNT, refuse_other_sequences, whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.diagnostics.convergence import (
     ENOUGH,
     MIN_DRAWS,

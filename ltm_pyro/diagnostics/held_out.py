@@ -12,7 +12,7 @@ from ltm_pyro.config import MOST_FAST_STEPS
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI

@@ -35,8 +35,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from ltm_pyro.checks import whole_number
-from ltm_pyro.data.pairing import refuse_other_sequences
+from ltm_pyro.checks import refuse_other_sequences, whole_number
 from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ltm_pyro import compat_arviz
+from ltm_pyro.diagnostics.estimates import khat_threshold
 from ltm_pyro.errors import InputError
+
+Floats = NDArray[np.float64]
+
+_REPEATS = 200
+"""Simulated means behind a `tail_error`: it is known to 1/sqrt(2 * 200) = 5 %."""
 
 MIN_DRAWS = 1000
 """Below it a k-hat is not judged. With 32 draws its spread over seeds is 0.29, far more than
@@ -64,20 +70,6 @@ def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
     return khat
 
 
-def khat_threshold(draws: int) -> float:
-    """The largest k-hat at which S draws give a usable estimate: min(1 - 1/log10(S), 0.7).
-
-    Vehtari et al. (2024), section 3.2.4: the fewer the draws, the lighter the tail must be. The one
-    limit everywhere; what is printed names its S.
-
-    Raises:
-        InputError: if there are fewer than 2 draws.
-    """
-    if draws < 2:
-        raise InputError(f"{draws} draws: a k-hat needs at least {MIN_DRAWS}")
-    return min(1.0 - 1.0 / math.log10(draws), 0.7)
-
-
 def khat_error(khat: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
     """Standard error of a k-hat of S draws, (1 + k) / sqrt(number of largest weights)."""
     tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
@@ -100,3 +92,39 @@ def judged_in_words(khat: ArrayLike, draws: int) -> str:
         f"median {np.median(known):.2f}, above {limit:.2f} (the limit at S = {draws}) in "
         f"{np.mean(known > limit):.0%} of {known.size} sequences"
     )
+
+
+def tail_error(log_weights: Floats, khat: Floats) -> Floats:
+    """Standard error of the log mean if the weights' tail is a Pareto of shape `khat`.
+
+    The largest weights, as many as k-hat is fitted to, are replaced by draws from a generalised
+    Pareto distribution through their own median, which unlike them reaches beyond the largest; the
+    spread of `_REPEATS` such log means is the error.
+
+    Args:
+        log_weights: (S, B) in nats, finite.
+        khat: (B,) shapes of the tails.
+
+    Returns:
+        (B,) nats; `nan` where k-hat is not finite.
+    """
+    S, B = log_weights.shape
+    generator = np.random.default_rng(0)
+    tail = math.ceil(min(S / 5, 3 * math.sqrt(S)))
+    weights = np.sort(np.exp(log_weights - log_weights.max(0)), axis=0)
+    body, start = weights[: S - tail], weights[S - tail - 1]
+    # At k = 0 the Pareto is exponential; a shape this small is one to rounding.
+    k = np.where(np.abs(khat) < 1e-6, 1e-6, khat)
+    scale = np.median(weights[S - tail :] - start, axis=0) * k / (2.0**k - 1.0)
+    beyond = generator.binomial(S, tail / S, size=(_REPEATS, B))
+    means = np.empty((_REPEATS, B))
+    for column in range(B):  # one sequence at a time: memory does not grow with B
+        counts = beyond[:, column]
+        u = 1.0 - generator.random((_REPEATS, counts.max()))
+        x = start[column] + scale[column] * (u ** -k[column] - 1.0) / k[column]
+        inside = np.arange(counts.max()) < counts[:, None]
+        rest = S - counts
+        noise = generator.normal(size=_REPEATS) * np.sqrt(rest) * body[:, column].std()
+        means[:, column] = (x * inside).sum(1) + rest * body[:, column].mean() + noise
+    error: Floats = np.log(np.maximum(means, np.finfo(float).tiny)).std(0, ddof=1)
+    return np.where(np.isfinite(khat), error, np.nan)

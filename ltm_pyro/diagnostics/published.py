@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from numpy.typing import NDArray
 
 from ltm_pyro.checks import MOST, whole_number
@@ -145,3 +146,43 @@ def _perplexity(nats: NDArray[np.float64], n_tokens: NDArray[np.int64], *, meant
         if meant:
             return float(np.exp(nats / n_tokens).mean())
         return float(np.exp(nats.sum() / n_tokens.sum()))
+
+
+@door
+def score_on_own_draws(svi: DualRateSVI, batch: Batch, draws: int = 64) -> xr.Dataset:
+    """The trap of fixed noise, made visible: the objective on its own draws beside the honest ELBO.
+
+    With `noise="fixed"` q adapts to the very draws it is fitted on, and the objective on them can
+    exceed log p(x) (DADVI with few draws; Giordano, Ingram & Broderick 2024). This diagnostic is
+    the only place where that number is shown, and it is not called a bound.
+
+    Args:
+        svi: With `Fast(noise="fixed")`.
+        batch: The sequences; they are inferred anew.
+        draws: S, fresh draws for the honest value.
+
+    Returns:
+        Dataset over `sequence`, nats: `own_draw_objective` (NOT a bound), `elbo`, `elbo_se` (fresh
+        draws), `excess` (the first minus the second).
+
+    Raises:
+        InputError: if the fast clock draws fresh noise, so that there are no own draws, or q is a
+            point mass, which has no ELBO to compare with.
+    """
+    if svi.fast.noise != "fixed":
+        raise InputError(
+            'score_on_own_draws needs Fast(noise="fixed"): fresh noise has no own draws'
+        )
+    if not svi.guide.has_density:
+        raise InputError(
+            f"score_on_own_draws compares ELBOs, and guide {svi.guide.family!r} is a point mass "
+            "without one: use a guide with a density such as 'mean_field'"
+        )
+    post = svi.infer(batch)
+    assert post.own_draw_elbo is not None
+    data = evaluate(svi.model, post, batch, draws)[["elbo", "elbo_se"]]
+    own = post.own_draw_elbo.double().cpu().numpy()
+    data["own_draw_objective"] = ("sequence", own)
+    data["excess"] = data["own_draw_objective"] - data["elbo"]
+    data.attrs = {"note": "own_draw_objective is not a bound", "fixed_draws": svi.fast.fixed_draws}
+    return data

@@ -19,7 +19,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.diagnostics.terms import Likelihoods, fresh_draws
+from ltm_pyro.diagnostics.bounds import Likelihoods, fresh_draws
 
 
 class _Sums:
@@ -92,6 +92,6 @@ def token_scores(
     found = [held.scores(draws) for held in sums]
     names = ("log_score", "log_score_iw", "price")
     return {
-        name: likelihoods.parallel.gather_rows(torch.cat([part[number] for part in found]))
+        name: likelihoods.gathered(torch.cat([part[number] for part in found]))
         for number, name in enumerate(names)
     }

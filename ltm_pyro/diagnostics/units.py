@@ -17,9 +17,14 @@ from numpy.typing import NDArray
 
 from ltm_pyro.checks import one_of
 from ltm_pyro.data.sequences import SequenceSet
-from ltm_pyro.diagnostics.labels import sequence_coords
-from ltm_pyro.diagnostics.perplexity import PERPLEXITIES, exponential, losses, monte_carlo
-from ltm_pyro.diagnostics.sampling_error import clustered_ratio
+from ltm_pyro.diagnostics.estimates import (
+    PERPLEXITIES,
+    clustered_ratio,
+    exponential,
+    losses,
+    monte_carlo,
+    sequence_coords,
+)
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, unknown_name
 

@@ -13,10 +13,9 @@ import xarray as xr
 
 import ltm_pyro
 from ltm_pyro import compat_arviz
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import refuse_other_sequences, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.pairing import refuse_other_sequences
-from ltm_pyro.diagnostics.labels import sequence_coords
+from ltm_pyro.diagnostics.estimates import sequence_coords
 from ltm_pyro.doors import door, require_model
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.export import groups

@@ -11,9 +11,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import refuse_other_batch, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.pairing import refuse_other_sequences
 from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
@@ -72,6 +71,7 @@ class Posterior:
         corpus: Fingerprint of the corpus that the ids belong to, as in `Batch`.
         x: (B, T) the sequences that q was fitted to, where known.
         covariates: Their covariates by name, each (B, ...).
+        kl_estimator: Of `kl`: `analytic`, or `monte_carlo` where the family has no closed form.
     """
 
     distribution: TorchDistribution
@@ -90,6 +90,11 @@ class Posterior:
     corpus: str | None = None
     x: Tensor | None = None
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    kl_estimator: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        estimated = self.closed_form_kl is None and self.has_density
+        object.__setattr__(self, "kl_estimator", "monte_carlo" if estimated else "analytic")
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -211,7 +216,7 @@ class Posterior:
         chosen = {
             f.name: _at(rows, getattr(self, f.name), len(self))
             for f in fields(self)
-            if f.name not in ("distribution", "prior", "trace")
+            if f.init and f.name not in ("distribution", "prior", "trace")
         }
         trace = self.trace and replace(
             self.trace,
@@ -224,11 +229,6 @@ class Posterior:
     def __iter__(self) -> Iterator[Posterior]:
         """The posterior of each sequence in turn."""
         return (self[row] for row in range(len(self)))
-
-    @property
-    def kl_estimator(self) -> str:
-        """Of `kl`: `analytic`, or `monte_carlo` where the family has no closed form."""
-        return "monte_carlo" if self.closed_form_kl is None and self.has_density else "analytic"
 
     @exclusive
     @torch.no_grad()
@@ -255,21 +255,7 @@ class Posterior:
         Raises:
             InputError: if the batch holds other sequences, or in another order.
         """
-        refuse_other_sequences(self, batch, (name, "the batch"))
-        if self.x is None or batch.x is None:
-            return
-        x, mask = self.x.to(batch.device), self.mask.to(batch.device)
-        if x.shape != batch.x.shape or not bool((x == batch.x)[mask].all()):
-            raise InputError(
-                f"{name} and the batch hold other sequences under the same ids: infer on this batch"
-            )
-        for covariate, value in self.covariates.items():
-            other = batch.covariates.get(covariate)
-            if other is None or not _equal(value.to(batch.device), other):
-                raise InputError(
-                    f"{name} and the batch differ in covariate {shown(covariate)}: infer on this "
-                    "batch"
-                )
+        refuse_other_batch(self, batch, name)
 
 
 def _at(rows: Tensor, value: Any, size: int) -> Any:
@@ -277,13 +263,6 @@ def _at(rows: Tensor, value: Any, size: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _at(rows, inner, size) for name, inner in value.items()}
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same, NaN included."""
-    if one.shape != other.shape:
-        return False
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def fitted_posterior(

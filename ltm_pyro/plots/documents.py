@@ -7,9 +7,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ltm_pyro.diagnostics.documents import gains_by_document
-from ltm_pyro.diagnostics.psis import MIN_DRAWS, judged_in_words, khat_threshold
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
+from ltm_pyro.diagnostics.control import gains_by_document
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, khat_threshold
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, judged_in_words
 from ltm_pyro.errors import InputError
 from ltm_pyro.plots.style import BLUE, GREEN, INK, PURPLE, house_figure, title_and_legend
 

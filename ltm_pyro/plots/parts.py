@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.errors import InputError
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
 

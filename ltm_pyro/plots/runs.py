@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, Difference
-from ltm_pyro.diagnostics.sampling_error import Values
+from ltm_pyro.diagnostics.estimates import Values
 from ltm_pyro.errors import shown
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
 from ltm_pyro.run.run_comparison import RunComparison

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ltm_pyro.data.pairing import refuse_other_sequences
-from ltm_pyro.diagnostics.psis import judged_in_words, khat_threshold
-from ltm_pyro.diagnostics.sampling_error import Estimate, clustered_mean, documents_of
+from ltm_pyro.checks import refuse_other_sequences
+from ltm_pyro.diagnostics.estimates import Estimate, clustered_mean, documents_of, khat_threshold
+from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.plots.style import (
     BLUE,
     GREEN,

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ltm_pyro.diagnostics.sampling_error import Estimate, clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import Estimate, clustered_mean, documents_of
 from ltm_pyro.errors import InputError
 from ltm_pyro.plots.style import BLUE, GREEN, GREY, INK, RED, house_figure, title_and_legend
 

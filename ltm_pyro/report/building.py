@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ltm_pyro import plots
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.compare import Comparison
-from ltm_pyro.diagnostics.documents import gains_by_document
+from ltm_pyro.diagnostics.control import gains_by_document
 from ltm_pyro.diagnostics.held_out import held_out_bounds
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError

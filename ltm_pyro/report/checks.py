@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from ltm_pyro.diagnostics.cost import KL_FLOOR_WARNING, cost_report
+from ltm_pyro.diagnostics.estimates import FEW_DOCUMENTS
 from ltm_pyro.diagnostics.psis import MIN_DRAWS
-from ltm_pyro.diagnostics.sampling_error import FEW_DOCUMENTS
 from ltm_pyro.run.folder import Run
 
 PASSED, FAILED, NOT_MADE = "passed", "failed", "NOT MADE"

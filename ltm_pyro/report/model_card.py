@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ltm_pyro.diagnostics.perplexity import BOUNDS
+from ltm_pyro.diagnostics.estimates import BOUNDS
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.report.building import recorded_comparison

@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ltm_pyro.diagnostics.perplexity import COMPARED, PERPLEXITIES, losses, per_token_perplexity
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import (
+    COMPARED,
+    PERPLEXITIES,
+    clustered_mean,
+    documents_of,
+    losses,
+    per_token_perplexity,
+)
 from ltm_pyro.run.scoring import HeldOut
 
 UNITS = ("token", "byte", "word")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.run.scoring import HeldOut
 
 _LABELS = {"elbo": "the ELBO", "iw_bound": "the importance-weighted bound"}

@@ -20,10 +20,9 @@ from ltm_pyro.diagnostics.compare.differences import (
     in_words,
     with_training,
 )
-from ltm_pyro.diagnostics.sampling_error import (
+from ltm_pyro.diagnostics.estimates import (
     Estimate,
     Values,
-    clustered_contrast,
     few_documents_note,
 )
 from ltm_pyro.errors import shown
@@ -264,3 +263,26 @@ def _settings_lines(settings: pd.DataFrame) -> str:
         values = ", ".join("-" if v is None else shown(v).strip("'") for v in settings[name])
         lines.append(f"  {name}: {values}")
     return "\n".join(lines)
+
+
+def clustered_contrast(totals: Values, sizes: Values, weights: Values) -> Estimate:
+    """A weighted sum of the rates of several scores of the same documents, by the same jackknife.
+
+    A document is left out of all scores at once, so what they share of it cancels in a difference.
+    They may cut the documents in different ways: only what belongs to which document is used.
+
+    Args:
+        totals: (R, G) per score and document, e.g. nats.
+        sizes: (R, G) what they are divided by, 0 or more; some of each score above 0.
+        weights: (R,) e.g. 1 and -1 for a difference.
+    """
+    total, size = totals.sum(1, keepdims=True), sizes.sum(1, keepdims=True)
+    value = float(weights @ (total / size)[:, 0])
+    share = (sizes / size).mean(0)
+    groups, effective = int((share > 0).sum()), float(1.0 / np.square(share).sum())
+    if groups < 2 or not math.isfinite(value):
+        return Estimate(value, math.nan, groups, effective)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a score that one document is all of
+        left_out = weights @ (total / size - (total - totals) / (size - sizes))
+    se = math.sqrt((groups - 1) / groups * float(np.square(left_out).sum()))
+    return Estimate(value, se, groups, effective)

@@ -21,8 +21,9 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import Mode, evaluate
 from ltm_pyro.diagnostics.collapse import CollapsePanel, collapse_panel
+from ltm_pyro.diagnostics.control import against_control
+from ltm_pyro.diagnostics.estimates import COMPARED, PERPLEXITIES
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.diagnostics.perplexity import COMPARED, PERPLEXITIES, against_control
 from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
 from ltm_pyro.diagnostics.units import UNITS, score_table

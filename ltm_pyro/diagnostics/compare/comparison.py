@@ -21,7 +21,7 @@ from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock
 from ltm_pyro.diagnostics.compare.reference import against_reference, check_reference
 from ltm_pyro.diagnostics.compare.summary import add_summary
 from ltm_pyro.diagnostics.compare.table import Comparison
-from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
+from ltm_pyro.diagnostics.estimates import corpus_attrs, sequence_coords
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide

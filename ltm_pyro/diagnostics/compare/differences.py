@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ltm_pyro.diagnostics.sampling_error import Estimate, clustered_ratio
+from ltm_pyro.diagnostics.estimates import Estimate, clustered_ratio
 
 Values = NDArray[np.float64]
 

@@ -15,8 +15,7 @@ from ltm_pyro.diagnostics.compare.differences import (
     in_words,
     paired_difference,
 )
-from ltm_pyro.diagnostics.psis import khat_threshold
-from ltm_pyro.diagnostics.sampling_error import Estimate, clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import Estimate, clustered_mean, documents_of, khat_threshold
 
 Values = NDArray[np.float64]
 

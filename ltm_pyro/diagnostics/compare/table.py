@@ -12,8 +12,8 @@ import xarray as xr
 
 from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words
 from ltm_pyro.diagnostics.compare.summary import one_fit, pair
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, few_documents_note
 from ltm_pyro.diagnostics.psis import MIN_DRAWS
-from ltm_pyro.diagnostics.sampling_error import clustered_mean, documents_of, few_documents_note
 from ltm_pyro.errors import shown
 from ltm_pyro.html import show
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.diagnostics.terms import standard_error
+from ltm_pyro.diagnostics.bounds import standard_error
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, Floats, column
 from ltm_pyro.diagnostics.trust.draws import Draws, Joint, walk
 from ltm_pyro.diagnostics.trust.score import MOST_DIMENSIONS, Columns, Moments, moment_flags

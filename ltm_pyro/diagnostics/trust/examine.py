@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 import ltm_pyro
 from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.labels import corpus_attrs, sequence_coords
+from ltm_pyro.diagnostics.estimates import corpus_attrs, sequence_coords
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
 from ltm_pyro.diagnostics.trust.draws import Joint, draw
 from ltm_pyro.diagnostics.trust.drift import drift_flags

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.bounds import standard_error
 from ltm_pyro.diagnostics.evidence import annealed_bound
-from ltm_pyro.diagnostics.terms import standard_error
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
 from ltm_pyro.diagnostics.trust.draws import Joint
 from ltm_pyro.diagnostics.trust.score import Columns

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.diagnostics.log_mean import log_mean
-from ltm_pyro.diagnostics.psis import khat_threshold, pareto_khat
-from ltm_pyro.diagnostics.terms import standard_error
+from ltm_pyro.diagnostics.bounds import standard_error
+from ltm_pyro.diagnostics.estimates import khat_threshold, log_mean
+from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
 from ltm_pyro.diagnostics.trust.draws import Draws
 from ltm_pyro.diagnostics.trust.score import Columns, Moments, moment_flags

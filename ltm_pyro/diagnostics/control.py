@@ -1,0 +1,111 @@
+"""Scores held against the control, a decoder without thoughts: of all, and document by document."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ltm_pyro.checks import refuse_other_sequences
+from ltm_pyro.diagnostics.estimates import (
+    BOUNDS,
+    COMPARED,
+    PERPLEXITIES,
+    clustered_ratio,
+    documents_of,
+    exponential,
+    losses,
+    monte_carlo,
+)
+
+
+def against_control(
+    scores: xr.Dataset, control: xr.Dataset, per: str = "token"
+) -> dict[str, dict[str, Any]]:
+    """Each score's ratio to the control's exact perplexity, paired sequence by sequence.
+
+    Args:
+        scores: Of `evaluate`.
+        control: Of the decoder without thoughts, exact, for the same sequences.
+        per: What perplexities are of: `token`, `byte` or `word`, which also stands in the names.
+
+    Returns:
+        By name (`ppl_elbo` and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`;
+        `difference_per_token` (nats, below 0 where the thoughts' model is better),
+        `difference_per_token_se` clustered by document and not below the Monte Carlo error,
+        `difference_per_token_error`, of which two
+        on either side hold 95 %; `documents` (each sequence counts as one where not known) and the
+        `verdict` that the error allows. Its 95 % are for each score alone.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    sizes = scores[f"n_{per}s"].values
+    for name in COMPARED:
+        if PERPLEXITIES[name][0] not in scores:
+            continue
+        gap = losses(scores, name) - losses(control, "ppl_z0")
+        rate = clustered_ratio(gap, sizes, documents_of(scores))
+        # The spread over documents holds the draws' error on average; of a few documents it may
+        # by luck not, where one sequence's draws are far noisier than the others'.
+        draws = monte_carlo(scores, name) / float(sizes.sum())
+        rate = replace(rate, se=max(rate.se, draws))
+        ratio = exponential(rate.value)
+        out[name] = {
+            "ratio": ratio,
+            "ratio_error": ratio * rate.error,
+            f"difference_per_{per}": rate.value,
+            f"difference_per_{per}_se": rate.se,
+            f"difference_per_{per}_error": rate.error,
+            "documents": rate.documents,
+            "verdict": _verdict(rate.value, rate.margin(), few=rate.few, bound=name in BOUNDS),
+        }
+    return out
+
+
+def _verdict(difference: float, margin: float, *, few: bool, bound: bool) -> str:
+    """What a paired difference of losses allows to say of these two fits, and no more."""
+    if not (math.isfinite(difference) and math.isfinite(margin)):
+        return "no error, so nothing can be said"
+    if few:
+        return "too few documents to say"
+    if abs(difference) <= margin:
+        return "not told apart"
+    if difference < 0:
+        return "this fit is better than this fit of the control"
+    if bound:
+        return "this bound is above the control; whether the model is, a bound cannot say"
+    return "this fit is worse than this fit of the control"
+
+
+def gains_by_document(scores: xr.Dataset, control: xr.Dataset) -> xr.Dataset:
+    """Nats above the control, document by document.
+
+    Args:
+        scores: Of `evaluate`.
+        control: Of the decoder without thoughts, on the same sequences.
+
+    Returns:
+        Dataset over `document`: `sequences`, `tokens`, and for each score that there is
+        `elbo_gain` and `iw_bound_gain` or `log_predictive_gain`, nats per sequence of the document.
+
+    Raises:
+        InputError: if the two are about other sequences.
+    """
+    refuse_other_sequences(scores, control, ("scores", "control"))
+    names = [n for n in ("elbo", "iw_bound", "log_predictive") if n in scores]
+    known = documents_of(scores)
+    documents = np.arange(scores.sizes["sequence"]) if known is None else known
+    found, place, sizes = np.unique(documents, return_inverse=True, return_counts=True)
+    out: dict[str, NDArray[Any]] = {
+        "sequences": sizes,
+        "tokens": np.bincount(place, weights=scores["n_tokens"].values),
+    }
+    for name in names:
+        gain = scores[name].values + control["nll_z0"].values
+        out[f"{name}_gain"] = np.bincount(place, weights=gain) / sizes
+    return xr.Dataset(
+        {name: ("document", values) for name, values in out.items()}, {"document": found}
+    )
