@@ -214,7 +214,7 @@ def summary(run: Run, held_out: HeldOut) -> dict[str, Any]:
         sequences of its columns under `nats_per_sequence`; `khat`; under `control` the
         perplexities of the decoder without thoughts, whose likelihood is exact, so that by every
         name they are that same number; under `against_control` the paired comparison of
-        `perplexity.against_control`; under `per_unit` the rows of `score_table` per token and,
+        `control.against_control`; under `per_unit` the rows of `score_table` per token and,
         where the text is known, per byte and per word, with the control's and the paired
         comparison; and under `collapse` the panel (mode `oracle`).
         What is not finite is `None`.
