@@ -10,7 +10,7 @@ import torch
 from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics import terms
+from ltm_pyro.diagnostics import bounds
 from ltm_pyro.diagnostics.estimates import clustered_ratio, per_token_perplexity
 
 
@@ -104,7 +104,7 @@ def test_rows_scored_some_at_a_time_get_the_scores_of_all(monkeypatch: pytest.Mo
     sizes: list[int] = []
     prepare = model.prepare
     monkeypatch.setattr(model, "prepare", lambda part: sizes.append(len(part)) or prepare(part))
-    monkeypatch.setattr(terms, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(bounds, "TOKENS_AT_ONCE", 24)
     parts = ltm.evaluate(model, None, batch, draws=3, mode="prior")
     assert set(sizes) == {2, 1}
     # Matrix products of fewer rows may add in another order.
