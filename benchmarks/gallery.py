@@ -1,7 +1,7 @@
 """Makes docs/gallery.md and its figures: one of each kind, from a fit to a corpus with a truth.
 
-    ltm-pyro fit --preset mixture --steps 300 --out runs/mixture
-    python benchmarks/gallery.py runs/mixture
+    make demo
+    python benchmarks/gallery.py runs/demo-mixture
 
 Minutes on two cores; most are the fits of the sweep over beta and of the runs that are compared.
 """
@@ -39,8 +39,8 @@ HEAD = """\
 
 Each figure is a function of `ltm_pyro.plots` that takes a result and returns a Matplotlib `Figure`,
 with below it what it shows and what to conclude. Colours can be told apart without red and green.
-Made by `benchmarks/gallery.py` from a fit to `mixture`, the corpus whose classes only thoughts can
-tell, and from the linear-Gaussian oracle.
+Made by `benchmarks/gallery.py` from the demo's fit to `mixture`, the corpus whose classes only
+thoughts can tell, and from the linear-Gaussian oracle.
 """
 
 Entry = tuple[str, str, Callable[[], Figure]]

@@ -101,7 +101,7 @@ def gains_by_document(scores: xr.Dataset, control: xr.Dataset) -> xr.Dataset:
     found, place, sizes = np.unique(documents, return_inverse=True, return_counts=True)
     out: dict[str, NDArray[Any]] = {
         "sequences": sizes,
-        "tokens": np.bincount(place, weights=scores["n_tokens"].values),
+        "tokens": np.bincount(place, weights=scores["n_tokens"].values).astype(np.int64),
     }
     for name in names:
         gain = scores[name].values + control["nll_z0"].values

@@ -102,7 +102,7 @@ def _khat(axes: Axes, data: xr.Dataset) -> None:
     )  # fmt: skip
     axes.axvline(data.attrs["khat_limit"], color=INK, lw=1.0, ls="--")
     axes.set(xlabel="k-hat of the\nimportance weights")
-    title_and_legend(axes, "")
+    title_and_legend(axes, "Weights")
 
 
 def _reference(axes: Axes, data: xr.Dataset) -> None:
@@ -117,4 +117,4 @@ def _reference(axes: Axes, data: xr.Dataset) -> None:
         label="scales",
     )  # fmt: skip
     axes.set(xlabel="distance of means (scales),\nratio of scales (medians)")
-    title_and_legend(axes, "")
+    title_and_legend(axes, "Reference")

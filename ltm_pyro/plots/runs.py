@@ -12,9 +12,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, Difference
 from ltm_pyro.diagnostics.estimates import Values
-from ltm_pyro.errors import shown
-from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
+from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, drawable, house_figure, title_and_legend
 from ltm_pyro.run.run_comparison import RunComparison
+
+_LONGEST = 40  # characters of a run's name
 
 
 def run_comparison(comparison: RunComparison) -> Figure:
@@ -26,7 +27,7 @@ def run_comparison(comparison: RunComparison) -> Figure:
     groups = list(comparison.settings.index)
     base, unit = comparison.dataset.attrs["baseline"], comparison.unit
     controlled = bool(np.isfinite(comparison.dataset["control"].values).any())
-    names = [shown(str(group), 40).strip("'") for group in groups]
+    names = [drawable(str(group)[:_LONGEST]) for group in groups]
     size = (6.4 + 2.4 * controlled, 1.6 + 0.5 * len(groups))
     with house_figure(size, _caption(comparison)) as figure:
         every = np.atleast_1d(figure.subplots(1, 1 + controlled, sharey=True))
@@ -39,9 +40,9 @@ def run_comparison(comparison: RunComparison) -> Figure:
         if controlled:
             found = [comparison.estimate(group, "over_control") for group in groups]
             fits = [comparison.fits(group, "over_control").to_numpy() for group in groups]
-            _panel(every[1], found, fits, 0.0, ORANGE, "IW bound less control")
+            _panel(every[1], found, fits, 0.0, ORANGE, "IW bound")
             every[1].set_xlabel(f"gain over the control\n(nats per {unit})")
-            title_and_legend(every[1], "")
+            title_and_legend(every[1], "Over the control")
         every[0].set_yticks(range(len(groups)), names)
         every[0].set_ylim(len(groups) - 0.5, -0.5)
     return figure

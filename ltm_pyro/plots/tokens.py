@@ -19,6 +19,7 @@ from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, drawable, house_figure
 _TOKENS = 160  # that can be told apart at 800 pixels
 _LETTERS = 60  # tokens that get their text
 _LINES = 4
+_LARGEST = 10.5  # points, of a short text
 
 
 def token_surprise(
@@ -98,16 +99,20 @@ def interpolation_strip(
         f"characters that differ from the first. The largest change is between {place + 1} and "
         f"{place + 2}; where all are alike, these thoughts do not steer the decoder."
     )
+    wrapped = [
+        textwrap.wrap(" ".join(text.split()), width)[:_LINES] or ["(empty)"] for text in texts
+    ]
+    longest = max(len(line) for lines in wrapped for line in lines)
+    size = min(_LARGEST, 8 * width / longest)  # points; `width` characters fill the strip at 8
     with house_figure((8.6, 0.5 + 0.72 * len(texts)), caption) as figure:
         axes = figure.subplots()
-        for row, (text, distance) in enumerate(zip(texts, distances, strict=True)):
+        for row, (lines, distance) in enumerate(zip(wrapped, distances, strict=True)):
             weight = row / (len(texts) - 1)
             color = np.array(BLUE) * (1 - weight) + np.array(ORANGE) * weight
             axes.add_patch(Rectangle((-0.16, row - 0.38), 0.14 * distance, 0.76, color=color))
-            lines = textwrap.wrap(" ".join(text.split()), width)[:_LINES] or ["(empty)"]
             shown = drawable("\n".join(lines), "monospace")
             axes.text(
-                0.01, row, shown, va="center", fontsize=8,
+                0.01, row, shown, va="center", fontsize=size,
                 family="monospace", linespacing=1.15,
             )  # fmt: skip
         axes.set(xlim=(-0.17, 1.0), ylim=(len(texts) - 0.5, -0.5), ylabel="weight of the second")
