@@ -82,6 +82,7 @@ WRONG_FITS = {
     "unknown option": (["--stepz", "3"], ["'--stepz'", "did you mean '--steps'"]),
     "unknown dotted option": (["--fast.step=3"], ["'--fast.step'", "did you mean '--fast.steps'"]),
     "stray argument": (["thing"], ["unexpected argument 'thing'"]),
+    "expanded pattern": (["--corpus", "a.txt", "text.txt"], ["'text.txt'", "in quotes"]),
     "no value": (["--steps"], ["--steps: expected one argument"]),
     "zero steps": (["--steps", "0"], ["steps is 0", "above 0"]),
     "negative steps": (["--steps", "-5"], ["steps is -5", "above 0"]),

@@ -280,6 +280,7 @@ def test_pydoc(monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/where/missing", "there is no file or folder"),
         ("tests/missing.txt", "there is no file or folder"),
         ("/nowhere/at/all.jsonl", "there is no file or folder"),
+        ("https://example.org/a.txt", "is an address: fetch the file"),
     ],
 )
 def test_corpora_that_are_none(name: str, message: str) -> None:

@@ -200,6 +200,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "empty iterator": (lambda: iter(()), "is empty"),
     "empty texts": (lambda: ["", ""], "is empty"),
     "empty frame": (lambda: pd.DataFrame({"text": []}), "is empty"),
+    "frame of nothing": (pd.DataFrame, "its columns are none"),
+    "a set": (lambda: set(TEXTS), "no order.*list"),
     "frame without the field": (
         lambda: pd.DataFrame({"body": TEXTS}),
         "no column .*body.*text_field",

@@ -291,7 +291,7 @@ def test_what_is_no_tokenizer_is_refused(given: object, message: str) -> None:
 def test_damaged_tokenizer_files(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"version": "1.0"}', "[" * 100_000, "\xff"):
         (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"tokenizer\.json") as caught:
             open_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 from typing import Any, NoReturn
@@ -99,7 +100,9 @@ class Parser(jsonargparse.ArgumentParser):
     def _unknown(self, given: str, help_hint: str) -> str:
         name = given.partition("=")[0]
         if not name.startswith("-"):
-            return f"unexpected argument {name!r}: {help_hint}"
+            if os.path.exists(given):  # what a shell makes of a pattern without quotes
+                help_hint = "several files are a pattern in quotes, as --corpus 'books/*.md'"
+            return f"unexpected argument {shown(name)}: {help_hint}"
         guess = nearest(name, [o for o in self._option_string_actions if o.startswith("--")])
         hint = f"did you mean {guess!r}? " if guess else ""
         return f"unknown option {name!r}: {hint}{help_hint}"

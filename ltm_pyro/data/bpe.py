@@ -83,11 +83,15 @@ class HuggingFaceTokenizer:
             InputError: if the file is missing, damaged or too large.
         """
         try:
-            return cls(json.loads(_limited_text(file)))
+            state = json.loads(_limited_text(file))
         except InputError:
             raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"cannot read the tokenizer {str(file)!r}: {error}") from None
+        try:
+            return cls(state)
+        except InputError as error:
+            raise InputError(f"{str(file)!r} is no tokenizer.json ({error}): give one") from None
 
     @classmethod
     def from_engine(cls, engine: Engine) -> HuggingFaceTokenizer:

@@ -26,6 +26,7 @@ BUILT_IN = ("pydoc", "mixture")
 HUB_OPTIONS = ("config", "hub_split")
 IN_MEMORY = "in-memory"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_PATH = 1024
 
 
@@ -86,6 +87,8 @@ def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any
                 f"{shown(name)} reads as a text, not as the path of one: give texts in a list, "
                 "load_corpus([...])"
             )
+        if _ADDRESS.match(name):
+            raise InputError(f"{shown(name)} is an address: fetch the file, and give its path")
         path = as_path(name)
         there = os.path.lexists(path) or bool(PATTERN.search(name))
         if _is_hub_name(name) and not there:

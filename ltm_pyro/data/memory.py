@@ -71,6 +71,10 @@ class MemorySource:
     def _rows(self, data: object) -> Iterator[Any]:
         if isinstance(data, pd.DataFrame):
             return _frame_rows(data, self.field.name)
+        if isinstance(data, set | frozenset):
+            raise InputError(
+                "a set has no order, so that ids would be others in each process: give a list"
+            )
         if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
             raise InputError(
                 f"a corpus cannot be made of {type(data).__name__} {shown(data)}: give a path, "
@@ -83,9 +87,10 @@ def _frame_rows(frame: pd.DataFrame, field: str) -> Iterator[Mapping[str, Any]]:
     """Rows as mappings, some at a time."""
     columns = [str(name) for name in frame.columns]
     if field not in columns and field.partition(".")[0] not in columns:
+        names = shown(", ".join(columns), 200)[1:-1] or "none"
         raise InputError(
-            f'the frame has no column "{shown(field)[1:-1]}": its columns are '
-            f"{shown(', '.join(columns), 200)[1:-1]}; name one with text_field"
+            f'the frame has no column "{shown(field)[1:-1]}": its columns are {names}; name one '
+            "with text_field"
         )
     for start in range(0, len(frame), _ROWS):
         part = frame.iloc[start : start + _ROWS]
