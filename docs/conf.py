@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import ltm_pyro
 
 # Sphinx reads what lies below this folder alone; the copy is not committed.
@@ -40,11 +43,23 @@ napoleon_numpy_docstring = False
 default_role = "code"
 html_theme = "furo"
 html_title = "ltm_pyro"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_math_renderer = "mathml"
 
 
 def setup(app: Any) -> None:
-    """Links to notebooks are written as they lie in the repository, so that they work there too."""
+    """Formulas that browsers draw themselves; links to notebooks as they lie in the repository."""
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("source-read", _notebooks_beside_the_pages)
+
+
+def _formula(writer: Any, node: nodes.Element) -> None:
+    """MathML, which needs no script and no network."""
+    block = isinstance(node, nodes.math_block)
+    formula = tex2mathml(node.astext(), as_block=block)
+    writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
 
 
 def _notebooks_beside_the_pages(app: Any, name: str, source: list[str]) -> None:
