@@ -57,7 +57,8 @@ def setup(app: Any) -> None:
 def _formula(writer: Any, node: nodes.Element) -> None:
     """MathML, which needs no script and no network."""
     block = isinstance(node, nodes.math_block)
-    formula = tex2mathml(node.astext(), as_block=block)
+    spaced = node.astext().replace(r"\log", r"\log\,")  # which TeX does by itself
+    formula = tex2mathml(spaced, as_block=block)
     writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
