@@ -60,7 +60,12 @@ def test_given_thoughts_are_used(model: ltm.LatentThoughtModel) -> None:
     z = torch.randn(2, *model.thought_shape)
     greedy = [ltm.generate(model, ByteTokenizer(), z=z, n=2, seed=s, greedy=True) for s in (1, 2)]
     assert greedy[0] == greedy[1]  # nothing is left to chance
-    assert ltm.generate(model, ByteTokenizer(), z=z[0], n=2, length=5, greedy=True)
+    one = [
+        ltm.generate(model, ByteTokenizer(), z=each, n=2, length=5, greedy=True)
+        for each in (z[0], z[:1])  # as it is, and as the posterior mean of a batch of one
+    ]
+    assert one[0] == one[1]
+    assert one[0][0] == one[0][1]
 
 
 def test_top_k_one_is_greedy(model: ltm.LatentThoughtModel) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -135,6 +136,9 @@ def test_an_embedding_is_the_posterior_of_the_text_alone() -> None:
     np.testing.assert_array_equal(frame.iloc[0], frame.iloc[2])
     assert not np.allclose(frame.iloc[0], frame.iloc[1])
     np.testing.assert_allclose(ltm.embed(svi, "another").iloc[0], frame.iloc[1])
+    column = pd.Series(["another", "one text"], index=["x", "y"])
+    assert ltm.embed(svi, column).loc["y"].equals(frame.iloc[0].rename("y"))
+    np.testing.assert_array_equal(ltm.embed(svi, column.to_numpy()), frame.iloc[[1, 0]])
     corpus = ltm.load_corpus([{"text": f"text {i}", "n": i} for i in range(20)], seq_len=24)
     rows = ltm.embed(svi, corpus.val)
     post = svi.infer(corpus.val.batch(slice(None)))
@@ -151,6 +155,7 @@ def test_an_embedding_is_the_posterior_of_the_text_alone() -> None:
         (text_fit(), [], "empty"),
         (text_fit(), ["a", ""], "text 1"),
         (text_fit(), ["a", 3], "batch is"),
+        (text_fit(), np.arange(3), "batch is"),
         (text_fit(), "x" * 25, "25 tokens"),
         (ltm.DualRateSVI(language_model(), "mean_field"), "a", "no tokenizer"),
     ],

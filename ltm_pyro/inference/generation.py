@@ -153,7 +153,7 @@ def _thoughts(
     if z is not None:
         z = z.to(model.decoder.bos)
         shape = (rows, *model.thought_shape)
-        if z.shape not in (shape, shape[1:]):
+        if z.shape not in (shape, shape[1:], (1, *shape[1:])):
             raise InputError(f"z is {tuple(z.shape)}: must be {shape[1:]} or {shape}")
         return z.expand(shape)
     if given is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from pyro.infer import ELBO
 
 from ltm_pyro.data.batches import Batch
@@ -19,8 +22,8 @@ from ltm_pyro.models.base import LatentModel
 
 T = TypeVar("T")
 
-Sequences = Batch | SequenceSet | str | Sequence[str]
-"""What inference takes: a batch, a split of a corpus, a text, or several."""
+Sequences = Batch | SequenceSet | str | Sequence[str] | pd.Series | NDArray[Any]
+"""What inference takes: a batch, a split of a corpus, a text, or several, also as a column."""
 
 
 def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
@@ -90,7 +93,7 @@ def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
         return data.batch(range(len(data)))
     if isinstance(data, Batch):
         return data.usable().distinct()
-    texts = [data] if isinstance(data, str) else data
+    texts = [data] if isinstance(data, str) else listed(data)
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise InputError(
             f"batch is {_described(data)}: must be a Batch (ltm_pyro.Batch(x), corpus.val.batch), "
@@ -102,6 +105,11 @@ def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
             "run, or set svi.tokenizer = corpus.tokenizer"
         )
     return _tokens(list(texts), tokenizer)
+
+
+def listed(data: object) -> object:
+    """The list of a frame's column or an array; anything else as it is."""
+    return data.tolist() if isinstance(data, pd.Series | pd.Index | np.ndarray) else data
 
 
 def _tokens(texts: list[str], tokenizer: Tokenizer) -> Batch:

@@ -18,7 +18,7 @@ from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.generation import generate
-from ltm_pyro.inference.inputs import Sequences, batch_of
+from ltm_pyro.inference.inputs import Sequences, batch_of, listed
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 _MOST = 1000  # texts between two
@@ -39,15 +39,16 @@ def embed(
 
     Args:
         fitted: A run, or a `DualRateSVI` that knows a tokenizer.
-        texts: One or several texts, no longer than the model's sequences; or a batch, or a split of
-            a corpus.
+        texts: One or several texts, no longer than the model's sequences, also as the column of a
+            frame; or a batch, or a split of a corpus.
         steps: T_fast; the fast clock's own by default. More leave less noise in the numbers.
         seed: Of the fast loop's noise; the fit's own by default.
         progress: Show a progress bar on stderr, if it takes longer than a few seconds.
 
     Returns:
-        A row for each text, in order (of a batch or split by the sequences' stable ids, so that
-        `frame.join(corpus.val.metadata)` adds what is known of them); columns `mean_K_D` and
+        A row for each text, in order (of a column by its index, of a batch or split by the
+        sequences' stable ids, so that `frame.join(corpus.val.metadata)` adds what is known of
+        them); columns `mean_K_D` and
         `sd_K_D` of dimension D of thought K, counted from 0. `frame.filter(like="mean_")` are the
         means alone.
 
@@ -57,9 +58,10 @@ def embed(
     svi = svi_of(fitted)
     batch = batch_of(texts, svi.tokenizer)
     index, place = pd.Index(batch.ids.cpu().numpy(), name="id"), np.arange(len(batch))
-    if isinstance(texts, str | list | tuple):
-        batch, place = _named_by_text(batch, [texts] if isinstance(texts, str) else texts)
-        index = pd.RangeIndex(len(place))
+    several = listed(texts)
+    if isinstance(several, str | list | tuple):
+        batch, place = _named_by_text(batch, [several] if isinstance(several, str) else several)
+        index = texts.index if isinstance(texts, pd.Series) else pd.RangeIndex(len(place))
     post = svi.infer(batch, steps, seed=seed, progress=progress)
     thoughts, dims = post.distribution.event_shape
     columns = {}

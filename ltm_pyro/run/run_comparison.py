@@ -239,7 +239,7 @@ def format_runs(comparison: RunComparison) -> str:
     lines = [f"nats per {unit}, higher is better; +- errors of which two hold 95 %", ""]
     lines.append(f"{'group':<{wide}}{'fits':>4}{head}  verdict")
     for name, (_, row) in zip(names, frame.iterrows(), strict=True):
-        cells = "".join(f"{_cell(row, key, unit):>{width}}" for _, key, width in columns)
+        cells = "".join(f"  {_cell(row, key, unit):>{width - 2}}" for _, key, width in columns)
         lines.append(f"{name:<{wide}}{row['fits']:>4}{cells}  {row['verdict']}")
     return "\n".join([*lines, "", _settings_lines(comparison.settings), *comparison.notes])
 
