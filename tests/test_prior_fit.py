@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from clusters import adjusted_rand_index
 from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.config import preset
 from ltm_pyro.models.priors import MixturePrior
+from studies.clusters import adjusted_rand_index
 
 SEQUENCES = 256
 

@@ -14,7 +14,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cli_helpers import environment
-from clusters import adjusted_rand_index
 from known_models import TINY, make_language_model, make_tokens
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -50,6 +49,7 @@ from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.models.priors.em import fit_mixture
 from ltm_pyro.models.priors.mixture import DRAWS_PER_COMPONENT
 from ltm_pyro.run import Interrupted, create_run, load_run, train
+from studies.clusters import adjusted_rand_index
 
 K, D = 4, 3
 OPTIONS: dict[str, dict[str, Any]] = {

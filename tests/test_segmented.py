@@ -18,7 +18,7 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.filtering import LOC, SCALE, Segment
+from ltm_pyro.inference.filtering import CLOCK, LOC, SCALE, Segment
 from ltm_pyro.models.full_normal import FullNormal, LowRankNormal
 from ltm_pyro.models.priors import build_prior
 from ltm_pyro.models.segmented import SegmentedThoughtModel, SessionThoughtModel
@@ -139,9 +139,9 @@ def test_the_kl_is_that_of_the_whole_normal(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_full_rank_filter_is_the_kalman_filter(seed: int) -> None:
-    model = random_system(seed, state=3, observed=5, segments=3)
+    model = random_system(seed, state=3, observed=5, segments=2)
     batch = ltm.simulate(model, 8, seed=seed).batch
-    off = distances(model, batch, "full_rank", 256, 128, seed)
+    off = distances(model, batch, "full_rank", CLOCK.steps, 128, seed)
     for name, limit in LIMITS.items():
         assert off[name] < limit, name
 
@@ -232,6 +232,22 @@ def test_the_clocks_learn_the_transition() -> None:
     wanted = kalman_filter(true, batch.observed)[2].sum(1).mean()
     assert float(wanted - before) > 0.5
     assert float(wanted - after) < 0.2 * float(wanted - before)
+
+
+def test_the_clocks_learn_that_turns_share_a_session() -> None:
+    """From a start where they share half; a start without would stay there."""
+    true = linear(SessionThoughtModel, 4)
+    with torch.no_grad():
+        true.thought_prior.transition.copy_(1.5 * torch.eye(4))
+    batch = ltm.simulate(true, 256).batch
+    model = SessionThoughtModel(true.emission, 4)
+    svi = ltm.DualRateSVI(
+        model, "full_rank", Fast(steps=8), ltm.Slow(lr=0.08, warmup=0.0), persistent=True
+    )
+    svi.fit(batch, 30, batch_size=64, progress=False)
+    a = model.thought_prior.transition
+    shared, wanted = a @ a.T, true.thought_prior.transition @ true.thought_prior.transition.T
+    assert float((shared - wanted).norm() / wanted.norm()) < 0.35
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ chapter 12). A (N, N) and s (N,) are learned, N the numbers of one block.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -173,11 +173,13 @@ for _normal in (Independent, FullNormal, BlockNormal, LowRankNormal):
 
 
 class _TreePrior(ThoughtPrior):
-    """What the two families share: A starts at 0 and s at 1, the standard normal.
+    """What the two families share: A starts at a multiple of I, and each block at N(0, I).
 
     Raises:
         InputError: unless there are two blocks or more, of equally many thoughts.
     """
+
+    _start: ClassVar = 0.0
 
     def __init__(self, n_thoughts: int, thought_dim: int, blocks: int | None = None) -> None:
         super().__init__(n_thoughts, thought_dim)
@@ -189,8 +191,8 @@ class _TreePrior(ThoughtPrior):
             )
         size = n_thoughts // blocks * thought_dim
         self.parents = self._parents(blocks)
-        self.transition = nn.Parameter(torch.zeros(size, size))
-        self.log_scale = nn.Parameter(torch.zeros(size))
+        self.transition = nn.Parameter(self._start * torch.eye(size))
+        self.log_scale = nn.Parameter(torch.full((size,), 0.5 * math.log(1 - self._start**2)))
 
     def _parents(self, blocks: int) -> tuple[int, ...]:
         raise NotImplementedError
@@ -231,11 +233,16 @@ class StateSpacePrior(_TreePrior):
 class HierarchicalPrior(_TreePrior):
     """Two levels: the first block is a session's, all others are its turns', given that one.
 
+    A starts at I / 2: at 0 the session's thoughts would stay unused, since nothing else sees them,
+    and A without a gradient, since they are unused.
+
     Args:
         n_thoughts: K.
         thought_dim: D.
         blocks: M, one and the number of turns; by default each thought is a block.
     """
+
+    _start: ClassVar = 0.5
 
     def _parents(self, blocks: int) -> tuple[int, ...]:
         return (0,) * (blocks - 1)
