@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics.sampling_error import clustered_mean
+from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.models.examples import BernoulliFactors
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure
 from studies.common import clear, over_seeds, with_errors
@@ -60,13 +60,13 @@ def read(folder: Path, settings: dict[str, Any]) -> Dialogues:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 dialogue = json.loads(line)
-                said = [t for t in dialogue["turns"] if t["s"] == "U"][:turns]
-                if len(dialogue["services"]) == 1 and len(said) == turns:
-                    words = [re.findall(r"[a-z']+|#+", re.sub(r"\d+", "#", t["u"].lower()))
-                             for t in said]  # fmt: skip
-                    intents = [(t["i"] or ["NONE"])[0] for t in said]
+                user = [t for t in dialogue["turns"] if t["s"] == "U"][:turns]
+                if len(dialogue["services"]) == 1 and len(user) == turns:
+                    texts = (re.sub(r"\d+", "#", t["u"].lower()) for t in user)
+                    bags = [re.findall(r"[a-z']+|#", text) for text in texts]
+                    named = [(t["i"] or ["NONE"])[0] for t in user]
                     service = dialogue["services"][0].rpartition("_")[0]
-                    kept.append((service, list(zip(words, intents, strict=True))))
+                    kept.append((service, list(zip(bags, named, strict=True))))
     services = _commonest((s for s, _ in kept), settings["services"])
     kept = [each for each in kept if each[0] in services]
     order = np.random.default_rng(0).permutation(len(kept))
@@ -74,7 +74,7 @@ def read(folder: Path, settings: dict[str, Any]) -> Dialogues:
     known = _commonest((w for _, said in kept for words, _ in said for w in words),
                        settings["vocabulary"])  # fmt: skip
     intents = _commonest((i for _, said in kept for _, i in said), 1000)
-    x = torch.zeros(len(kept), turns, len(known))
+    x = torch.zeros(len(kept), turns, settings["vocabulary"])
     for row, (_, said) in enumerate(kept):
         for t, (words, _) in enumerate(said):
             x[row, t, [known[w] for w in words if w in known]] = 1.0

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics.sampling_error import clustered_mean
+from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.models.examples import BernoulliFactors
 from ltm_pyro.models.priors.em import fit_mixture
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend

@@ -22,7 +22,7 @@ def softmax_regression(
         return fit.detach()
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
     return weights.detach()
 
 

@@ -1,5 +1,6 @@
 """Studies: what is computed is kept, and a study that was stopped goes on."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -143,3 +144,22 @@ def make_data(folder: Path) -> None:
     for name in ("train", "test"):
         problem_lines = "".join(json.dumps(each) + "\n" for each in problems)
         (folder / "gsm8k" / f"{name}.jsonl").write_text(problem_lines)
+    make_dialogues(folder / "sgd")
+
+
+def make_dialogues(folder: Path) -> None:
+    """Of three services, in the form of the reduced Schema-Guided Dialogues."""
+    folder.mkdir()
+    said = {"Hotels": "a room in town", "Buses": "a seat to town", "Movies": "show me films"}
+    with gzip.open(folder / "train.jsonl.gz", "wt", encoding="utf-8") as out:
+        for i in range(120):
+            service = list(said)[i % 3]
+            turns = [
+                {
+                    "s": "US"[t % 2],
+                    "u": f"{said[service]} {i} please",
+                    "i": [f"Find{service}"][: t + 1],
+                }
+                for t in range(8)
+            ]
+            out.write(json.dumps({"services": [f"{service}_1"], "turns": turns}) + "\n")
