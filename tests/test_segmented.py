@@ -235,19 +235,24 @@ def test_the_clocks_learn_the_transition() -> None:
 
 
 def test_the_clocks_learn_that_turns_share_a_session() -> None:
-    """From a start where they share half; a start without would stay there."""
+    """From a start where they share a tenth of their variance, towards the two thirds of the truth.
+
+    Nothing but the session makes turns alike, and a start without would stay there.
+    """
     true = linear(SessionThoughtModel, 4)
     with torch.no_grad():
-        true.thought_prior.transition.copy_(1.5 * torch.eye(4))
+        true.thought_prior.transition.copy_(1.4 * torch.eye(4))
+        true.thought_prior.log_scale.zero_()
     batch = ltm.simulate(true, 256).batch
     model = SessionThoughtModel(true.emission, 4)
     svi = ltm.DualRateSVI(
         model, "full_rank", Fast(steps=8), ltm.Slow(lr=0.08, warmup=0.0), persistent=True
     )
     svi.fit(batch, 30, batch_size=64, progress=False)
-    a = model.thought_prior.transition
-    shared, wanted = a @ a.T, true.thought_prior.transition @ true.thought_prior.transition.T
-    assert float((shared - wanted).norm() / wanted.norm()) < 0.35
+    variance = model.prior().variance.detach()[-2:].flatten()
+    a = model.thought_prior.transition.detach()
+    shared = (a @ a.T).diagonal() / variance
+    assert 0.3 < float(shared.mean()) < 0.75  # 30 steps are not the whole way
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ class StateSpacePrior(_TreePrior):
 class HierarchicalPrior(_TreePrior):
     """Two levels: the first block is a session's, all others are its turns', given that one.
 
-    A starts at I / 2: at 0 the session's thoughts would stay unused, since nothing else sees them,
+    A starts at 0.3 I: at 0 the session's thoughts would stay unused, since nothing else sees them,
     and A without a gradient, since they are unused.
 
     Args:
@@ -242,7 +242,7 @@ class HierarchicalPrior(_TreePrior):
         blocks: M, one and the number of turns; by default each thought is a block.
     """
 
-    _start: ClassVar = 0.5
+    _start: ClassVar = 0.3
 
     def _parents(self, blocks: int) -> tuple[int, ...]:
         return (0,) * (blocks - 1)
