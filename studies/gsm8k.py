@@ -6,6 +6,7 @@ which is asked. A line that cannot be used is left out and told; see `studies.ta
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ from studies.tasks import (
     writers,
 )
 
-SHOT = 400
+SHOT = 300
 """Bytes of the longest problem that serves as a shot."""
 _TOGETHER = 6
 """Problems of one fitted text: as many as a prompt of five shots has."""
@@ -78,13 +79,19 @@ def fitting(
     write: Writer, test: list[Problem], shots: list[Problem], settings: dict[str, Any]
 ) -> list[Problem]:
     """Test problems, the same for every number of shots, that fit the model behind all of them."""
-    room = write.model.config.seq_len - settings["study.new_tokens"]
     before = "".join(p.text for p in shots)
+
+    def tokens(text: str) -> int:
+        return len(write.tokenizer.encode(text))
+
+    def longest(p: Problem) -> int:
+        """Tokens of the prompt and of what may follow it, drawn or true."""
+        after = max(settings["study.new_tokens"], tokens(p.true_answer))
+        return tokens(before + p.prompt) + after
+
     order = np.random.default_rng(settings["seed"]).permutation(len(test))
-    asked = [
-        p for p in (test[i] for i in order[: settings["study.problems"]])
-        if len(write.tokenizer.encode(before + p.prompt)) <= room
-    ]  # fmt: skip
+    fit = (p for p in (test[i] for i in order) if longest(p) <= write.model.config.seq_len)
+    asked = list(itertools.islice(fit, settings["study.problems"]))
     if not asked:
         raise InputError("no problem of test.jsonl fits the model behind its shots: give shorter")
     return asked
@@ -101,7 +108,7 @@ def scored(
     ]
     answers = settings["study.answers"], settings["study.new_tokens"]
     rows = graded(made, tasks, *answers, "\n\n", settings["seed"])
-    truths = [f" {p.answer}\n\n" for p in asked]
+    truths = [p.true_answer for p in asked]
     sizes = [len(text.encode()) for text in truths]
     nats = {name: answer_nats(w, [t.prompt for t in tasks], truths) for name, w in made.items()}
     gap = clustered_ratio((nats["control"] - nats["thoughts"]) / np.log(2), sizes)

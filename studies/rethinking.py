@@ -74,8 +74,8 @@ def rounds(
     out, z = [], None
     for turn in range(settings["study.rounds"]):
         seed = 1000 * settings["seed"] + turn
-        given = {} if z is None or not again else {"z": z}
-        answers = [each[0] for each in write(prompts, 1, _ANSWER, "\n", seed=seed, **given)]
+        made = write(prompts, 1, _ANSWER, "\n", seed=seed, z=z if again else None)
+        answers = [each[0] for each in made]
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         if write.svi is None:
             out.append((answers, -answer_nats(write, [""] * len(texts), texts)))

@@ -82,7 +82,12 @@ class Problem:
     @property
     def text(self) -> str:
         """As one of the shots of a prompt."""
-        return f"{self.prompt} {self.answer}\n\n"
+        return f"{self.prompt}{self.true_answer}"
+
+    @property
+    def true_answer(self) -> str:
+        """What follows the prompt, as it was fitted."""
+        return f" {self.answer}\n\n"
 
     @property
     def prompt(self) -> str:
@@ -100,10 +105,14 @@ def gsm8k_problem(line: str) -> Problem:
         record = json.loads(line)
     except ValueError:
         raise ValueError("not JSON") from None
-    fields = [record.get(k) for k in ("question", "answer")] if isinstance(record, dict) else []
-    if not fields or not all(isinstance(value, str) and value.strip() for value in fields):
+    found = record if isinstance(record, dict) else {}
+    question, answer = (
+        text.strip() if isinstance(text := found.get(name), str) else ""
+        for name in ("question", "answer")
+    )
+    if not (question and answer):
         raise ValueError('it must be an object with strings "question" and "answer"')
-    problem = Problem(fields[0].strip(), fields[1].strip())
+    problem = Problem(question, answer)
     problem.text.encode()
     if final_number(problem.answer) is None:
         raise ValueError("its answer has no number behind ####")
@@ -223,7 +232,8 @@ def graded(
         first = write([t.prompt for t in tasks], 1, new_tokens, stop, greedy=True)
         drawn = write([t.prompt for t in tasks], n, new_tokens, stop, seed=seed)
         right = [[t.right(text) for text in texts] for t, texts in zip(tasks, drawn, strict=True)]
-        scores = {"greedy": [t.right(texts[0]) for t, texts in zip(tasks, first, strict=True)]}
+        likeliest = [t.right(texts[0]) for t, texts in zip(tasks, first, strict=True)]
+        scores = {"greedy": np.array(likeliest, np.float64)}
         scores |= {f"pass_{k}": pass_at_k(n, np.sum(right, 1), k) for k in sorted({1, n})}
         row: dict[str, Any] = {"model": name, "problems": len(tasks)}
         for score, values in scores.items():

@@ -68,7 +68,7 @@ def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
                                 "control_bits_per_byte": exact.loc["nll_z0", "bits_per_byte"],
                                 "gain_bits_per_byte": -gap["difference_per_byte"] / math.log(2),
                                 "gain_error": gap["difference_per_byte_error"] / math.log(2),
-                                "documents": gap["documents"], "bytes": int(own["n_bytes"]),
+                                "documents": gap["documents"], "bytes": own["n_bytes"],
                             }
                         )  # fmt: skip
     return rows
@@ -107,7 +107,9 @@ def paragraph(table: pd.DataFrame) -> str:
     """The table over seeds, and where thoughts are told from the control."""
     lines = ["| text | " + " | ".join(label for label, _ in SCORES.values()) + " | control |"]
     lines.append("|---" * (len(SCORES) + 2) + "|")
-    better, worse, places = [], [], 0
+    better: list[str] = []
+    worse: list[str] = []
+    places = 0
     for name in TEXTS:
         cells = []
         for (mode, score), (label, _) in SCORES.items():
