@@ -208,6 +208,7 @@ def test_labels_belong_to_ids() -> None:
     corpus = load_corpus("mixture", seq_len=10, n_sequences=100)
     batch = corpus.train.batch([3, 0])
     assert corpus.classes_of(batch).tolist() == corpus.labels[batch.ids.numpy()].tolist()
+    assert batch.metadata["class"].tolist() == corpus.classes_of(batch).tolist()
     for wrong in (-1, 100):
         with pytest.raises(InputError, match=r"ids outside 0 \.\. 99"):
             corpus.classes_of(Batch(batch.observed, ids=torch.tensor([0, wrong])))

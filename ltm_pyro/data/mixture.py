@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.markov import Array, MarkovMixture
+from ltm_pyro.data.metadata import DocumentTable
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.data.split import FRACTIONS, split_documents
 from ltm_pyro.data.tokenizer import SymbolTokenizer
@@ -115,7 +117,9 @@ def make_mixture(
     tokenizer = SymbolTokenizer(process.symbols)
     sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     fingerprint = fingerprint_of({"symbols": sha256}, tokenizer, seq_len)
-    layout = SequenceLayout(tokens.ravel(), lengths, seq_len, fingerprint, tokenizer)
+    layout = SequenceLayout(
+        tokens.ravel(), lengths, seq_len, fingerprint, tokenizer, _truth(labels)
+    )
     parts: dict[str, Any] = {
         name: SequenceSet(layout, documents, name) for name, documents in split.items()
     }
@@ -144,4 +148,17 @@ def make_mixture(
         },
         process=process,
         labels=labels,
+    )
+
+
+def _truth(labels: NDArray[np.int64]) -> DocumentTable:
+    """Metadata `class`: what each sequence was drawn from."""
+    rows = [json.dumps({"0": int(label)}).encode() for label in labels]
+    return DocumentTable(
+        files=("",),
+        fields=("class",),
+        file=np.zeros(len(labels), dtype=np.int32),
+        offset=np.arange(len(labels)),
+        rows=np.frombuffer(b"".join(rows), dtype=np.uint8),
+        row_lengths=np.array([len(row) for row in rows]),
     )
