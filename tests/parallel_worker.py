@@ -16,11 +16,11 @@ from known_models import TINY, LearnedOracle, make_language_model, make_oracle, 
 from torch import Tensor
 
 import ltm_pyro as ltm
+from ltm_pyro.data.training_data import RowsOf
 from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import control as control_of
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.inference.training_data import RowsOf
 
 Answer = dict[str, Any]
 ROWS, BATCH = 12, 4

@@ -12,8 +12,8 @@ import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
+from ltm_pyro.data.training_data import RowsOf
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.training_data import RowsOf
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
 LENGTHS = np.array([7, 1, 4, 12, 3, 8])  # with T = 4: 2, 1, 1, 3, 1 and 2 sequences

@@ -17,6 +17,7 @@ from torch import Tensor
 from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, NonFiniteError, shown
 
@@ -92,6 +93,28 @@ class Execution:
         if isinstance(model, Computes):
             return model.computing(self.precision, self.checkpointing)
         return nullcontext()
+
+    def batch_of_step(
+        self, data: TrainingData, step: int, batch_size: int, seed: int, *, lanes: bool = False
+    ) -> Batch:
+        """This process's rows of the batch of one slow step.
+
+        Args:
+            data: The training sequences.
+            step: The slow step.
+            batch_size: B, of all processes together.
+            seed: Of the order.
+            lanes: Keep every sequence to its lane of the batch, and so to its process: rows that
+                are stored need it.
+
+        Raises:
+            InputError: if the processes cannot have equally many rows.
+        """
+        # Only what is asked for, so that data of one's own need know neither.
+        asked: dict[str, Any] = {"lanes": True} if lanes else {}
+        if self.parallel.size > 1:
+            asked["rows"] = self.parallel.rows(min(batch_size, len(data)))
+        return data.training_batch(step, batch_size, seed, **asked)
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""

@@ -14,10 +14,10 @@ from pyro.infer import ELBO
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.data.training_data import RowsOf, TrainingData
 from ltm_pyro.doors import require_model
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.base import LocalGuide, build_guide, guide_families
-from ltm_pyro.inference.training_data import RowsOf, TrainingData
 from ltm_pyro.models.base import LatentModel
 
 T = TypeVar("T")

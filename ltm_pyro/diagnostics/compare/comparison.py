@@ -17,6 +17,7 @@ import ltm_pyro
 from ltm_pyro.checks import QUIET_SECONDS, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock, fit_and_score
 from ltm_pyro.diagnostics.compare.reference import against_reference, check_reference
 from ltm_pyro.diagnostics.compare.summary import add_summary
@@ -27,7 +28,6 @@ from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
-from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel, exact_evidence
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed, seeded

@@ -13,6 +13,7 @@ import xarray as xr
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.compare.budget import Plan, plan_budget
 from ltm_pyro.errors import InputError, shown
@@ -20,7 +21,6 @@ from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide
 from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.training_data import TrainingData
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.random import Stream, derive_seed
 

@@ -23,6 +23,7 @@ from ltm_pyro.checks import switch, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.doors import door, meet
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
@@ -53,7 +54,6 @@ from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
 from ltm_pyro.inference.point_mass import headline, metrics_row, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.inference.training_data import TrainingData, rows_of_step
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
 
@@ -307,14 +307,13 @@ class DualRateSVI:
             self.horizon = self.slow_step + steps
         self.batch_size = batch_size
         first, last = len(self.metrics), self.slow_step + steps
-        lanes = self.store is not None
+        feed, lanes = self.execution.batch_of_step, self.store is not None
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
         following = followed(self, callbacks, held_out, last)
         with bar, following as after:
             for _ in range(steps):
                 now = self.slow_step
-                batch = rows_of_step(data, now, batch_size, self.seed, self.parallel, lanes=lanes)
-                row = self.step(batch)
+                row = self.step(feed(data, now, batch_size, self.seed, lanes=lanes))
                 bar.update()
                 bar.set_postfix(headline(row))
                 if after(row):

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer import ELBO
 from torch import Tensor
 
 from ltm_pyro.checks import whole_number
@@ -23,9 +22,8 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives.stopped import stopped_log_prob
-from ltm_pyro.models.base import LatentModel, Program
-from ltm_pyro.models.plain_svi import svi_asks
-from ltm_pyro.random import Drawing, Noise, fresh_seed
+from ltm_pyro.inference.objectives.under_svi import UnderSVI
+from ltm_pyro.models.base import LatentModel
 
 Draw = Callable[[TorchDistribution, int], Tensor]
 """(q, S) -> draws (S, B, K, D), with a path to q's parameters: usually a `Drawing`."""
@@ -114,11 +112,11 @@ class Terms:
         return -self.log_lik.detach().mean(0), kl.detach()
 
 
-class Objective(ELBO):
+class Objective(UnderSVI):
     """A sum over sequences of nats to be maximised, on S draws made at once.
 
-    An `ELBO` of Pyro's, so that it serves wherever one does. Guides must draw with a path from
-    parameters to z (`rsample`).
+    An `ELBO` of Pyro's too (`UnderSVI`), so that it serves wherever one does. Guides must draw with
+    a path from parameters to z (`rsample`).
 
     Args:
         particles: S, draws per sequence and call; each costs one evaluation of the decoder.
@@ -189,34 +187,6 @@ class Objective(ELBO):
         terms = self.terms(*place, **options)
         self.evaluations += terms.z.shape[:2].numel()
         return -self.per_sequence(terms).sum(), terms
-
-    def differentiable_loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> Tensor:
-        """Minus the objective, summed over the batch, in nats, on noise of torch's generator."""
-        if svi_asks():  # Pyro's own SVI learns of weights when programs run
-            for program in (model, guide):
-                if isinstance(program, Program):
-                    program.tell_svi(batch)
-        if not isinstance(guide, LocalGuide):
-            from ltm_pyro.inference.objectives.pyro_elbos import ProgramTerms
-
-            return -self.per_sequence(ProgramTerms(model, guide, batch, self.particles)).sum()
-        guide.check(batch)
-        draw = Drawing(Noise(fresh_seed(), batch.ids))
-        return self.descend(model, guide, batch, draw)[0]
-
-    def loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
-        """`differentiable_loss` as a number."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, batch))
-
-    def loss_and_grads(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
-        """`loss`, its gradient added to the weights' `.grad`: what `pyro.infer.SVI` asks for."""
-        loss = self.differentiable_loss(model, guide, batch)
-        loss.backward()
-        return float(loss.detach())
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("objectives are made of explicit terms, see `Terms`")
 
 
 class Elbo(Objective):

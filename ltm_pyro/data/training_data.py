@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import chosen_rows
-from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.random import Stream, derive_seed
 
 
@@ -38,36 +37,6 @@ class TrainingData(Protocol):
             rows: Only these rows of the batch; all by default.
         """
         ...
-
-
-def rows_of_step(
-    data: TrainingData,
-    step: int,
-    batch_size: int,
-    seed: int,
-    parallel: Parallel,
-    *,
-    lanes: bool = False,
-) -> Batch:
-    """This process's rows of the batch of one slow step.
-
-    Args:
-        data: The training sequences.
-        step: The slow step.
-        batch_size: B, of all processes together.
-        seed: Of the order.
-        parallel: The processes.
-        lanes: Keep every sequence to its lane of the batch, and so to its process: rows that are
-            stored need it.
-
-    Raises:
-        InputError: if the processes cannot have equally many rows.
-    """
-    # Only what is asked for, so that data of one's own need know neither.
-    asked: dict[str, Any] = {"lanes": True} if lanes else {}
-    if parallel.size > 1:
-        asked["rows"] = parallel.rows(min(batch_size, len(data)))
-    return data.training_batch(step, batch_size, seed, **asked)
 
 
 class RowsOf:
