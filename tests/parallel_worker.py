@@ -21,6 +21,7 @@ from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
 from ltm_pyro.inference.control import control as control_of
 from ltm_pyro.inference.objectives import build_objective
+from ltm_pyro.run.checkpoint import moments_of
 
 Answer = dict[str, Any]
 ROWS, BATCH = 12, 4
@@ -61,7 +62,7 @@ class Fit:
         shared = [p.detach() for p in guide.shared_parameters()]
         return {
             "weights": flat([*model.state_dict().values(), *shared]),
-            "moments": svi.clock.state(),
+            "moments": moments_of(svi),
             "metrics": metrics(svi.metrics),
             "stored": -1 if svi.store is None else len(svi.store),
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro
 
-from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.inference.objectives import OBJECTIVES
 from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.registry import Registry

@@ -28,7 +28,7 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, register_guide
 from ltm_pyro.inference.guides.amortized import Amortized
-from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.inference.mcmc import sample_posterior
 
 FAMILIES = ["mean_field", "full_rank", "amortized", "semi_amortized", "delta"]

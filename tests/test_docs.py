@@ -19,7 +19,7 @@ from registries import nothing_left_behind
 import ltm_pyro as ltm
 from ltm_pyro.cli import COMMANDS, main
 from ltm_pyro.config import PRESETS
-from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.guides.registry import GUIDES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -26,6 +26,7 @@ from ltm_pyro.inference.clocks.schedules import slow_kl_weight
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.run.checkpoint import load_moments, moments_of
 
 FAST = Fast(steps=4)
 SLOW = Slow(lr=0.01, kl_start=0.1)
@@ -290,7 +291,7 @@ def test_resuming_from_saved_state_gives_the_same_weights_bit_for_bit(persistent
     first.fit(Data(), steps=3, batch_size=8, progress=False)
     resumed = oracle_svi(persistent=persistent)
     resumed.model.load_state_dict(first.model.state_dict())  # type: ignore[attr-defined]
-    resumed.clock.load({k: v.clone() for k, v in first.clock.state().items()})
+    load_moments(resumed, {k: v.clone() for k, v in moments_of(first).items()})
     resumed.store = copy.deepcopy(first.store)
     resumed.slow_step, resumed.horizon = first.slow_step, first.horizon
     torch.manual_seed(99)  # global random numbers play no part

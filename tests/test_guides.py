@@ -31,8 +31,8 @@ from ltm_pyro.inference.guides import (
     guide_families,
     register_guide,
 )
-from ltm_pyro.inference.guides.base import GUIDES
 from ltm_pyro.inference.guides.contract import CONTRACT, check_guide
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.linear_gaussian import LinearGaussian
 from ltm_pyro.random import Noise, draw

@@ -12,7 +12,8 @@ from torch import Tensor
 from ltm_pyro.cli import main
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides import MeanField, build_guide, register_guide
-from ltm_pyro.inference.guides.base import GUIDES, LocalGuide
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.inference.objectives import (
     OBJECTIVES,
     Objective,

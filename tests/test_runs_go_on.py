@@ -37,7 +37,7 @@ from ltm_pyro.inference.clocks.schedules import (
     slow_kl_weight,
     thoughts_joined,
 )
-from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
 from ltm_pyro.run.extending import extend
 from ltm_pyro.run.restarts import finished_restarts

@@ -42,7 +42,8 @@ from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.guides.base import LocalGuide, build_guide
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.registry import build_guide
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel, exact_evidence

@@ -23,7 +23,7 @@ from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
-from ltm_pyro.inference.guides.base import GUIDES
+from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.inference.objectives import OBJECTIVES, build_objective
 from ltm_pyro.models.decoder import block_shape, fused
 from ltm_pyro.models.latent_thought import LatentThoughtModel

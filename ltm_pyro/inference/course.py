@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from ltm_pyro.html import show
+from ltm_pyro.inference.objectives import describe
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ltm_pyro.inference.clocks.svi import DualRateSVI
 
 Metrics = dict[str, float]
 _SHOWN = 8  # rows at the end of a table in a notebook
@@ -58,3 +61,19 @@ class Course(list[Metrics]):
 
         frame = pd.DataFrame(list(self))
         return frame.set_index(frame.pop("step").astype(int)) if len(frame) else frame
+
+
+def shown_fit(svi: DualRateSVI) -> str:
+    """A fit in a notebook: what it is made of, and the end of its course."""
+    horizon = "" if svi.horizon is None else f" of {svi.horizon}"
+    facts = {
+        "model": svi.model,
+        "guide": svi.guide,
+        "objective": describe(svi.elbo),
+        "fast clock": f"{svi.fast.steps} steps, lr {svi.fast.lr:g}, {svi.fast.noise} noise",
+        "slow clock": f"lr {svi.slow.lr:g}, {svi.slow.schedule}",
+        "slow steps": f"{svi.slow_step}{horizon}",
+        "seed": svi.seed,
+    }
+    course = [svi.metrics.frame().tail(3)] if svi.metrics else []
+    return show("DualRateSVI", facts, tables=course)

@@ -17,7 +17,8 @@ from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.data.training_data import RowsOf, TrainingData
 from ltm_pyro.doors import require_model
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.guides.base import LocalGuide, build_guide, guide_families
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.registry import build_guide, guide_families
 from ltm_pyro.models.base import LatentModel
 
 T = TypeVar("T")

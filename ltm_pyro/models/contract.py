@@ -8,15 +8,13 @@ The twin of `check_guide`. Every failure is one line: what was found, what was e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -90,7 +88,7 @@ FIRST_USE.append(first_use)
 def _run(clause: Callable[[LatentModel, Batch], None], model: LatentModel, batch: Batch) -> None:
     devices = [] if model.device.type == "cpu" else [model.device]
     with (
-        unheard(),
+        poutine.block(),  # no handler of the caller's sees the program, or counts it
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         pyro.validation_enabled(True),
@@ -99,17 +97,6 @@ def _run(clause: Callable[[LatentModel, Batch], None], model: LatentModel, batch
         warnings.filterwarnings("ignore", "Encountered (NaN|.inf)", UserWarning)
         torch.manual_seed(0)
         clause(model, batch)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Inside the block no handler of the caller's sees a program, or counts it."""
-    around = list(_PYRO_STACK)
-    _PYRO_STACK.clear()
-    try:
-        yield
-    finally:
-        _PYRO_STACK[:] = around
 
 
 def _broken(model: object, what: str) -> ContractError:

@@ -171,9 +171,28 @@ def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
     return {**put("model.", _module(svi).state_dict()), **put("guide.", shared)}
 
 
+def moments_of(svi: DualRateSVI) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as flat names to tensors."""
+    index = {id(p): i for i, p in enumerate(svi.clock.parameters)}
+    return {
+        f"{index[id(p)]}.{name}": value
+        for p, moments in svi.clock.optimizer.state.items()
+        for name, value in moments.items()
+    }
+
+
+def load_moments(svi: DualRateSVI, state: dict[str, Tensor]) -> None:
+    """Takes over what `moments_of` returned."""
+    for key, value in state.items():
+        number, name = key.split(".", 1)
+        p = svi.clock.parameters[int(number)]
+        moments: dict[str, Any] = svi.clock.optimizer.state[p]
+        moments[name] = value.to(p.device).clone() if name == "step" else value.to(p).clone()
+
+
 def tensors_of(svi: DualRateSVI) -> dict[str, Tensor]:
     """The weights, and AdamW's moments."""
-    return {**weights_of(svi), **put("adamw.", svi.clock.state())}
+    return {**weights_of(svi), **put("adamw.", moments_of(svi))}
 
 
 def restore(svi: DualRateSVI, tensors: dict[str, Tensor], step: int, owner: str) -> None:
@@ -193,7 +212,7 @@ def restore(svi: DualRateSVI, tensors: dict[str, Tensor], step: int, owner: str)
     model.load_state_dict(weights)
     try:
         svi.guide.load_state_dict(take(tensors, "guide."))
-        svi.clock.load(take(tensors, "adamw."))
+        load_moments(svi, take(tensors, "adamw."))
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise damaged(owner, f"its checkpoint is another model's ({error})") from None
     svi.slow_step, svi.whole = step, True

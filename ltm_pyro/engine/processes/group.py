@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ltm_pyro.errors import InputError, ProcessLostError, ToldElsewhereError
+from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError, ToldElsewhereError
 
 TIMEOUT = timedelta(hours=1)
 """How long a process waits for one that is alive and silent, e.g. tokenising a large corpus."""
@@ -89,29 +89,44 @@ class Parallel:
                 dist.all_reduce(values)
         return values
 
-    def agree(self, numbers: Tensor, failed: list[int]) -> tuple[Tensor, list[int] | None]:
-        """One small message of each slow step, before the gradient's: none waits in vain.
+    def total(self, parts: Sequence[Mapping[str, Tensor]], step: int) -> dict[str, float]:
+        """Sums over parts and processes by name, in double precision.
 
-        It also tells whether one wants to stop; all then find `stopping`.
+        One small message of each slow step, before the gradient's: none waits in vain. It also
+        tells whether one wants to stop; all then find `stopping`.
 
         Args:
-            numbers: To be summed over processes; empty where this one has failed.
-            failed: Of what, to be told; of no use where `numbers` are there.
+            parts: Numbers by name, of each part of this process's rows.
+            step: The slow step, for the error.
 
-        Returns:
-            The sums in double precision, and `None`, or what of all processes has failed.
+        Raises:
+            NonFiniteError: in all processes, if one has failed (`report`).
         """
+        numbers = [torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]]
+        total = self._agreed(torch.stack(numbers), [], step)
+        return dict(zip(parts[0], total.tolist(), strict=True))
+
+    def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
+        """Tells the others of NaN in this process; the error that all processes then raise."""
+        try:
+            self._agreed(torch.empty(0), error.ids, step)
+        except NonFiniteError as of_all:
+            return of_all
+        return error
+
+    def _agreed(self, numbers: Tensor, failed: list[int], step: int) -> Tensor:
+        """The numbers summed over processes; empty where this one has failed, of `failed`."""
         if self.size == 1:
-            return numbers, None if len(numbers) else failed
+            return numbers
         flags = torch.tensor([float(not len(numbers)), float(self.asks_to_stop())])
         # Who fails does not know how many numbers there are: a place for each, and then the flags.
         message = torch.zeros(_NUMBERS + 2, dtype=torch.float64, device=self.device)
         message[: len(numbers)], message[-2:] = numbers, flags
         total = self.sum(message)
         if bool(total[-2] > 0):
-            return total, [i for some in self.gather(failed) for i in some]
+            raise NonFiniteError([i for some in self.gather(failed) for i in some], step)
         self.stopping = bool(total[-1] > 0)
-        return total[: len(numbers)], None
+        return total[: len(numbers)]
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:

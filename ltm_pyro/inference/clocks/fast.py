@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pyro
@@ -19,7 +19,6 @@ from ltm_pyro.inference.clocks.schedules import learning_rate, steps_naturally
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import Objective, Terms
-from ltm_pyro.inference.posterior import FastTrace
 from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.inference.row_natural import RowNatural
 from ltm_pyro.models.base import LatentModel
@@ -54,9 +53,6 @@ def local_optimizer(guide: LocalGuide, fast: Fast) -> RowOptimizer:
     return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
 
 
-_TRACED = ("elbo", "nll", "kl", "grad_norm")  # (T_fast, B) each
-
-
 @dataclass(frozen=True)
 class FastResult:
     """What a fast loop reports; the fitted values are in the guide.
@@ -67,29 +63,16 @@ class FastResult:
         grad_norm: Mean over sequences of the last local gradient's Euclidean norm.
         own_draw_elbo: With `noise="fixed"`: (B,) the ELBO at the fitted values on the very draws
             that fitted them, KL weight 1. Not a bound.
-        trace: The course of every sequence, if it was asked for.
     """
 
     first: Tensor
     last: Tensor
     grad_norm: Tensor
     own_draw_elbo: Tensor | None = None
-    trace: FastTrace | None = None
 
-    def columns(self) -> dict[str, Tensor]:
-        """What it holds of each sequence, (B, ...) by name."""
-        own = {} if self.own_draw_elbo is None else {"own_draw_elbo": self.own_draw_elbo}
-        if self.trace is None:
-            return own
-        return own | {name: getattr(self.trace, name).T for name in _TRACED}
 
-    def of_columns(self, columns: dict[str, Tensor]) -> tuple[FastTrace | None, Tensor | None]:
-        """Trace and `own_draw_elbo` of more sequences, from their columns, which are taken out."""
-        own = columns.pop("own_draw_elbo", None)
-        if self.trace is None:
-            return None, own
-        traced = {name: columns.pop(name).T.contiguous() for name in _TRACED}
-        return replace(self.trace, **traced), own
+Watch = Callable[[list[Terms], dict[str, Tensor], float], object]
+"""Shown each fast step's terms, gradients by name and learning rate, before the step is taken."""
 
 
 class FastLoop:
@@ -122,8 +105,7 @@ class FastLoop:
         *,
         weight: float = 1.0,
         store: RowStore | None = None,
-        record: bool = False,
-        after_step: Callable[[], object] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[FastResult, RowOptimizer]:
         """A fast loop on rows as `store` knows them, fresh ones where it does not.
 
@@ -133,8 +115,7 @@ class FastLoop:
             seed: Of the noise.
             weight: Of the KL.
             store: Rows and moments by sequence id; read alone.
-            record: Keep the course of every sequence.
-            after_step: Called after each fast step, to show progress.
+            watch: Is shown every step.
 
         Returns:
             What the loop reports, and the optimiser with the rows' moments.
@@ -149,7 +130,7 @@ class FastLoop:
         with frozen(self.slow), torch.enable_grad(), pyro.validation_enabled(False):
             try:
                 calls = _Calls(self, batch, fast, seed, weight)
-                return self._run(calls, optimizer, record, after_step), optimizer
+                return self._run(calls, optimizer, watch), optimizer
             except (RuntimeError, ValueError) as error:
                 tell_non_finite(error, self.guide, batch)
                 raise
@@ -165,46 +146,35 @@ class FastLoop:
             optimizer.load(stored)
         return optimizer
 
-    def _run(
-        self,
-        calls: _Calls,
-        optimizer: RowOptimizer,
-        record: bool,
-        after_step: Callable[[], object] | None,
-    ) -> FastResult:
+    def _run(self, calls: _Calls, optimizer: RowOptimizer, watch: Watch | None) -> FastResult:
         fast, batch = calls.fast, calls.batch
         params: dict[str, Tensor] = dict(self.guide.local_parameters())
-        course = _Course()
         tail = _TailMean(params, fast)
         first = last = norm = torch.zeros((), device=batch.device)
+        own: Tensor | None = None
         for step in range(fast.steps):
             lr = learning_rate(fast, step, fast.steps)
             loss, terms = calls()
-            gradients = dict(
-                zip(params, torch.autograd.grad(loss, list(params.values())), strict=True)
-            )
+            found = torch.autograd.grad(loss, list(params.values()))
+            gradients = dict(zip(params, found, strict=True))
             last = loss.detach()
             first = last if step == 0 else first
-            if record or step == fast.steps - 1:
-                norms = _row_norms(gradients)
-                norm = norms.mean()
-            if record:
-                course.add(*_mean_report(terms), norms, lr)
+            if watch is not None:
+                watch(terms, gradients, lr)
+            if step == fast.steps - 1:
+                norm = row_norms(gradients).mean()
+                # Once, because asking waits for the device; NaN does not go away by itself.
+                report = mean_report(terms)
             optimizer.step(gradients, lr)
             tail.add(step)
-            if after_step is not None:
-                after_step()
         if fast.steps:
-            # Once, because asking waits for the device; NaN does not go away by itself.
-            _refuse_non_finite(params, _mean_report(terms), batch)
+            _refuse_non_finite(params, report, batch)
         tail.put()
-        own = None
         if fast.noise == "fixed":
             with torch.no_grad():
-                nll, kl = _mean_report(calls()[1])
+                nll, kl = mean_report(calls()[1])
             own = -nll - kl
-        trace = course.trace() if record and fast.steps else None
-        return FastResult(first, last, norm, own, trace)
+        return FastResult(first, last, norm, own)
 
 
 class _Calls:
@@ -267,23 +237,7 @@ class _TailMean:
                 p.copy_(self.total[name] / self.count)
 
 
-class _Course:
-    """Collects a `FastTrace` step by step."""
-
-    def __init__(self) -> None:
-        self.terms: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.rates: list[float] = []
-
-    def add(self, nll: Tensor, kl: Tensor, grad_norm: Tensor, lr: float) -> None:
-        self.terms.append((nll, kl, grad_norm))
-        self.rates.append(lr)
-
-    def trace(self) -> FastTrace:
-        nll, kl, norm = (torch.stack(part) for part in zip(*self.terms, strict=True))
-        return FastTrace(-nll - kl, nll, kl, torch.tensor(self.rates), norm)
-
-
-def _mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:
+def mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:
     """(nll, kl) of each sequence, (B,) each, mean over several calls."""
     reports = [each.report() for each in terms]
     if len(reports) == 1:
@@ -292,7 +246,8 @@ def _mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:
     return nll, kl
 
 
-def _row_norms(gradients: dict[str, Tensor]) -> Tensor:
+def row_norms(gradients: dict[str, Tensor]) -> Tensor:
+    """Euclidean norm of each sequence's gradient, (B,)."""
     rows = [g.flatten(1) for g in gradients.values()]
     return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
 

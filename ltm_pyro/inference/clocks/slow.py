@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import pyro
 import torch
@@ -20,13 +18,17 @@ from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.clocks.fast import frozen
+from ltm_pyro.inference.clocks.fast import FastResult, frozen
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives import Objective, kl_estimator
+from ltm_pyro.inference.non_finite import tell_non_finite
+from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.priors.base import ThoughtPrior
 from ltm_pyro.random import Drawing, Noise
+
+Sums = dict[str, Tensor]
+"""What a slow step reports by name, summed over sequences: of a part of a batch, or of all."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,35 @@ class SlowLoss:
     nll: Tensor
     kl: Tensor
     z: Tensor | None = None
+
+
+class Part:
+    """What both clocks leave of some rows of a batch.
+
+    Args:
+        loss: Of the slow step.
+        fitted: Of the fast loop.
+        rows: Local parameters and moments (B, ...) by name, for a store.
+        batch: The rows.
+
+    Attributes:
+        sums: What is reported, see `metrics_row`.
+        z: The slow step's draws (S, B, K, D); `None` before thoughts join.
+    """
+
+    def __init__(
+        self, loss: SlowLoss, fitted: FastResult, rows: dict[str, Tensor], batch: Batch
+    ) -> None:
+        self.rows, self.z = rows, loss.z
+        self.sums: Sums = {
+            "nll": loss.nll.sum(),
+            "kl": loss.kl.sum(),
+            "objective": loss.objective.detach(),
+            "grad_norm_fast": fitted.grad_norm * len(batch),
+            "fast_gain": fitted.first - fitted.last,
+            "n_tokens": batch.n_tokens.sum(),
+            "n_sequences": torch.tensor(len(batch), device=batch.device),
+        }
 
 
 class SlowObjective:
@@ -76,14 +107,18 @@ class SlowObjective:
             return self.objective.descend(model, guide, rows, draw, weight)[0]
 
         with frozen(guide.local_parameters().values()), pyro.validation_enabled(False):
-            objective, terms = self.objective.descend(model, guide, read, draw, weight)
-            nll, kl = terms.report()
-            extra = None
-            if guide.shared_parameters():
-                with frozen(model.parameters()):
-                    extra = guide.shared_loss(loss, read)
-            if read is not batch:
-                nll = self._nll(terms.z, batch)
+            try:
+                objective, terms = self.objective.descend(model, guide, read, draw, weight)
+                nll, kl = terms.report()
+                extra = None
+                if guide.shared_parameters():
+                    with frozen(model.parameters()):
+                        extra = guide.shared_loss(loss, read)
+                if read is not batch:
+                    nll = self._nll(terms.z, batch)
+            except (RuntimeError, ValueError) as error:
+                tell_non_finite(error, guide, batch)
+                raise
         descended = objective if extra is None else objective + extra
         return SlowLoss(descended, objective, nll, kl, terms.z.detach())
 
@@ -94,24 +129,19 @@ class SlowObjective:
         nll = losses.detach() if read is batch else self._nll(z[None], batch)
         return SlowLoss(losses.sum(), losses.sum(), nll, torch.zeros_like(nll))
 
-    @cached_property
-    def kl_estimator(self) -> str:
-        """How the objective gets its KL; asked for while the guide holds rows."""
-        return kl_estimator(self.objective, self.model, self.guide)
-
     @torch.no_grad()
     def _nll(self, z: Tensor, batch: Batch) -> Tensor:
         """-log p(x | z) per sequence, (B,), mean over draws (S, B, K, D)."""
         return -torch.stack([self.model.log_likelihood(each, batch) for each in z]).mean(0)
 
 
-def show_prior(model: LatentModel, draws: list[Tensor], parallel: Parallel) -> None:
+def show_prior(model: LatentModel, draws: list[Tensor | None], parallel: Parallel) -> None:
     """Shows a slow step's draws (S, B, K, D), of all processes, to a prior that learns."""
-    prior = getattr(model, "thought_prior", None)
-    if not draws or not isinstance(prior, ThoughtPrior):
+    prior, known = getattr(model, "thought_prior", None), [z for z in draws if z is not None]
+    if not known or not isinstance(prior, ThoughtPrior):
         return
     if any(p.requires_grad for p in prior.parameters()):
-        prior.observe(parallel.gather_rows(torch.cat(draws, dim=1), dim=1))
+        prior.observe(parallel.gather_rows(torch.cat(known, dim=1), dim=1))
 
 
 def embedding_weights(*parts: object) -> list[nn.Parameter]:
@@ -125,31 +155,13 @@ def embedding_weights(*parts: object) -> list[nn.Parameter]:
     return embeddings + priors
 
 
-Sums = dict[str, Tensor]
-"""What a slow step reports by name, summed over sequences: of a part of a batch, or of all."""
-
-
-def adamw(decayed: list[Tensor], rest: list[Tensor], slow: Slow) -> torch.optim.AdamW:
-    """AdamW that decays the one and spares the other, in one pass over the weights."""
-    groups = [
-        {"params": decayed, "weight_decay": slow.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],
-        lr=slow.lr,
-        betas=slow.betas,
-        fused=all(p.device.type in ("cpu", "cuda") for p in [*decayed, *rest]),
-    )
-
-
 class SlowClock:
     """AdamW with its schedule and gradient clipping.
 
     Args:
         parameters: The slow parameters. Matrices of linear maps decay; gains, vectors and
             embeddings do not.
-        slow: Settings.
+        slow: Settings; may be replaced between steps.
         spare: Matrices that do not decay all the same; see `embedding_weights`.
         parallel: The processes, each with the same weights, gradients and moments; this one alone
             by default.
@@ -162,22 +174,17 @@ class SlowClock:
         spare: Iterable[nn.Parameter] = (),
         parallel: Parallel | None = None,
     ) -> None:
-        self.slow = slow
-        self.parallel = parallel or Parallel()
+        self.slow, self.parallel = slow, parallel or Parallel()
         self.parameters = list(parameters)
         spared = {id(p) for p in spare}
-        self.decays = [p.dim() >= 2 and id(p) not in spared for p in self.parameters]
-        pairs = list(zip(self.parameters, self.decays, strict=True))
-        self.optimizer = adamw([p for p, d in pairs if d], [p for p, d in pairs if not d], slow)
-
-    def retune(self, slow: Slow) -> None:
-        """Goes on with other settings, and with the moments that it has."""
-        decayed = {id(p) for p, d in zip(self.parameters, self.decays, strict=True) if d}
-        for group in self.optimizer.param_groups:
-            group["betas"] = slow.betas
-            decays = any(id(p) in decayed for p in group["params"])
-            group["weight_decay"] = slow.weight_decay if decays else 0.0
-        self.slow = slow
+        groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
+        for p in self.parameters:
+            groups[float(p.dim() >= 2 and id(p) not in spared)].append(p)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "decay": decay} for decay, group in groups.items() if group]
+            or [{"params": [torch.zeros(0)], "decay": 0.0}],
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
+        )
 
     def add_gradient(self, loss: Tensor) -> None:
         """Adds the gradient of `loss`, summed over sequences, to what is written in `.grad`."""
@@ -202,49 +209,25 @@ class SlowClock:
             NonFiniteError: in all processes, on NaN in one; nothing is written any more then.
             ProcessLostError: if a process is gone.
         """
-        numbers = [torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]]
-        total = self._agreed(torch.stack(numbers), [], step)
-        sums = dict(zip(parts[0], total.tolist(), strict=True))
+        sums = self.parallel.total(parts, step)
         self.parallel.sum_gradients(self.parameters)
-        for p in self.parameters:
-            if p.grad is not None:
-                p.grad.div_(sums["n_tokens"])
-        norm = float(self.clip())
-        if not math.isfinite(norm):
-            raise NonFiniteError([], step)
-        return sums, norm
-
-    def report(self, error: NonFiniteError, step: int) -> NonFiniteError:
-        """Tells the others of NaN in this process; the error that all processes then raise."""
-        try:
-            self._agreed(torch.empty(0), error.ids, step)
-        except NonFiniteError as of_all:
-            return of_all
-        return error
-
-    def _agreed(self, numbers: Tensor, ids: list[int], step: int) -> Tensor:
-        """The numbers summed over processes, which step, fail and stop together."""
-        total, failed = self.parallel.agree(numbers, ids)
-        if failed is not None:
-            raise NonFiniteError(failed, step)
-        return total
-
-    def clip(self) -> Tensor:
-        """Shortens the written gradient to its largest norm; returns the norm before."""
-        if not self.parameters:
-            return torch.zeros(())
-        longest = self.slow.clip_norm
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        written = [p.grad for p in self.parameters if p.grad is not None]
+        for gradient in written:
+            gradient.div_(sums["n_tokens"])
+        longest, norm = self.slow.clip_norm, nn.utils.get_total_norm(written)
         # Asked first: a factor of 1 would be another pass over all gradients.
         if bool(norm + 1e-6 > longest):
             nn.utils.clip_grads_with_norm_(self.parameters, longest, norm)
-        return norm
+        if not math.isfinite(norm):
+            raise NonFiniteError([], step)
+        return sums, float(norm)
 
     def step(self, step: int, total: int) -> float:
         """One step of AdamW along the written gradient; returns the learning rate."""
-        lr = learning_rate(self.slow, step, total)
+        slow, lr = self.slow, learning_rate(self.slow, step, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            decay = slow.weight_decay * group["decay"]
+            group.update(lr=lr, betas=slow.betas, weight_decay=decay)
         self.optimizer.step()
         self.discard()
         return lr
@@ -253,20 +236,3 @@ class SlowClock:
         """Forgets the written gradient."""
         for p in self.parameters:
             p.grad = None
-
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts as flat names to tensors."""
-        index = {id(p): i for i, p in enumerate(self.parameters)}
-        return {
-            f"{index[id(p)]}.{name}": value
-            for p, moments in self.optimizer.state.items()
-            for name, value in moments.items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state` returned."""
-        for key, value in state.items():
-            number, name = key.split(".", 1)
-            p = self.parameters[int(number)]
-            moments: dict[str, Any] = self.optimizer.state[p]
-            moments[name] = value.to(p.device).clone() if name == "step" else value.to(p).clone()

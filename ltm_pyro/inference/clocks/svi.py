@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from pyro.infer import ELBO
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ltm_pyro.checks import switch, whole_number
@@ -28,19 +27,18 @@ from ltm_pyro.doors import door, meet
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
-from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
 from ltm_pyro.inference.clocks.fast_posterior import fast_posterior
 from ltm_pyro.inference.clocks.schedules import Now, learning_rate
 from ltm_pyro.inference.clocks.slow import (
+    Part,
     SlowClock,
     SlowObjective,
-    Sums,
     embedding_weights,
     show_prior,
 )
-from ltm_pyro.inference.course import Course, Metrics
+from ltm_pyro.inference.course import Course, Metrics, shown_fit
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.inputs import (
     Sequences,
@@ -50,27 +48,11 @@ from ltm_pyro.inference.inputs import (
     tokenizer_of,
     training_data,
 )
-from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import as_objective, build_objective, describe
 from ltm_pyro.inference.point_mass import headline, metrics_row, refuse_runaway
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.base import LatentModel
-
-
-@dataclass(frozen=True)
-class Part:
-    """What both clocks leave of some rows of a batch.
-
-    Attributes:
-        sums: What is reported, see `metrics_row`.
-        rows: Local parameters and moments (B, ...) by name, for a store.
-        z: The slow step's draws (S, B, K, D); `None` before thoughts join.
-    """
-
-    sums: Sums
-    rows: dict[str, Tensor]
-    z: Tensor | None
 
 
 class DualRateSVI:
@@ -113,7 +95,7 @@ class DualRateSVI:
         self.execution.prepare(model)
         self.model = model
         self.guide = guide
-        self._fast, self._slow = settings("fast", fast, Fast), settings("slow", slow, Slow)
+        self._fast, slow = settings("fast", fast, Fast), settings("slow", slow, Slow)
         self.elbo = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
         self.slow_objective = SlowObjective(model, guide, self.elbo)
         self.seed = whole_number("seed", seed, at_least=0)
@@ -125,13 +107,11 @@ class DualRateSVI:
         self.horizon: int | None = None
         self.batch_size: int | None = None
         self.metrics = Course()
-        slow_parameters = [*model.parameters(), *guide.shared_parameters()]
-        # What the caller has frozen stays frozen.
-        parameters = [p for p in slow_parameters if p.requires_grad]
-        spare = embedding_weights(model, guide)
-        self.clock = SlowClock(parameters, self.slow, spare, self.parallel)
-        self.fast_loop = FastLoop(model, guide, self.elbo, self.clock.parameters)
-        self.word_dropout = WordDropout(model, self.slow.word_dropout, seed)
+        beta = [*model.parameters(), *guide.shared_parameters()]
+        learned = [p for p in beta if p.requires_grad]  # what the caller has frozen stays frozen
+        self.clock = SlowClock(learned, slow, embedding_weights(model, guide), self.parallel)
+        self.fast_loop = FastLoop(model, guide, self.elbo, learned)
+        self.word_dropout = WordDropout(model, slow.word_dropout, seed)
 
     @property
     def fast(self) -> Fast:
@@ -145,14 +125,13 @@ class DualRateSVI:
     @property
     def slow(self) -> Slow:
         """The slow clock's settings; may be replaced between slow steps, all of them."""
-        return self._slow
+        return self.clock.slow
 
     @slow.setter
     def slow(self, slow: Slow) -> None:
         slow = settings("slow", slow, Slow)
         self.word_dropout = WordDropout(self.model, slow.word_dropout, self.seed)
-        self.clock.retune(slow)
-        self._slow = slow
+        self.clock.slow = slow
 
     def __repr__(self) -> str:
         return (
@@ -161,18 +140,7 @@ class DualRateSVI:
         )
 
     def _repr_html_(self) -> str:
-        horizon = "" if self.horizon is None else f" of {self.horizon}"
-        facts = {
-            "model": self.model,
-            "guide": self.guide,
-            "objective": describe(self.elbo),
-            "fast clock": f"{self.fast.steps} steps, lr {self.fast.lr:g}, {self.fast.noise} noise",
-            "slow clock": f"lr {self.slow.lr:g}, {self.slow.schedule}",
-            "slow steps": f"{self.slow_step}{horizon}",
-            "seed": self.seed,
-        }
-        course = [self.metrics.frame().tail(3)] if self.metrics else []
-        return show("DualRateSVI", facts, tables=course)
+        return shown_fit(self)
 
     @door
     def infer(
@@ -243,13 +211,11 @@ class DualRateSVI:
         except BaseException:
             self.clock.discard()
             raise
-        draws = [part.z for part in parts if part.z is not None]
-        show_prior(self.model, draws, self.parallel)
         # Nothing of this step is kept, local rows included, before both clocks are known finite.
+        show_prior(self.model, [part.z for part in parts], self.parallel)
         self.whole = False
         lr = self.clock.step(now.scheduled, now.total)
-        if self.store is not None and parts[0].rows:
-            names = parts[0].rows
+        if self.store is not None and (names := parts[0].rows):
             fitted = {name: torch.cat([part.rows[name] for part in parts]) for name in names}
             self.store.scatter(batch.ids, fitted)
         self.slow_step += 1
@@ -262,8 +228,7 @@ class DualRateSVI:
             "grad_norm_slow": norm,
             "seconds": time.perf_counter() - began,
         }
-        row = metrics_row(self.guide, sums, told)
-        self.metrics.append(row)
+        self.metrics.append(row := metrics_row(self.guide, sums, told))
         return row
 
     @door
@@ -333,20 +298,8 @@ class DualRateSVI:
 
         Model, clocks and metrics stay as they are; the slow schedules run over these steps, with
         KL weight 1. A persistent fit keeps local parameters from visit to visit here too, in a
-        store of their own. Does nothing for a family that shares no parameters.
-
-        Args:
-            data: Sequences to fit on; of a single `Batch`, random rows are taken.
-            steps: Slow steps.
-            batch_size: B.
-            progress: Show a progress bar on stderr.
-
-        Returns:
-            The metrics of these steps.
-
-        Raises:
-            InputError: if `steps` or `batch_size` is not above 0.
-            NonFiniteError: on NaN, before any weight has changed.
+        store of their own. Does nothing for a family that shares no parameters. Arguments, answer
+        and errors are those of `fit`.
         """
         if not self.guide.shared_parameters():
             return Course()
@@ -355,15 +308,9 @@ class DualRateSVI:
         with frozen(self.model.parameters()):
             # With the model frozen, a clock of its own finds the guide's parameters alone.
             alone = DualRateSVI(
-                self.model,
-                self.guide,
-                self.fast,
-                slow,
-                elbo=self.elbo,
-                seed=self.seed,
-                persistent=self.store is not None,
-                execution=self.execution,
-            )
+                self.model, self.guide, self.fast, slow, self.elbo, self.seed,
+                persistent=self.store is not None, execution=self.execution,
+            )  # fmt: skip
             return alone.fit(source, steps, batch_size, progress=progress)
 
     def _part(self, batch: Batch, now: Now) -> Part:
@@ -374,17 +321,13 @@ class DualRateSVI:
         """
         # The same object where no word is dropped, so that the slow step scores once.
         read = self.word_dropout(batch, now.step) if self.slow.word_dropout else batch
-        result, rows = FastResult(*torch.zeros(3, device=batch.device)), {}
+        fitted, rows = FastResult(*torch.zeros(3, device=batch.device)), {}
         try:
             if now.thinks:
-                result, moments = self.fast_loop(
+                fitted, moments = self.fast_loop(
                     read, self.fast, now.fast_noise, weight=now.kl_weight, store=self.store
                 )
-                try:
-                    loss = self.slow_objective.at_fitted(batch, read, now.kl_weight, now.slow_noise)
-                except (RuntimeError, ValueError) as error:
-                    tell_non_finite(error, self.guide, batch, now.step)
-                    raise
+                loss = self.slow_objective.at_fitted(batch, read, now.kl_weight, now.slow_noise)
                 if self.store is not None and self.guide.local_parameters():
                     rows = {**self.guide.rows(), **moments.state()}
             else:
@@ -394,15 +337,6 @@ class DualRateSVI:
                 raise NonFiniteError(batch.ids[bad].tolist(), now.step)
         except NonFiniteError as error:
             here = NonFiniteError(error.ids, now.step, error.reason)
-            raise self.clock.report(here, now.step) from None
+            raise self.parallel.report(here, now.step) from None
         self.clock.add_gradient(loss.descended)
-        sums = {
-            "nll": loss.nll.sum(),
-            "kl": loss.kl.sum(),
-            "objective": loss.objective.detach(),
-            "grad_norm_fast": result.grad_norm * len(batch),
-            "fast_gain": result.first - result.last,
-            "n_tokens": batch.n_tokens.sum(),
-            "n_sequences": torch.tensor(len(batch), device=batch.device),
-        }
-        return Part(sums, rows, loss.z)
+        return Part(loss, fitted, rows, batch)

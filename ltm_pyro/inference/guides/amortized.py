@@ -6,8 +6,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.guides.base import register_guide
 from ltm_pyro.inference.guides.encoder import EncodingGuide, factorised_normal
+from ltm_pyro.inference.guides.registry import register_guide
 
 
 @register_guide("amortized")

@@ -1,28 +1,27 @@
 """What a local guide is. One family per file, registered by name.
 
 To add a family: subclass `LocalGuide`, say which tensors a row has (`initial_rows`) and how they
-make a distribution (`posterior`), decorate with `@register_guide("name")`. The contract test in
-`tests/test_guides.py` then runs over it.
+make a distribution (`posterior`), decorate with `@register_guide("name")` (`guides.registry`). The
+contract test in `tests/test_guides.py` then runs over it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import pyro
-import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.doors import exclusive, require_model
 from ltm_pyro.errors import InputError, shown
+from ltm_pyro.inference.guides.under_svi import take_up
 from ltm_pyro.inference.row_natural import Unit
 from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
-from ltm_pyro.registry import Registry
+from ltm_pyro.random import seeded
 
 Loss = Callable[[Batch], Tensor]
 """-ELBO of a batch, summed over its sequences, in nats."""
@@ -67,11 +66,12 @@ class LocalGuide(Program, ABC):
         super().__init__()
         self.thought_shape = model.thought_shape
         # Tells device and dtype, and follows `.to()`.
-        prior_mean = model.prior().sample().new_zeros(())
-        self.register_buffer("anchor", prior_mean, persistent=False)
+        with seeded(0, model.device):  # the caller's generator is left alone
+            anchor = model.prior().sample().new_zeros(())
+        self.register_buffer("anchor", anchor, persistent=False)
         self.local = nn.ParameterDict()
         self.inputs = Rows()
-        self._svi_rows: tuple[Tensor, nn.Module | Tensor | None] | None = None
+        self.svi_rows: tuple[Tensor, nn.Module | Tensor | None] | None = None
 
     def _facts(self) -> dict[str, object]:
         """The family, latents of one row, rows that it holds, and weights that rows share."""
@@ -172,26 +172,8 @@ class LocalGuide(Program, ABC):
             InputError: if local parameters are those of other sequences.
         """
         if batch is not None:
-            self._take_up(batch)
+            take_up(self, batch)
         super().tell_svi(batch)
-
-    def _take_up(self, batch: Batch) -> None:
-        rows = list(self.local.values())
-        ids = None
-        if self._svi_rows is not None and self._svi_rows[1] is (rows[0] if rows else None):
-            ids = self._svi_rows[0]  # no `reset` since the last step
-        same = ids is not None and torch.equal(ids, batch.ids)
-        if rows and ids is not None and not same:
-            raise InputError(
-                f"the guide's rows are those of {len(ids)} other sequences, and pyro.infer.SVI "
-                "keeps one batch: use DualRateSVI(model, guide).fit(...), or guide.reset(batch)"
-            )
-        if self.n_rows == 0 or not (rows or same):
-            self.reset(batch)
-        elif not all(p.requires_grad for p in rows):
-            # Left by `infer`, whose answer reads these very tensors.
-            self.load_rows(self.rows())
-        self._svi_rows = batch.ids, next(iter(self.local.values()), None)
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """What moves on the fast clock, by name."""
@@ -231,45 +213,3 @@ def closed_kl(q: TorchDistribution, prior: TorchDistribution) -> Tensor | None:
     except NotImplementedError:
         return None
     return kl
-
-
-GUIDES: Registry[type[LocalGuide]] = Registry(
-    "guide", "register_guide", needs=LocalGuide, label="family"
-)
-G = TypeVar("G", bound=type[LocalGuide])
-
-
-def register_guide(name: str, *, override: bool = False) -> Callable[[G], G]:
-    """Class decorator: makes a guide family known to `build_guide` under `name`.
-
-    Args:
-        name: E.g. `"my_guide"`.
-        override: Replace a family of that name.
-
-    Raises:
-        InputError: if the name is taken, or the class is no complete `LocalGuide`.
-    """
-    return cast("Callable[[G], G]", GUIDES.register(name, override=override))
-
-
-def guide_families() -> tuple[str, ...]:
-    """Names of all registered families."""
-    return GUIDES.names()
-
-
-@exclusive
-def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
-    """A guide of the family `name` for `model`.
-
-    Args:
-        name: A registered family, e.g. `"mean_field"`.
-        model: The model whose thoughts it describes.
-        **options: Options of the family.
-
-    Raises:
-        InputError: for an unknown family or option; the nearest name is offered.
-    """
-    require_model(model)
-    guide: LocalGuide = GUIDES.build(name, model, options=options)
-    guide.built_with = options
-    return guide.to(model.device)

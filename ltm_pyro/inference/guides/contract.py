@@ -29,7 +29,8 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import ContractError, InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.guides.base import LocalGuide, build_guide
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.registry import build_guide
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
 from ltm_pyro.random import seeded
 

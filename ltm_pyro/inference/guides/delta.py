@@ -9,7 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.inference.guides.base import LocalGuide, register_guide
+from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.registry import register_guide
 
 
 @register_guide("delta")
