@@ -45,7 +45,7 @@ def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
     """One fit, and its held-out bounds by the number of fast steps at test."""
     config = config_of({**settings, **RECIPES[settings["study.recipe"]]})
     trained = config.fast.steps
-    every = settings["study.all_tests_at"] == trained
+    every = settings["study.recipe"] == "natural" and settings["study.all_tests_at"] == trained
     steps_at_test = settings["study.test_steps"] if every else sorted({trained, MANY})
     with fitted(config) as run:
         model, corpus, seed = run.model, run.corpus(), run.config.seed

@@ -24,11 +24,11 @@ from studies.common import (
 
 MIXTURE: dict[str, Any] = {
     "preset": "mixture", "model.seq_len": 64, "model.width": 32, "model.mlp_hidden": 64,
-    "fast.steps": 4, "steps": 150, "batch_size": 32, "slow.lr": 0.02, "eval_sequences": 128,
+    "fast.steps": 4, "steps": 100, "batch_size": 32, "slow.lr": 0.02, "eval_sequences": 128,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
     "preset": "nano", "model.seq_len": 128, "model.n_layers": 2, "model.width": 64,
-    "model.mlp_hidden": 128, "fast.steps": 4, "steps": 300, "eval_sequences": 128,
+    "model.mlp_hidden": 128, "fast.steps": 4, "steps": 200, "eval_sequences": 128,
     "slow.thoughts_start": 0.3, "slow.kl_hold": 0.5, "slow.kl_full": 0.75, "eval_draws": 64,
 }  # fmt: skip
 """Small models, as a cell's own settings leave them."""
