@@ -15,11 +15,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from ltm_pyro.errors import InputError, shown, unknown_name
 
 T = TypeVar("T", bound=Callable[..., Any])
+K = TypeVar("K", bound=Callable[..., Any])
 
 ENTRY_POINTS = "ltm_pyro.plugins"
 """The entry-point group whose modules `load_plugins` imports."""
@@ -46,7 +47,7 @@ class Registry(Generic[T]):
         self.label = label
         self._known: dict[str, T] = {}
 
-    def register(self, name: str, *, override: bool = False) -> Callable[[T], T]:
+    def register(self, name: str, *, override: bool = False) -> Callable[[K], K]:
         """Decorator: makes what it is put on known under `name`.
 
         Args:
@@ -67,16 +68,16 @@ class Registry(Generic[T]):
                 "'_', '.' or '-', 64 at most"
             )
 
-        def add(value: T) -> T:
+        def add(value: K) -> K:
             self._refuse_unfit(name, value)
-            if not override and self._known.get(name, value) is not value:
+            if not override and self._known.get(name) not in (None, value):
                 raise InputError(
                     f"{self.kind} {name!r} is taken by {_called(self._known[name])}: choose "
                     f"another name, or @{self.decorator}({name!r}, override=True) to replace it"
                 )
             if self.label is not None:
                 setattr(value, self.label, name)
-            self._known[name] = value
+            self._known[name] = cast("T", value)
             return value
 
         return add

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from ltm_pyro.doors import exclusive, require_model
 from ltm_pyro.inference.guides.base import LocalGuide
@@ -13,25 +12,10 @@ from ltm_pyro.registry import Registry
 GUIDES: Registry[type[LocalGuide]] = Registry(
     "guide", "register_guide", needs=LocalGuide, label="family"
 )
-G = TypeVar("G", bound=type[LocalGuide])
-
-
-def register_guide(name: str, *, override: bool = False) -> Callable[[G], G]:
-    """Class decorator: makes a guide family known to `build_guide` under `name`.
-
-    Args:
-        name: E.g. `"my_guide"`.
-        override: Replace a family of that name.
-
-    Raises:
-        InputError: if the name is taken, or the class is no complete `LocalGuide`.
-    """
-    return cast("Callable[[G], G]", GUIDES.register(name, override=override))
-
-
-def guide_families() -> tuple[str, ...]:
-    """Names of all registered families."""
-    return GUIDES.names()
+register_guide = GUIDES.register
+"""Class decorator: makes a guide family known to `build_guide` by name; see `Registry.register`."""
+guide_families = GUIDES.names
+"""Names of all registered families."""
 
 
 @exclusive

@@ -13,8 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from ltm_pyro.inference.objectives.evidence import (
     Draw,
@@ -42,21 +41,8 @@ from ltm_pyro.registry import Registry
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective", "register_objective", needs=Objective, label="name"
 )
-Kind = TypeVar("Kind", bound=type[Objective])
-
-
-def register_objective(name: str, *, override: bool = False) -> Callable[[Kind], Kind]:
-    """Class decorator: makes an objective known to `build_objective` under `name`.
-
-    Args:
-        name: E.g. `"my_bound"`.
-        override: Replace an objective of that name.
-
-    Raises:
-        InputError: if the name is taken, or the class is no complete `Objective`.
-    """
-    return cast("Callable[[Kind], Kind]", OBJECTIVES.register(name, override=override))
-
+register_objective = OBJECTIVES.register
+"""Class decorator: makes an objective known to `build_objective`; see `Registry.register`."""
 
 for _built_in in (
     Elbo, StickingTheLanding, ImportanceWeighted, Renyi, DoublyReparametrised, BetaElbo, FreeBits,

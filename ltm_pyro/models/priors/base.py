@@ -8,8 +8,7 @@ sampled by generation, and the contract test in `tests/test_priors.py` runs over
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -73,25 +72,10 @@ class ThoughtPrior(nn.Module, ABC):
 PRIORS: Registry[type[ThoughtPrior]] = Registry(
     "prior", "register_prior", needs=ThoughtPrior, label="family"
 )
-P = TypeVar("P", bound=type[ThoughtPrior])
-
-
-def register_prior(name: str, *, override: bool = False) -> Callable[[P], P]:
-    """Class decorator: makes a prior known to `build_prior` under `name`.
-
-    Args:
-        name: E.g. `"my_prior"`.
-        override: Replace a family of that name.
-
-    Raises:
-        InputError: if the name is taken, or the class is no complete `ThoughtPrior`.
-    """
-    return cast("Callable[[P], P]", PRIORS.register(name, override=override))
-
-
-def prior_names() -> tuple[str, ...]:
-    """Names of all registered priors."""
-    return PRIORS.names()
+register_prior = PRIORS.register
+"""Class decorator: makes a prior known to `build_prior` by name; see `Registry.register`."""
+prior_names = PRIORS.names
+"""Names of all registered priors."""
 
 
 def build_prior(name: str, n_thoughts: int, thought_dim: int, /, **options: Any) -> ThoughtPrior:
