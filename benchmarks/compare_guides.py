@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"))
     run = parser.parse_args().run
-    began = time.perf_counter()
     if ltm_pyro_command(["compare", str(run), *shlex.split(OPTIONS)]):
         raise SystemExit("the comparison failed")
-    seconds = time.perf_counter() - began
     frame = pd.read_csv(run / "comparison.csv", index_col=0)
     data = xr.open_datatree(run / "comparison.nc", engine="h5netcdf").to_dataset()
     config = json.loads((run / "config.json").read_text())
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
-    block = [BEGIN, *table(frame), "", *notes(data), "", footnote(data, config, seconds), ""]
+    block = [BEGIN, *table(frame), "", *notes(data), "", footnote(data, config), ""]
     block += [f"![Guide families on the same sequences]({PICTURE})", END]
     PAGE.write_text(before + "\n".join(block) + after)
     shutil.copyfile(run / "comparison.png", PAGE.parent / PICTURE)
@@ -59,9 +56,9 @@ def table(frame: pd.DataFrame) -> list[str]:
     """One row per guide, as Markdown."""
     head = (
         "| guide | ELBO | difference | per token | truncation gap | k-hat | mean error | "
-        "scale ratio | evaluations | seconds | verdict |"
+        "scale ratio | evaluations | verdict |"
     )
-    rows = [head, "|" + "---|" * 11]
+    rows = [head, "|" + "---|" * 10]
     for guide, row in frame.iterrows():
         cells = [
             f"`{guide}`",
@@ -73,7 +70,6 @@ def table(frame: pd.DataFrame) -> list[str]:
             f"{row['reference_mean_error_median']:.2f}",
             f"{row['reference_scale_ratio_median']:.2f}",
             f"{row['decoder_evaluations']:.0f} ({row['training_evaluations']:.0f})",
-            f"{row['seconds']:.0f}",
             str(row["verdict"]),
         ]
         rows.append(f"| {' | '.join(cells)} |")
@@ -98,7 +94,7 @@ def notes(data: xr.Dataset) -> list[str]:
     return [f"- {note}" for note in Comparison(data).notes]
 
 
-def footnote(data: xr.Dataset, config: dict[str, Any], seconds: float) -> str:
+def footnote(data: xr.Dataset, config: dict[str, Any]) -> str:
     """What made the table."""
     versions = ", ".join(
         f"{name} {data.attrs[f'{name}_version']}" for name in ("ltm_pyro", "torch", "pyro")
@@ -107,7 +103,7 @@ def footnote(data: xr.Dataset, config: dict[str, Any], seconds: float) -> str:
         f"Made by `make demo`, then `benchmarks/compare_guides.py` (`ltm-pyro compare runs/demo "
         f"{OPTIONS}`, seed {data.attrs['seed']}): corpus SHA-256 "
         f"{config['corpus']['sha256'][:12]}, {versions}, Python {platform.python_version()}; "
-        f"{seconds:.0f} s on {os.cpu_count()} cores ({platform.machine()})."
+        f"on {os.cpu_count()} cores ({platform.machine()})."
     )
 
 
