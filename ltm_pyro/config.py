@@ -102,16 +102,17 @@ class Fast:
     """T_fast: gradient steps per sequence; 0 leaves q where the guide starts it."""
     optimizer: Literal["natural", "adam"] = "natural"
     """`natural`: along the natural gradient, in units of q, for the families that have a normal in
-    them, and Adam at a third of the rate for what has none. `adam`: Adam for all, as always with
+    them, and Adam at a quarter of the rate for what has none. `adam`: Adam for all, as always with
     `noise="fixed"`, whose objective narrows q without end."""
-    lr: Rate = 0.3
-    """Peak learning rate on the local parameters; a third of it suits `adam`."""
-    momentum: ShareBelowOne = 0.3
+    lr: Rate = 0.4
+    """Peak learning rate on the local parameters; a quarter of it suits `adam`."""
+    momentum: ShareBelowOne = 0.0
     """Share of the last step that a natural step keeps."""
     schedule: ScheduleName | Multiplier = "cosine"
     """How the learning rate runs over the T_fast steps."""
-    final_fraction: Share = 0.1
-    """The learning rate's last value as a fraction of its peak (cosine schedules)."""
+    final_fraction: Share | None = None
+    """The learning rate's last value as a fraction of its peak (cosine schedules); by default half
+    for natural steps, which are averaged, and a tenth for Adam's."""
     warmup: ShareBelowOne = 0.0
     """Share of the steps spent rising from zero (`warmup_cosine`)."""
     noise: Literal["fresh", "fixed"] = "fresh"
@@ -122,10 +123,10 @@ class Fast:
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     """Adam's decay rates for the first and second moment; on fresh noise the second is lower in the
     first steps (see `RowAdam`)."""
-    average: ShareBelowOne = 0.4
-    """Share of the steps beyond the first 8 (100 of `adam`), counted from the end, over which local
-    parameters are averaged, so that what is left of the gradient noise cancels (Polyak & Juditsky
-    1992). Fresh noise only."""
+    average: ShareBelowOne = 0.75
+    """Share of the steps (of `adam`'s beyond the first 100), counted from the end, over which local
+    parameters are averaged, the later the more, so that what is left of the gradient noise cancels
+    (Polyak & Juditsky 1992). Fresh noise only."""
 
 
 @settings("slow")

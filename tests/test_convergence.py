@@ -33,7 +33,7 @@ from ltm_pyro.models.linear_gaussian import LinearGaussian
 from ltm_pyro.plots import convergence_curves
 
 SEQUENCES = 16
-CONVERGED = Fast(steps=150, lr=0.1, final_fraction=0.0)
+CONVERGED = Fast(steps=150, lr=0.2, final_fraction=0.0)
 
 
 def setting(seed: int = 0) -> tuple[LinearGaussian, Batch]:
@@ -53,7 +53,7 @@ def recipe(oracle: LinearGaussian, fast: Fast, particles: int = 1, seed: int = 0
 @pytest.fixture(scope="module")
 def four_steps() -> tuple[DualRateSVI, Batch, xr.Dataset]:
     oracle, batch = setting()
-    svi = recipe(oracle, Fast(steps=4))
+    svi = recipe(oracle, Fast(steps=4, optimizer="adam", lr=0.1))
     return svi, batch, fast_convergence(svi, batch)
 
 
@@ -279,7 +279,7 @@ class RefinedEncoder(Encoder):
 
 def test_what_cannot_be_judged_is_refused() -> None:
     oracle, batch = setting()
-    svi = recipe(oracle, Fast(steps=4))
+    svi = recipe(oracle, Fast(steps=4, optimizer="adam", lr=0.1))
     for options, match in (
         ({"steps": 0}, "at least 1"),
         ({"draws": 2}, "at least 16"),

@@ -45,7 +45,7 @@ FACTS = [
     ),
     (
         "eight steps with one draw leave 0.27 nats to an encoder that was right already at the "
-        "default rate and 0.04 at `lr=0.1` (Adam: 1.3 at 0.1)",
+        "default rate and 0.03 at `lr=0.1` (Adam: 1.3 at 0.1)",
         "test_documented_facts::test_steps_after_a_good_encoder_are_small",
     ),
     (
@@ -161,12 +161,12 @@ def test_several_draws_arrive_at_the_best_mean_field(noise: float) -> None:
 
 def test_steps_after_a_good_encoder_are_small() -> None:
     """docs/guides.md: "eight steps with one draw leave 0.27 nats to an encoder that was
-    right already at the default rate and 0.04 at `lr=0.1` (Adam: 1.3 at 0.1)".
+    right already at the default rate and 0.03 at `lr=0.1` (Adam: 1.3 at 0.1)".
     """
     oracle, batch = setting()
     best = oracle.best_mean_field_elbo(batch)
     adam = Fast(steps=8, optimizer="adam", lr=0.1)
-    for fast, nats in ((Fast(steps=8), 0.27), (Fast(steps=8, lr=0.1), 0.04), (adam, 1.3)):
+    for fast, nats in ((Fast(steps=8), 0.27), (Fast(steps=8, lr=0.1), 0.03), (adam, 1.3)):
         svi = DualRateSVI(oracle, RefinedEncoder(oracle), fast)
         lost = best - exact_elbo(oracle, svi.infer(batch).distribution, batch)
         # Over 16 sequences, whose losses spread by about half of their mean.

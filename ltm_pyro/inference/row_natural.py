@@ -17,7 +17,7 @@ half of it steadies the noisier of a normal's two gradients."""
 LONGEST = 2.0
 """Longest step of a row in units, in one parameter: half its square is the KL between q before and
 after."""
-ADAM_SHARE = 1 / 3
+ADAM_SHARE = 1 / 4
 """Adam's rate as a share of the natural one: its steps have the length of its rate, whatever the
 gradient says."""
 
@@ -28,13 +28,14 @@ class RowNatural:
     For N(loc, sd^2) the natural gradient is sd^2 times the gradient by loc, and twice that by the
     log variance. With units u of one sd for loc, and 0.7 for a log variance,
 
-        d = clip(lr u gradient, -1, 1),    m <- momentum m + (1 - momentum) d,    p <- p - u m
+        d = clip(shorten(lr u gradient), -1, 1),  m <- momentum m + (1 - momentum) d,  p <- p - u m
 
     is that gradient (a quarter of it for the log variance, whose gradient is the noisier), within a
-    trust region: one unit in each dimension, however badly q is scaled, and over all dimensions of
-    a row a length of `LONGEST`, about as many nats of KL: where a hundred gradients are noise, a
-    unit of each would be fifty. Momentum holds bounded steps, so that none is carried far past a
-    posterior that narrows.
+    trust region: over all dimensions of a row a length of `LONGEST`, about as many nats of KL, and
+    one unit in each, however badly q is scaled. Shortened first, a step keeps its direction: if all
+    of its entries were cut to one unit before, far from the posterior each would be a sign, noise
+    as long as signal. Momentum holds bounded steps, so that none is carried far past a posterior
+    that narrows.
 
     Adam (`RowAdam`) moves what has no unit.
 
@@ -75,9 +76,9 @@ class RowNatural:
             units = self.units()
         for name, p in self.params.items():
             unit, kept = units[name], self.kept[name]
-            step = (gradients[name] * unit).mul_(lr).clamp_(-1.0, 1.0)
+            step = (gradients[name] * unit).mul_(lr)
             length = torch.linalg.vector_norm(step.flatten(1), dim=1).clamp_(min=LONGEST)
-            step.mul_((LONGEST / length).view(-1, *(1,) * (step.dim() - 1)))
+            step.mul_((LONGEST / length).view(-1, *(1,) * (step.dim() - 1))).clamp_(-1.0, 1.0)
             kept.lerp_(step, 1 - self.momentum)
             p.sub_(kept * unit)
 

@@ -209,32 +209,36 @@ class _Calls:
 class _TailMean:
     """Mean of the local parameters over the last steps: gradient noise in them cancels.
 
+    Weights grow linearly from 0, so that where the steps come from counts little.
+
     Args:
         params: The parameters, read after each step and replaced by `put`.
-        fast: The clock. Its `average` is a share of the steps beyond the first `BURN_IN`, by its
-            optimizer; the mean over a shorter loop would lag behind where it has arrived.
+        fast: The clock. Its `average` is a share of the steps, of Adam's beyond the first
+            `ADAMS_BURN_IN`: its steps have one length, and a mean would lag behind.
     """
 
-    BURN_IN: ClassVar = {"natural": 8, "adam": 100}
+    ADAMS_BURN_IN: ClassVar = 100
 
     def __init__(self, params: dict[str, Tensor], fast: Fast) -> None:
         self.params = {name: p.detach() for name, p in params.items()}
         share = 0.0 if fast.noise == "fixed" else fast.average
-        self.count = round(share * max(fast.steps - self.BURN_IN[fast.optimizer], 0))
-        self.first = fast.steps - self.count
-        self.total = {name: torch.zeros_like(p) for name, p in params.items()}
+        burn_in = 0 if steps_naturally(fast) else self.ADAMS_BURN_IN
+        self.first = fast.steps - round(share * max(fast.steps - burn_in, 0))
+        self.mean: dict[str, Tensor] = {}
 
     def add(self, step: int) -> None:
         """Takes the parameters after `step` into the mean, if it is one of the last."""
-        if step >= self.first:
+        n = step - self.first + 1
+        if n == 1:
+            self.mean = {name: p.clone() for name, p in self.params.items()}
+        elif n > 1:
             for name, p in self.params.items():
-                self.total[name] += p
+                self.mean[name].lerp_(p, 2.0 / (n + 1))
 
     def put(self) -> None:
         """Replaces the parameters by their mean."""
-        if self.count > 1:
-            for name, p in self.params.items():
-                p.copy_(self.total[name] / self.count)
+        for name, value in self.mean.items():
+            self.params[name].copy_(value)
 
 
 def mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:

@@ -63,14 +63,17 @@ def kl_weight(step: int, total: int, start: float, hold: float, full: float) -> 
 
 def learning_rate(clock: Fast | Slow, step: int, total: int) -> float:
     """The learning rate of one clock at `step` of `total`."""
+    last = clock.final_fraction
+    if last is None:
+        last = 0.5 if isinstance(clock, Fast) and steps_naturally(clock) else 0.1
     if callable(clock.schedule):
         factor = clock.schedule(step, total)
     elif clock.schedule == "constant":
         factor = constant(step, total)
     elif clock.schedule == "cosine":
-        factor = cosine(step, total, clock.final_fraction)
+        factor = cosine(step, total, last)
     else:
-        factor = warmup_cosine(step, total, clock.warmup, clock.final_fraction)
+        factor = warmup_cosine(step, total, clock.warmup, last)
     return clock.lr * factor
 
 
