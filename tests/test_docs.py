@@ -236,7 +236,7 @@ def test_every_line_beside_its_formula_is_in_its_file() -> None:
         assert line in (ROOT / file).read_text(), f"{file} has no line {line!r}"
 
 
-@pytest.mark.parametrize("page", ["from_svi.md", "arviz.md"])
+@pytest.mark.parametrize("page", ["from_svi.md", "arviz.md", "neighbours.md"])
 def test_the_python_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

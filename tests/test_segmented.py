@@ -23,6 +23,7 @@ from ltm_pyro.models.full_normal import FullNormal, LowRankNormal
 from ltm_pyro.models.priors import build_prior
 from ltm_pyro.models.segmented import SegmentedThoughtModel, SessionThoughtModel
 from studies.kalman import LIMITS, distances, kalman_filter, random_system
+from studies.sessions import coverage
 
 CLASSES = [SegmentedThoughtModel, SessionThoughtModel]
 BOTH = pytest.mark.parametrize("kind", CLASSES)
@@ -232,6 +233,16 @@ def test_the_clocks_learn_the_transition() -> None:
     wanted = kalman_filter(true, batch.observed)[2].sum(1).mean()
     assert float(wanted - before) > 0.5
     assert float(wanted - after) < 0.2 * float(wanted - before)
+
+
+@pytest.mark.slow
+def test_intervals_of_both_levels_cover() -> None:
+    """400 sessions: the share's own error is near 0.7 points, clustered by session."""
+    settings = {"seed": 1, "turns": 4, "sessions": 400, "coverage_fast_steps": 256}
+    rows = {(row["arm"], row["level"]): row for row in coverage(settings)}
+    for guide in ("exact", "full_rank"):
+        assert rows[guide, "both"]["coverage"] == pytest.approx(0.9, abs=0.03)
+    assert rows["full_rank", "both"]["mean_off_scales"] < 0.02
 
 
 def test_the_clocks_learn_that_turns_share_a_session() -> None:
