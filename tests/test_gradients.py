@@ -289,7 +289,8 @@ def test_noise_of_the_estimators_at_the_exact_posterior() -> None:
     assert float(noise.sel(objective="dreg(particles=8)").max()) < 1e-18
     assert float(noise.sel(objective="elbo(particles=1)").min()) > 1.0
     assert data["decoder_evaluations"].values.tolist() == [1, 1, 8]
-    assert data["kl_estimator"].values.tolist() == ["monte_carlo"] * 3
+    # torch knows the KL of this guide, which the ELBO alone charges as such.
+    assert data["kl_estimator"].values.tolist() == ["analytic", "monte_carlo", "monte_carlo"]
 
 
 def test_the_diagnostic_knows_mean_and_variance() -> None:
