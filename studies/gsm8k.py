@@ -171,7 +171,7 @@ def paragraph(table: pd.DataFrame) -> str:
         for _, row in pooled(mine).iterrows():
             bits = mine.loc[mine["shots"] == row["shots"], "answer_bits_per_byte"].mean()
             lines.append(
-                f"- {model}, {int(row['shots'])} shots: {row['share']:.4f} right "
+                f"- {model}, {int(row['shots'])} shot(s): {row['share']:.4f} right "
                 f"({row['low']:.4f} to {row['high']:.4f}), {bits:.3f} bits per byte of the true "
                 "answer"
             )
@@ -189,10 +189,11 @@ def paragraph(table: pd.DataFrame) -> str:
             *lines,
             "",
             "What thoughts gain on the true answer, in bits per byte, mean and standard error over "
-            f"seeds, by shots: {told}. A model of this size does not reason: a right number is as "
-            "often a common one as a derived one, and more shots make prompts that it has hardly "
-            "learned to read. This shows that the protocol runs end to end, not what the paper "
-            "claims of models five hundred times as large: that is not tested.",
+            f"seeds, by shots: {told}. After {table['steps'].iloc[0]} slow steps of "
+            f"{table['batch_size'].iloc[0]} texts neither model has learned to calculate: a right "
+            "number is a guess, and no share here is told from 0. The protocol runs end to end; "
+            "the paper's claim, of models five hundred times as large and trained on far more, is "
+            "not tested.",
             "",
             left_out(table, ["train", "test"], ".jsonl"),
         ]
