@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -82,6 +83,7 @@ def pictures() -> dict[str, Figure]:
         "documents": plots.document_gains(table, table),
         "k-hat": plots.khat_histogram(judged),
         "map": plots.thought_map(post, ["<b>$a$ \N{GRINNING FACE}\0", "b"] * 6, name="author $"),
+        "map by lists": plots.thought_map(oracle, pd.Series([["a"], ["b", "c"]] * 12)),
         "map by a number": plots.thought_map(oracle, np.arange(24), name="position"),
         "posterior and prior": plots.posterior_against_prior(oracle),
         "split": plots.elbo_split(

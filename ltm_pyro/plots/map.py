@@ -98,7 +98,9 @@ def _points(
         raise InputError(
             f"by is {shown(by)}: must hold one value for each of {len(mean)} sequences"
         )
-    return mean, values if values.dtype.kind in "if" else values.astype(str), name
+    if values.dtype.kind not in "if":  # one by one: a record's field may be a list
+        values = np.array([str(value) for value in values])
+    return mean, values, name
 
 
 def _pca(mean: Floats) -> tuple[Floats, tuple[float, float]]:
