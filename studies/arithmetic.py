@@ -156,10 +156,14 @@ def paragraph(table: pd.DataFrame) -> str:
             ]
             kind = "no secret" if secrets == 1 else f"{secrets} secrets"
             lines.append(f"- {digits} digit(s), {kind}, {shots} example(s): {', '.join(told)}")
-    gains = over_seeds(
-        table[table["model"] == "thoughts"], ["study.secrets", "digits", "shots"], "gain"
+    by = ["study.secrets", "digits", "shots"]
+    mine = table[table["model"] == "thoughts"]
+    gains = over_seeds(mine, by, "gain")
+    # Of the fits and of the problems: of three seeds alone an error may be small by luck.
+    drawn = mine.groupby(by, sort=False)["gain_error"].apply(
+        lambda e: np.sqrt((e**2).sum()) / len(e)
     )
-    gains["error"] = gains["error"].fillna(np.inf)
+    gains["error"] = np.maximum(gains["error"].fillna(np.inf), drawn.to_numpy())
     apart = gains[gains["mean"].abs() > 2 * gains["error"]]
     told = [
         f"{int(r['study.secrets'])} secret(s), {int(r['digits'])} digit(s), {int(r['shots'])} "
@@ -167,11 +171,14 @@ def paragraph(table: pd.DataFrame) -> str:
         for _, r in apart.iterrows()
     ]
     verdict = (
-        "Thoughts' share less the control's is more than two standard errors over seeds from 0 in "
-        f"{len(apart)} of {len(gains)} places ({'; '.join(told)}); by chance alone about "
-        f"{0.18 * len(gains):.1f} would be (two errors of three seeds are no 95 %)."
+        "Thoughts' share less the control's is more than two standard errors from 0 (over seeds, "
+        "or of having drawn these problems, whichever is larger) in "
+        f"{len(apart)} of {len(gains)} places: {'; '.join(told)}; by chance alone one in twenty "
+        "would be."
         if told
-        else "Nowhere is thoughts' share told from the control's over seeds."
+        else "Thoughts' share is told from the control's in none of "
+        f"{len(gains)} places, by two standard errors over seeds, or of having drawn these "
+        "problems, whichever is larger."
     )
     return "\n".join(
         [
@@ -182,7 +189,10 @@ def paragraph(table: pd.DataFrame) -> str:
             *lines,
             "",
             f"{verdict} The control is the same decoder without thoughts; it sees the whole text, "
-            "as the decoder with thoughts does. Not tested: larger models, harder sums, and "
-            "whether thoughts help where the control cannot see the examples.",
+            "as the decoder with thoughts does. Where a text has a secret, more than "
+            "1 in as many right takes the examples. All after "
+            f"{table['steps'].iloc[0]} slow steps of {table['batch_size'].iloc[0]} texts, which is "
+            "little. Not tested: larger models, longer fits, harder sums, and whether thoughts "
+            "help where the control cannot see the examples.",
         ]
     )

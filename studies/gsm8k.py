@@ -191,7 +191,7 @@ def paragraph(table: pd.DataFrame) -> str:
             "What thoughts gain on the true answer, in bits per byte, mean and standard error over "
             f"seeds, by shots: {told}. After {table['steps'].iloc[0]} slow steps of "
             f"{table['batch_size'].iloc[0]} texts neither model has learned to calculate: a right "
-            "number is a guess, and no share here is told from 0. The protocol runs end to end; "
+            "number is a guess. The protocol runs end to end; "
             "the paper's claim, of models five hundred times as large and trained on far more, is "
             "not tested.",
             "",
