@@ -12,6 +12,7 @@ from ltm_pyro.config import Fast
 from ltm_pyro.inference.clocks.fast import local_optimizer
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, guide_families
+from ltm_pyro.inference.objectives import OBJECTIVES
 from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, LONGEST, RowNatural, Unit
 
 HAVE_A_NORMAL = {"mean_field", "low_rank", "full_rank", "mixture", "flow", "semi_amortized"}
@@ -110,3 +111,14 @@ def test_sixteen_steps_do_what_adam_does_not_in_forty() -> None:
         return float((oracle.best_mean_field_elbo(batch) - reached).mean())
 
     assert behind(Fast(steps=16)) < behind(Fast(steps=40, optimizer="adam", lr=0.1))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_carries_q_off(name: str) -> None:
+    """Natural steps on weighed draws made scales of thousands in 150 steps."""
+    oracle = make_oracle()
+    guide = build_guide("mean_field", oracle)
+    post = DualRateSVI(oracle, guide, Fast(steps=150), elbo=name).infer(oracle.simulate(8))
+    assert post.optimizer.startswith("adam" if name in ("iwae", "dreg", "renyi") else "natural")
+    # The prior's scale is 1, and data can only narrow it.
+    assert float(post.sd.max()) < 2

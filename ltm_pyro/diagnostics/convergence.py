@@ -108,7 +108,7 @@ def continue_from(
     batch = batch.to(svi.model.device)
     guide.load_rows(rows)
     assert loop.store is not None
-    loop.store.scatter(batch.ids, {**rows, **local_optimizer(guide, fast).state()})
+    loop.store.scatter(batch.ids, {**rows, **local_optimizer(guide, fast, loop.elbo).state()})
     return loop.infer(batch, warm_start=True)
 
 

@@ -65,7 +65,7 @@ class RowNatural:
         """What moves the parameters, told apart where not all have a unit."""
         rest = ", ".join(self.adam.params) if self.adam else ""
         if not self.params:
-            return f"adam: no units of {rest}"
+            return f"adam: {rest}"
         return f"natural; adam: {rest}" if rest else "natural"
 
     def step(self, gradients: dict[str, Tensor], lr: float) -> None:

@@ -41,15 +41,23 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 RowOptimizer = RowNatural | RowAdam
 
 
-def local_optimizer(guide: LocalGuide, fast: Fast) -> RowOptimizer:
+def local_optimizer(
+    guide: LocalGuide, fast: Fast, objective: Objective | None = None
+) -> RowOptimizer:
     """A fresh optimiser for the guide's rows.
+
+    Adam alone for an objective that weighs its draws: a q that is far too wide then gets many small
+    pushes outwards for each large one back, which a trust region cuts, and natural steps grow with
+    q's scale.
 
     On fresh noise Adam forgets the first gradients quickly; with `noise="fixed"`, the published
     loop to be studied as it is, it is Adam itself.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
     if steps_naturally(fast):
-        return RowNatural(params, guide.units, fast.momentum, fast.betas)
+        weighs = objective is not None and objective.weighs_draws
+        units = dict if weighs else guide.units
+        return RowNatural(params, units, fast.momentum, fast.betas)
     return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
 
 
@@ -137,19 +145,20 @@ class FastLoop:
 
     def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowOptimizer:
         self.guide.reset(batch)
-        optimizer = local_optimizer(self.guide, fast)
+        optimizer = local_optimizer(self.guide, fast, self.objective)
         if store is not None and self.guide.local_parameters():
             fresh = {**self.guide.rows(), **optimizer.state()}
             stored = store.gather(batch.ids, fresh)
             self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
-            optimizer = local_optimizer(self.guide, fast)
+            optimizer = local_optimizer(self.guide, fast, self.objective)
             optimizer.load(stored)
         return optimizer
 
     def _run(self, calls: _Calls, optimizer: RowOptimizer, watch: Watch | None) -> FastResult:
         fast, batch = calls.fast, calls.batch
         params: dict[str, Tensor] = dict(self.guide.local_parameters())
-        tail = _TailMean(params, fast)
+        natural = isinstance(optimizer, RowNatural) and bool(optimizer.params)
+        tail = _TailMean(params, fast, natural)
         first = last = norm = torch.zeros((), device=batch.device)
         own: Tensor | None = None
         for step in range(fast.steps):
@@ -213,16 +222,17 @@ class _TailMean:
 
     Args:
         params: The parameters, read after each step and replaced by `put`.
-        fast: The clock. Its `average` is a share of the steps, of Adam's beyond the first
-            `ADAMS_BURN_IN`: its steps have one length, and a mean would lag behind.
+        fast: The clock. Its `average` is a share of the steps.
+        natural: Whether any step is natural. Of Adam's the first `ADAMS_BURN_IN` are left out: they
+            have one length, and a mean would lag behind.
     """
 
     ADAMS_BURN_IN: ClassVar = 100
 
-    def __init__(self, params: dict[str, Tensor], fast: Fast) -> None:
+    def __init__(self, params: dict[str, Tensor], fast: Fast, natural: bool) -> None:
         self.params = {name: p.detach() for name, p in params.items()}
         share = 0.0 if fast.noise == "fixed" else fast.average
-        burn_in = 0 if steps_naturally(fast) else self.ADAMS_BURN_IN
+        burn_in = 0 if natural else self.ADAMS_BURN_IN
         self.first = fast.steps - round(share * max(fast.steps - burn_in, 0))
         self.mean: dict[str, Tensor] = {}
 

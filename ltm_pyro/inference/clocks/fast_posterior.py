@@ -110,7 +110,7 @@ def fast_posterior(
             batch,
             trace=trace,
             own_draw_elbo=own,
-            optimizer=local_optimizer(svi.guide, fast).name,
+            optimizer=local_optimizer(svi.guide, fast, svi.elbo).name,
             objective=describe(svi.elbo),
             objective_kl=kl_estimator(svi.elbo, svi.model, svi.guide),
         )

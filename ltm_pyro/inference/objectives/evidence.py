@@ -130,6 +130,8 @@ class Objective(UnderSVI):
     name: ClassVar[str] = ""
     charges_kl: ClassVar[bool] = False
     """Whether it pays for the KL as such (`Terms.kl`), in closed form where the guide has one."""
+    weighs_draws: bool = False
+    """Whether draws count by their importance weights; the fast clock is then Adam's."""
 
     def __init__(self, particles: int = 1, **options: Any) -> None:
         whole_number("particles", particles, 1, _MOST_PARTICLES)

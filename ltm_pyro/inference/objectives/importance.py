@@ -25,6 +25,7 @@ class Renyi(Objective):
     """
 
     name: ClassVar[str] = "renyi"
+    weighs_draws = True
 
     def __init__(self, alpha: float = 0.5, particles: int = 8) -> None:
         alpha = finite_number("alpha", alpha)
@@ -52,6 +53,7 @@ class ImportanceWeighted(Objective):
     """
 
     name: ClassVar[str] = "iwae"
+    weighs_draws = True
 
     def __init__(self, particles: int = 8) -> None:
         super().__init__(particles)
@@ -74,6 +76,7 @@ class DoublyReparametrised(Objective):
     """
 
     name: ClassVar[str] = "dreg"
+    weighs_draws = True
 
     def __init__(self, particles: int = 8) -> None:
         super().__init__(particles)

@@ -41,6 +41,7 @@ class PyroElbo(Objective):
     def __init__(self, elbo: ELBO) -> None:
         super().__init__(int(elbo.num_particles))
         self.elbo: Any = differentiable(elbo)
+        self.weighs_draws = isinstance(elbo, RenyiELBO)
 
     def __repr__(self) -> str:
         return describe(self.elbo)
