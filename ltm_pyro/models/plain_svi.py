@@ -12,6 +12,8 @@ from torch import nn
 
 def svi_asks() -> bool:
     """Whether someone collects parameters just now, as `pyro.infer.SVI` does around each step."""
+    # Pyro has no public way to ask this: `am_i_wrapped` tells of any handler, and under most of
+    # them a weight that is told of would be left in the global store for nothing.
     return any(
         isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK
     )
