@@ -143,9 +143,10 @@ def paragraph(table: pd.DataFrame) -> str:
         f"Over {table['seed'].nunique()} seed(s) of {int(first['passages'])} passages each, with "
         f"Wilson's 95 % intervals given these fits: {'; '.join(told)}. Thoughts' gain over the "
         f"control, mean and standard error over seeds: {nats['mean']:+.3f} ± {nats['error']:.3f} "
-        f"nats per word, {share['mean']:+.4f} ± {share['error']:.4f} of the share right. The "
-        "passages come from the same kind of text as the fit, and were not chosen to need their "
-        "whole context, as LAMBADA's are: the numbers are not comparable with those of LAMBADA. "
+        f"nats per word, {share['mean']:+.4f} ± {share['error']:.4f} of the share right, after "
+        f"{int(first['steps'])} slow steps of {int(first['batch_size'])} texts, which is little. "
+        "The passages come from the same kind of text as the fit, and were not chosen to need "
+        "their whole context, as LAMBADA's are: the numbers are not comparable with LAMBADA's. "
         f"{int(first['no_passage'])} lines of test.txt are too short for a passage.\n\n"
         f"{left_out(table, ['train', 'test'], '.txt')}"
     )
