@@ -150,7 +150,7 @@ def paragraph(table: pd.DataFrame) -> str:
     ]
     return "\n".join(
         [
-            f"Sums of `studies/arithmetic.py` with {table['study.secrets'].iloc[0]} secrets and "
+            f"Sums of `studies/arithmetic.py` with {table['study.secrets'].iloc[0]} secret(s) and "
             f"{table['study.shots'].iloc[0]} example(s), {table['study.problems'].iloc[0]} of each "
             f"kind and seed; mean and standard error over {table['seed'].nunique()} seed(s):",
             "",
