@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ltm_pyro.cli.settings import build_config
 from ltm_pyro.config import Fast, FitConfig
@@ -190,3 +191,12 @@ def _rounded(value: float, error: float) -> str:
     if error > 0:
         return f"{value:.2f} ± {error:.2f}"
     return f"{value:g}" if float(value).is_integer() else f"{value:.2f}"
+
+
+def seeds_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean over seeds, and half of its 95 % interval by Student's t (`nan` for one seed)."""
+    array = np.asarray(list(values), dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return float(array.mean()), float(half)
