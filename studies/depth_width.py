@@ -172,9 +172,9 @@ def paragraph(table: pd.DataFrame) -> str:
     supported = more - half > 0 and than_all - half_all > 0
     tied = table[table["shape"].astype(str) == "2x2"].set_index(["arm", "seed"])["loss"]
     plain = table[table["shape"].astype(str) == "2"].set_index(["arm", "seed"])["loss"]
-    shared = "not run"
+    shared = "Sharing layers was not run."
     if len(tied) and len(plain):
-        shared = ", ".join(
+        shared = "Using 2 layers twice saves against using them once: " + ", ".join(
             "{}: {:+.2f} ± {:.2f}".format(ARMS[arm][0], *seeds_interval((plain - tied)[arm]))
             for arm in ARMS
         )
@@ -184,8 +184,8 @@ def paragraph(table: pd.DataFrame) -> str:
         f"layer has its own thoughts, {told['all']} where each reads all, {told['none']} without "
         f"thoughts. Own thoughts against none: {more:+.2f} ± {half:.2f}; own against all: "
         f"{than_all:+.2f} ± {half_all:.2f}. That depth helps more when each layer has its own "
-        f"thoughts is {'supported' if supported else 'not supported'} here. Using 2 layers twice "
-        f"saves against using them once ({shared}). One synthetic corpus whose classes thoughts "
+        f"thoughts is {'supported' if supported else 'not supported'} here. {shared} "
+        "One synthetic corpus whose classes thoughts "
         f"can tell, {int(table['learned'].median()):,} weights, {table['steps'].iloc[0]} slow "
         "steps: MobileLLM's claim is about 125 M weights, real text and far longer training, and "
         "is not tested."

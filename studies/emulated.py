@@ -305,7 +305,8 @@ def paragraph(table: pd.DataFrame) -> str:
         swapped = part[part["what"] == "swap"]
         costs = {layer: seeds_interval(r["lost_style"]) for layer, r in swapped.groupby("layer")}
         style = ", ".join(
-            f"layer {layer} {value:.2f} ± {width:.2f}" for layer, (value, width) in costs.items()
+            f"layer {layer:.0f} {value:.2f} ± {width:.2f}"
+            for layer, (value, width) in costs.items()
         )
         lines.append(
             f"* `{pair}`: bounds in nats per token: {told}. The emulated model against the better "
@@ -321,7 +322,7 @@ def paragraph(table: pd.DataFrame) -> str:
         "All scores are bounds on fresh draws with the KL charged; ± are 95 % intervals over "
         f"{table['seed'].nunique()} seeds, errors clustered by document stand in the table.\n\n"
         + "\n".join(lines)
-        + "\n\nThe models are 10^4 to 10^5 weights, and the pairs differ by a factor of a few in "
+        + "\n\nThe models have 3,000 to 60,000 weights, and a pair differs by a factor of a few in "
         "size; the source's finding, that scale at pre-training adds knowledge and scale at "
         "fine-tuning style, is about models a thousand times larger and is not tested."
     )

@@ -145,8 +145,8 @@ def figure(table: pd.DataFrame) -> Figure:
     tasks = list(table.groupby(["modulus", "hidden_start"], sort=False))
     caption = (
         "Share of right labels after the first ones, all seeds, by recurrences r and fast steps; "
-        "dashed: equal compute, r (2 T_fast + 1) block applications. Right of the line r was never "
-        "trained. Where the start is known, fast steps have nothing to find."
+        "dashed: equal compute, r (2 T_fast + 1) block applications. Right of the line r was not "
+        "seen in training. Where the start is known, fast steps have nothing to find."
     )
     with house_figure((3.2 * len(tasks), 3.4), caption) as fig:
         panels = fig.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -194,11 +194,12 @@ def _gain(table: pd.DataFrame, knob: str, other: str) -> tuple[float, float]:
 
 def paragraph(table: pd.DataFrame) -> str:
     """Each task: what either knob gains, the best split of equal compute, r beyond training."""
-    trained, lines = table["trained_to"].iloc[0], []
+    trained, lines, apart = table["trained_to"].iloc[0], [], True
     for (p, hidden), part in table.groupby(["modulus", "hidden_start"], sort=False):
         task = f"{'parity' if p == 2 else f'sums mod {p}'}, start {'hidden' if hidden else 'known'}"
         deeper = _gain(part, "recurrences", "fast_steps")
         longer = _gain(part, "fast_steps", "recurrences")
+        apart &= deeper[0] > deeper[1] and (longer[0] > longer[1]) == hidden
         seen = part[part["recurrences"] <= trained]
         beyond = part[part["recurrences"] == part["recurrences"].max()]
         steps = part["fast_steps"].max()
@@ -208,23 +209,30 @@ def paragraph(table: pd.DataFrame) -> str:
         both = shares(at_most, ["recurrences", "fast_steps"])["accuracy"]
         r, t = both.idxmax()
         alone = at_most[at_most["fast_steps"] == 0]
+        deepest = part.query("fast_steps == 0 and recurrences == recurrences.max()")
         depth_only = alone[alone["recurrences"] == alone["recurrences"].max()]
         chosen = at_most[(at_most["recurrences"] == r) & (at_most["fast_steps"] == t)]
         lines.append(
             f"* {task} (chance {1 / p:.1%}): more recurrences add {deeper[0]:+.3f} ± "
             f"{deeper[1]:.3f} to the accuracy, more fast steps {longer[0]:+.3f} ± {longer[1]:.3f}. "
             f"For at most {trained * 5} block applications the best split is r = {r}, T_fast = "
-            f"{t}: {_told(chosen)}; all of it in r, no fast steps: {_told(depth_only)}. Labels "
+            f"{t}: {_told(chosen)}; all of it in r, no fast steps: {_told(depth_only)}; no "
+            f"fast steps at r = {deepest['recurrences'].max()}: {_told(deepest)}. Labels "
             f"farther than any trained r: {far[0]} at r = {within['recurrences'].max()}, {far[1]} "
             f"at r = {beyond['recurrences'].max()}."
         )
+    verdict = (
+        "\n\nThe two knobs do different work: what must be computed needs recurrences, what is "
+        "hidden needs fast steps, and no amount of one replaces the other."
+        if apart
+        else "\n\nThat recurrences compute and fast steps infer is not supported in every task."
+    )
     return (
         f"Accuracies are over all {table['seed'].nunique()} seeds with Wilson intervals, which "
         "take labels for independent; gains of a knob are from its smallest to its largest value, "
         "± 95 % intervals over seeds.\n\n"
         + "\n".join(lines)
-        + "\n\nThe two knobs do different work: r "
-        "computes, fast steps infer what is hidden, and neither replaces the other where the "
-        "gains above say so. These are tasks made for it; that either improves reasoning in "
-        "language is not tested."
+        + verdict
+        + " These are tasks made for it; that either improves reasoning in language is not "
+        "tested."
     )
