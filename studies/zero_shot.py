@@ -143,7 +143,8 @@ def paragraph(table: pd.DataFrame) -> str:
             f"control's in {len(better)} of {places} places ({', '.join(better) or 'none'}) and "
             f"worse in {len(worse)} ({', '.join(worse) or 'none'}); a bound that is worse does not "
             "say that the model is. The released procedure of the paper scores on the draw that "
-            "fitted q (docs/published_perplexity.md), which none of these does. Not tested: the "
-            "paper's corpora, sizes and training budget.",
+            "fitted q (docs/published_perplexity.md), which none of these does. All "
+            f"after {table['steps'].iloc[0]} slow steps, which is little. Not tested: the paper's "
+            "corpora, sizes and training budget.",
         ]
     )
