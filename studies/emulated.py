@@ -271,12 +271,11 @@ def figure(table: pd.DataFrame) -> Figure:
             part = table[table["corpus"] == pair]
             new = over_seeds(part[part["text"] == "new"], ["model"], "loss_per_token")
             new = new.set_index("model").loc[list(MODELS)]
-            above.bar(
-                range(len(new)), new["mean"], yerr=new["error"].fillna(0),
-                color=[MODELS[name][1] for name in new.index],
-            )  # fmt: skip
+            for place, (name, row) in enumerate(new.iterrows()):
+                error = row.fillna(0)["error"]
+                color = MODELS[str(name)][1]
+                above.errorbar(place, row["mean"], error, marker="o", color=color)
             above.set_xticks(range(len(new)), [name.replace("_", "\n") for name in new.index])
-            above.set_ylim(bottom=0.9 * new["mean"].min())
             above.set(title=pair, ylabel="nats per token")
             for kind, color, shift in (("same", GREY, -0.2), ("other", PURPLE, 0.2)):
                 mean = over_seeds(part[part["what"] == "swap"], ["layer"], f"lost_{kind}")
