@@ -201,7 +201,7 @@ def paragraph(table: pd.DataFrame) -> str:
     low, high = wilson(top["right"].sum(), top["n"].sum())
     counts = table.drop_duplicates("seed")
     counted = counts["right_by_counts"].sum() / counts["n"].sum()
-    low_c, high_c = wilson(counts["right_by_counts"].sum(), counts["n"].sum())
+    low_c, high_c = wilson(counts["right_by_counts"].sum(), int(counts["n"].sum()))
     return (
         f"What a doubling changes, {table['seed'].nunique()} seeds, 95 % intervals. Loss above the "
         f"truth, nats per sequence (R2 {bound['r2'].iloc[0]:.2f}): {_told(bound, 2)}. Few-shot "

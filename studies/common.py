@@ -172,14 +172,14 @@ def with_errors(table: pd.DataFrame, by: list[str], columns: dict[str, str]) -> 
         columns: Heading by name of the column.
     """
     groups = table.groupby(by, sort=False)[list(columns)]
-    mean, error = groups.mean(), groups.std() / np.sqrt(groups.count())
+    mean, error = groups.mean(), groups.sem()
     heads = [*(name.rpartition(".")[2].replace("_", " ") for name in by), *columns.values()]
     lines = ["| " + " | ".join(heads) + " |"]
     lines.append("|---" * (len(by) + len(columns)) + "|")
-    for key, values in mean.iterrows():
+    for (key, values), errors in zip(mean.iterrows(), error.to_numpy(), strict=True):
         parts = key if isinstance(key, tuple) else (key,)
         names = [f"{part:g}" if isinstance(part, float) else str(part) for part in parts]
-        cells = [_rounded(v, e) for v, e in zip(values, error.loc[key], strict=True)]
+        cells = [_rounded(v, e) for v, e in zip(values, errors, strict=True)]
         lines.append("| " + " | ".join([*names, *cells]) + " |")
     return "\n".join(lines)
 

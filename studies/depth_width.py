@@ -172,7 +172,7 @@ def paragraph(table: pd.DataFrame) -> str:
     supported = more - half > 0 and than_all - half_all > 0
     tied = table[table["shape"].astype(str) == "2x2"].set_index(["arm", "seed"])["loss"]
     plain = table[table["shape"].astype(str) == "2"].set_index(["arm", "seed"])["loss"]
-    shared = "Sharing layers was not run."
+    shared = "Sharing layers is not in the table."
     if len(tied) and len(plain):
         shared = "Using 2 layers twice saves against using them once: " + ", ".join(
             "{}: {:+.2f} ± {:.2f}".format(ARMS[arm][0], *seeds_interval((plain - tied)[arm]))

@@ -9,6 +9,7 @@ A study NAME is two files. `studies/NAME.yaml` says what is asked and what is va
     smoke: {grid: ..., seeds: [0], fixed: {steps: 2}}       in place of the above with --smoke
     data: wikitext2                     a corpus of the folder --data, or a list of them: then
                                         `cell` gets the folder itself
+    chosen: Sizes were set ...          what was set after trials were seen, for README.md
 
 Cells whose `corpus.name` is `DATA/NAME` are computed where --data has it, and else left out.
 
@@ -65,6 +66,7 @@ class Study:
         code: The module with `cell`, `figure` and `paragraph`.
         data: What `cell` gets: the corpus that it reads, the folder of several, or `None`.
         reads: The corpora.
+        chosen: What was set after trials were seen; not part of a cell's hash.
         out: Where table, figure, paragraph and finished cells go.
         command: That makes all of it.
     """
@@ -75,6 +77,7 @@ class Study:
     code: ModuleType
     data: Path | None
     reads: list[Path]
+    chosen: str
     out: Path
     command: str
 
@@ -109,6 +112,7 @@ class Study:
             code=importlib.import_module(f"studies.{name}"),
             data=data / wanted if data and isinstance(wanted, str) else data if given else None,
             reads=[data / corpus for corpus in reads if data],
+            chosen=plan.get("chosen", "").strip(),
             out=(out or HOME / "results") / (f"{name}_smoke" if smoke else name),
             command=command,
         )
@@ -190,8 +194,9 @@ class Study:
             f"{os.cpu_count()} cores ({platform.machine()}, no GPU), ltm_pyro "
             f"{ltm_pyro.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}."
         )
-        text = [f"# {self.question}", self.code.paragraph(table).strip(), "![figure](figure.png)"]
-        (self.out / "README.md").write_text("\n\n".join([*text, made]) + "\n", "utf-8")
+        said = [self.code.paragraph(table).strip(), self.chosen]
+        text = [f"# {self.question}", *filter(None, said), "![figure](figure.png)", made]
+        (self.out / "README.md").write_text("\n\n".join(text) + "\n", "utf-8")
 
 
 def _has_its_corpus(cell: Settings, data: Path | None) -> bool:

@@ -225,14 +225,14 @@ def paragraph(table: pd.DataFrame) -> str:
     trained = _best(training, ["kind", "slow_steps"], "iw_loss")
     against = trained[trained["kind"] == "natural"].set_index("seed")["iw_loss"]
     lines = []
-    for (kind, steps), rows in trained.groupby(["kind", "slow_steps"], sort=False):
+    for (kind, _), rows in trained.groupby(["kind", "slow_steps"], sort=False):
         if kind == "natural":
             continue
         gap = rows.set_index("seed")["iw_loss"] - against
         error = float(gap.std() / np.sqrt(len(gap)))
-        size = rows["step_size"].iloc[0]
+        size, steps = rows["step_size"].iloc[0], int(rows["slow_steps"].iloc[0])
         lines.append(
-            f"- {kind}{f', step size {size:g}' if size else ''}, {int(steps)} slow steps: "
+            f"- {kind}{f', step size {size:g}' if size else ''}, {steps} slow steps: "
             f"{gap.mean():+.1f} ± {error:.1f} nats per sequence against natural steps (IW, paired "
             "by seed; above 0: worse)."
         )

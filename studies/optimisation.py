@@ -259,7 +259,7 @@ def paragraph(table: pd.DataFrame) -> str:
             f"{METHODS[m][0]} {final['gap'][m]:.3f}" for m in METHODS if m in final.index
         )
         ours = last[last["method"] == "thoughts"]
-        low, high = wilson(ours["solved"].sum(), ours["n"].sum())
+        low, high = wilson(ours["solved"].sum(), int(ours["n"].sum()))
         held, solved = final["constraints_held"], ours["solved"].sum() / ours["n"].sum()
         lines.append(
             f"* {case}: from {few} to {many} fast steps the gap falls by {more_steps[0]:.3f} ± "

@@ -116,14 +116,22 @@ class Family:
     def _solved(self, c: Array, b: Array, t: Array) -> Array:
         load, mix = self.load.double().numpy(), self.mix.double().numpy()
         if self.name == "lp":
-            return linprog(-c, A_ub=load, b_ub=b, bounds=(0, 1)).x
+            return _found(linprog(-c, A_ub=load, b_ub=b, bounds=(0, 1)).x)
         if self.name == "milp":
             room = LinearConstraint(load, ub=b)
-            return milp(-c, constraints=room, bounds=Bounds(0, 1), integrality=np.ones(len(c))).x
+            whole = np.ones(len(c), dtype=int)
+            return _found(milp(-c, constraints=room, bounds=Bounds(0, 1), integrality=whole).x)
+
+        def objective(y: Array) -> float:
+            return float(0.5 * np.square(mix @ y - t).sum())
+
+        def slope(y: Array) -> Array:
+            return mix.T @ (mix @ y - t)
+
         found = minimize(
-            lambda y: 0.5 * np.square(mix @ y - t).sum(),
+            objective,
             np.full(len(c), 0.1),
-            jac=lambda y: mix.T @ (mix @ y - t),
+            jac=slope,
             bounds=[(0, 1)] * len(c),
             constraints=LinearConstraint(load, ub=b),
             method="SLSQP",
@@ -148,3 +156,9 @@ class Family:
                 y = torch.where(better, y - halved * step, y)
                 step = torch.where(better, torch.zeros_like(step), step)
         return y.float()
+
+
+def _found(x: Array | None) -> Array:
+    """A solver's solution; every problem of a family has one, y = 0 being feasible."""
+    assert x is not None
+    return x

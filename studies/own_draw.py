@@ -75,8 +75,8 @@ def figure(table: pd.DataFrame) -> Figure:
 def paragraph(table: pd.DataFrame) -> str:
     """What falls and what does not."""
     means = table.groupby("fast_steps").mean(numeric_only=True)
-    last, best = means.index.max(), means["fixed_fresh_draws"].idxmin()
     own, bound = means["fixed_own_draw"], means["fixed_fresh_draws"]
+    last, best = int(means.index.max()), int(means.index[int(bound.argmin())])
     falls = own.is_monotonic_decreasing and bound[last] > bound[best]
     verdict = (
         "The printed score falls with every step while the bound of the same q rises again: it "

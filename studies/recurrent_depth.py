@@ -178,8 +178,8 @@ def figure(table: pd.DataFrame) -> Figure:
 def _told(part: pd.DataFrame, which: str = "all") -> str:
     """An accuracy with its interval."""
     groups = ["near", "far"] if which == "all" else [which]
-    hits = sum(part[name].sum() for name in groups)
-    n = sum(part[f"n_{name}"].sum() for name in groups)
+    hits = sum(int(part[name].sum()) for name in groups)
+    n = sum(int(part[f"n_{name}"].sum()) for name in groups)
     low, high = wilson(hits, n)
     return f"{hits / n:.1%} ({low:.1%} to {high:.1%})"
 
@@ -195,7 +195,8 @@ def _gain(table: pd.DataFrame, knob: str, other: str) -> tuple[float, float]:
 def paragraph(table: pd.DataFrame) -> str:
     """Each task: what either knob gains, the best split of equal compute, r beyond training."""
     trained, lines, apart = table["trained_to"].iloc[0], [], True
-    for (p, hidden), part in table.groupby(["modulus", "hidden_start"], sort=False):
+    for (_, hidden), part in table.groupby(["modulus", "hidden_start"], sort=False):
+        p = int(part["modulus"].iloc[0])
         task = f"{'parity' if p == 2 else f'sums mod {p}'}, start {'hidden' if hidden else 'known'}"
         deeper = _gain(part, "recurrences", "fast_steps")
         longer = _gain(part, "fast_steps", "recurrences")
@@ -207,7 +208,7 @@ def paragraph(table: pd.DataFrame) -> str:
         far = [_told(each[each["fast_steps"] == steps], "far") for each in (within, beyond)]
         at_most = part[part["blocks"] <= trained * 5]
         both = shares(at_most, ["recurrences", "fast_steps"])["accuracy"]
-        r, t = both.idxmax()
+        r, t = both.index[int(both.argmax())]
         alone = at_most[at_most["fast_steps"] == 0]
         deepest = part.query("fast_steps == 0 and recurrences == recurrences.max()")
         depth_only = alone[alone["recurrences"] == alone["recurrences"].max()]

@@ -31,7 +31,7 @@ def paragraph(table):
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of its own, whose third seed stops it."""
     plan = {"question": "Twice?", "grid": {"n": [1, 2]}, "seeds": [0, 1, 2], "fixed": {"a": 3}}
-    plan["smoke"] = {"seeds": [0]}
+    plan |= {"smoke": {"seeds": [0]}, "chosen": "Sizes were set after trials."}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(plan))
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.setattr(harness, "HOME", tmp_path)
@@ -61,6 +61,14 @@ def test_a_stopped_study_keeps_what_it_has_and_goes_on(
     text = (toy / "results/toy/README.md").read_text()
     assert "12 rows" in text
     assert "python -m studies toy" in text
+    assert "after trials" in text
+
+
+@pytest.mark.parametrize("name", harness.names())
+def test_a_result_says_what_was_chosen_after_trials(name: str) -> None:
+    chosen = yaml.safe_load((harness.HOME / f"{name}.yaml").read_text()).get("chosen", "")
+    result = harness.HOME / "results" / name / "README.md"
+    assert not result.exists() or chosen.strip() in result.read_text()
 
 
 def test_one_row_is_computed_anew(toy: Path) -> None:
