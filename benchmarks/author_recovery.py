@@ -268,15 +268,15 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
             rows, used = one_fit([*always, *fitted], unseen, options, seed)
             parts.append(rows)
             uses.append(used)
-    results, used = pd.concat(parts, ignore_index=True), pd.DataFrame(uses).mean()
+    results, usual = pd.concat(parts, ignore_index=True), pd.DataFrame(uses).mean()
     facts = (
         f"{results['book'].nunique()} books, each asked about by fits of the other half of them"
         f"{f' and of {len(always)} more' if always else ''}: {len(uses)} fits of {options.steps} "
         f"slow steps, seeds {', '.join(map(str, options.seeds))}; for each fit {options.ask} texts "
         f"of each author are named, and {options.learn_from} learned from. A text is "
-        f"{options.seq_len} tokens ({used['bytes']:.0f} bytes). Two errors on either side hold "
-        f"95 %, clustered by book over all seeds. Thoughts: KL {used['kl']:.1f} nats per text, "
-        f"another text's thoughts cost {used['shuffled']:.1f} nats. Made by `{command}` in "
+        f"{options.seq_len} tokens ({usual['bytes']:.0f} bytes). Two errors on either side hold "
+        f"95 %, clustered by book over all seeds. Thoughts: KL {usual['kl']:.1f} nats per text, "
+        f"another text's thoughts cost {usual['shuffled']:.1f} nats. Made by `{command}` in "
         f"{(time.process_time() - began) / 60:.0f} min of one core's time "
         f"({platform.machine()}): ltm_pyro {ltm.__version__}, torch {torch.__version__}, "
         f"pyro {pyro.__version__}, numpy {np.__version__}, Python {platform.python_version()}."

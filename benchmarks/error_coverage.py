@@ -16,6 +16,7 @@ import argparse
 import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -84,14 +85,16 @@ def whole(corpus: Corpus) -> Batch:
     """Every sequence of the corpus."""
     splits = [split.batch(range(len(split))) for split in (corpus.train, corpus.val, corpus.test)]
     names = ("x", "mask", "ids", "documents")
-    return Batch(**{name: torch.cat([getattr(b, name) for b in splits]) for name in names})
+    joined: dict[str, Any] = {n: torch.cat([getattr(b, n) for b in splits]) for n in names}
+    return Batch(**joined)
 
 
 def counted(batch: Batch) -> Batch:
     """A tenth of the documents."""
-    documents = np.unique(batch.documents)
+    owners = np.asarray(batch.documents)
+    documents = np.unique(owners)
     chosen = np.random.default_rng(0).permutation(documents)[: len(documents) // 10]
-    return batch.select(torch.from_numpy(np.flatnonzero(np.isin(batch.documents, chosen))))
+    return batch.select(torch.from_numpy(np.flatnonzero(np.isin(owners, chosen))))
 
 
 def covered(splits: int, seed: int, counts: list[int]) -> tuple[list[str], str]:
@@ -132,7 +135,7 @@ def covered(splits: int, seed: int, counts: list[int]) -> tuple[list[str], str]:
             f"{miss.mean():.0%}",
         )
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    documents = len(np.unique(everything.documents))
+    documents = len(np.unique(np.asarray(everything.documents)))
     about = (
         f"{splits} splits, seeds {seed} to {seed + splits - 1}; {len(everything)} sequences of "
         f"{documents} documents, `ppl_elbo` of all {truth:.3f} per byte; errors are medians over "

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -192,8 +193,8 @@ class Case:
             loop = PublishedLoop(model, replace(CLOCKS[clock][1], steps=long), ltm.Slow())
             ours = self.svi("natural", short)
             slow, fast = in_turns(
-                lambda loop=loop: loop.infer(self.batch),
-                lambda ours=ours: ours.infer(self.batch, progress=False),
+                partial(loop.infer, self.batch),
+                partial(ours.infer, self.batch, progress=False),
             )
             cells += [f"{long} steps, {slow:.2f} s; {short}, {fast:.3f} s", f"{slow / fast:.0f}"]
         return f"| {' | '.join(cells)} |"

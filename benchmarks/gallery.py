@@ -69,7 +69,8 @@ def of_a_fit(run: Run, held_out: HeldOut) -> list[Entry]:
     }
     reference = ltm.evaluate(run.control().model, None, some, draws=2, mode="prior")
     ends = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)[:2]]
-    texts = interpolate(run, *(batch.select([row]).texts()[0] for row in ends), n=6)
+    first, second = (batch.select([row]).texts()[0] for row in ends)
+    texts = interpolate(run, first, second, n=6)
     return [
         ("The two clocks", "two_clock_curves(run.metrics, run.control_metrics())",
          lambda: plots.two_clock_curves(run.metrics, run.control_metrics())),

@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,8 @@ def against_recomputing(decoder: Decoder, rows: int, length: int, repeats: int) 
         "token": cached_token,
     }
     for t in (*grid, length):
-        tasks[f"all {t}"] = lambda t=t: all_logits(t)
-        tasks[f"last {t}"] = lambda t=t: last_logits(t)
+        tasks[f"all {t}"] = partial(all_logits, t)
+        tasks[f"last {t}"] = partial(last_logits, t)
     with torch.inference_mode():
         median = {name: statistics.median(s) for name, s in in_turns(tasks, repeats)}
     token = median["token"] / BLOCK

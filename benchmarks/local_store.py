@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,13 @@ def measure(n: int, repeats: int, folder: Path, eager: bool) -> dict[str, Any]:
         optimizer.load(found)
         store.scatter(ids, {**guide.rows(), **optimizer.state()})
 
-    visit(), svi.step(batch), svi.step(batch)
+    def checkpoint(step: int) -> None:
+        store.prepare(step)
+        store.publish(step)
+
+    visit()
+    svi.step(batch)
+    svi.step(batch)
     warm, steps, cold = [], [], []
     for _ in range(repeats):  # alternating, so that both see the same machine
         warm += [timed(visit) for _ in range(5)]
@@ -103,21 +110,21 @@ def measure(n: int, repeats: int, folder: Path, eager: bool) -> dict[str, Any]:
     for step in range(last + 1, last + 4):
         for _ in range(CHECKPOINT_BATCHES):
             visit()
-        checkpoints.append(timed(lambda s=step: (store.prepare(s), store.publish(s))))
+        checkpoints.append(timed(partial(checkpoint, step)))
     for _ in range(repeats):
         evict(folder)
         cold.append(timed(visit))
     size = sum(p.stat().st_size for p in folder.iterdir())
-    step = statistics.median(steps)
+    per_step = statistics.median(steps)
     return {
         "rows": n,
         "file_bytes": size,
         "bytes_per_row": size / n,
         "visit_ms": 1e3 * statistics.median(warm),
         "visit_cold_ms": 1e3 * statistics.median(cold),
-        "step_ms": 1e3 * step,
-        "share_of_step": statistics.median(warm) / step,
-        "share_of_step_cold": statistics.median(cold) / step,
+        "step_ms": 1e3 * per_step,
+        "share_of_step": statistics.median(warm) / per_step,
+        "share_of_step_cold": statistics.median(cold) / per_step,
         "open_s": opening,
         "checkpoint_ms": 1e3 * statistics.median(checkpoints),
         "checkpoint_batches": CHECKPOINT_BATCHES,

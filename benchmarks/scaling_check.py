@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,11 @@ def rates(config: FitConfig, parallel: Parallel) -> dict[str, float]:
     """This machine's own, measured with all processes at work, but on nothing that is checked."""
     report = cost_report(config)
     sizes = {"small": 16, "large": 4 * report.n_weights}
-    exchange = {
-        name: _median(lambda n=n: parallel.sum(torch.zeros(max(1, n // 4))), parallel, 15)
-        for name, n in sizes.items()
-    }
+
+    def exchanged(n: int) -> object:
+        return parallel.sum(torch.zeros(max(1, n // 4)))
+
+    exchange = {name: _median(partial(exchanged, n), parallel, 15) for name, n in sizes.items()}
     latency = exchange["small"] / 2  # two messages follow one another in a ring of two
     bandwidth = sizes["large"] / max(exchange["large"] - exchange["small"], 1e-9)
     normals = _median(lambda: torch.randn(10**6), parallel)

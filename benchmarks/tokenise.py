@@ -74,7 +74,8 @@ def make_text(file: Path, size: int, one_document: bool) -> None:
     drawn = rng.choice(letters, size=int(lengths.sum()), p=weights / weights.sum())
     words = ["".join(part) for part in np.split(drawn, np.cumsum(lengths)[:-1])]
     words.sort(key=len)  # frequent words are short
-    prose = [text for text in PydocSource().documents() if text.isprintable() or "\n" in text]
+    pages = (page.text for page in PydocSource().documents())
+    prose = [text for text in pages if text.isprintable() or "\n" in text]
     written = 0
     with open(file, "w", encoding="utf-8") as stream:
         if one_document:
