@@ -19,7 +19,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.cost import cost_report
 from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, losses
-from ltm_pyro.diagnostics.published import START_LOG_VARIANCE
+from ltm_pyro.diagnostics.published import START_LOG_VARIANCE as START_LOG_VARIANCE
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.mean_field import MeanField
 from ltm_pyro.inference.posterior import Posterior

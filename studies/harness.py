@@ -15,9 +15,10 @@ Cells whose `corpus.name` is `DATA/NAME` are computed where --data has it, and e
 
 `studies/NAME.py` has three functions: `cell(settings, data)` computes one row (or several, as a
 list of dicts), `figure(table)` draws the table, `paragraph(table)` says in words what comes out,
-and what does not. A finished cell is a JSON file named by the hash of its settings and of the code
-that made it, and of what it reads (names, sizes and times of change): a study that was stopped
-goes on, and one whose script or data has changed starts anew.
+and what does not. A finished cell is a JSON file named by the hash of its settings and of its
+script, and of what it reads (names, sizes and times of change): a study that was stopped goes on,
+and one whose script or data has changed starts anew. A change of what the script imports is not
+seen: then delete `cells` by hand.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def figure(table: pd.DataFrame) -> Figure:
 
 def paragraph(table: pd.DataFrame) -> str:
     """Which layer's thoughts reconstruct most, and whether they are worth their KL."""
-    parts = [_of_corpus(name, rows) for name, rows in table.groupby("corpus", sort=False)]
+    parts = [_of_corpus(str(name), rows) for name, rows in table.groupby("corpus", sort=False)]
     columns = {
         "accuracy": "guessed right, %", "control_accuracy": "no thoughts, %",
         "gain_per_sequence": "gained, nats", "kl_so_far": "KL paid, nats",

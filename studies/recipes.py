@@ -98,7 +98,8 @@ def paragraph(table: pd.DataFrame) -> str:
         means = rows.mean(numeric_only=True)
         cells += [f"{means[c]:.{d}f}" for c, d in _COLUMNS.items()]
         lines.append(f"| {' | '.join(cells)} |")
-    verdicts = [_verdict(int(w), rows) for w, rows in table.groupby("model.window", sort=False)]
+    windows = [rows for _, rows in table.groupby("model.window", sort=False)]
+    verdicts = [_verdict(int(rows["model.window"].iloc[0]), rows) for rows in windows]
     return "\n".join([*lines, "", _LEGEND, "", "\n\n".join(verdicts), "", _LIMITS])
 
 

@@ -88,9 +88,10 @@ def varied(config: FitConfig, axis: str, value: int) -> FitConfig:
     if axis in ("thoughts", "T_fast") and value == 0:
         return replace(config, slow=replace(config.slow, thoughts_start=1.0))
     *groups, name = AXES[axis].split(".")
+    changed: dict[str, Any] = {name: value}
     if not groups:
-        return replace(config, **{name: value})
-    part = replace(getattr(config, groups[0]), **{name: value})
+        return replace(config, **changed)
+    part = replace(getattr(config, groups[0]), **changed)
     if axis == "width":
         part = replace(part, mlp_hidden=2 * value)
     return replace(config, **{groups[0]: part})
@@ -172,7 +173,8 @@ def paragraph(table: pd.DataFrame) -> str:
         by = rows.pivot(index="seed", columns="value", values="elbo_loss")
         if by.shape[1] < 2:
             continue
-        least, most, best = by.columns.min(), by.columns.max(), by.mean().idxmin()
+        least, most = int(by.columns.min()), int(by.columns.max())
+        best = int(by.columns[int(by.mean().argmin())])
         own = rows.groupby("value")["own_draw_loss"].mean()
         gain, error = _paired(by, least, most)
         lines.append(

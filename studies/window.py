@@ -107,7 +107,7 @@ def figure(table: pd.DataFrame) -> Figure:
 
 def paragraph(table: pd.DataFrame) -> str:
     """By corpus: what context gains, and what thoughts gain."""
-    parts = [_of_corpus(name, rows) for name, rows in table.groupby("corpus", sort=False)]
+    parts = [_of_corpus(str(name), rows) for name, rows in table.groupby("corpus", sort=False)]
     columns = {
         "control_loss": "no thoughts", "elbo_loss": "ELBO", "iw_loss": "IW",
         "elbo_gain_per_sequence": "gain, ELBO", "iw_gain_per_sequence": "gain, IW",
