@@ -134,6 +134,13 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
     pays = [str(w) for w, g in gains.iterrows() if g["mean"] > 0 and clear(g["mean"], g["error"])]
     costs = [str(w) for w, g in gains.iterrows() if g["mean"] < 0 and clear(g["mean"], g["error"])]
     share = gains["mean"][least] / context
+    above = mean["control_loss"][most] - mean["window_truth_loss"][most]
+    short = ""
+    if above > 1:
+        short = (
+            f" At window {most} the control is {above:.1f} above the best that its window allows: "
+            "a fit this short has not learned to use the context that it sees."
+        )
     return (
         f"**{name}** ({rows['seed'].nunique()} seeds): without thoughts a window of {most} instead "
         f"of {least} gains {context:.1f} nats per sequence; at window {least} thoughts gain "
@@ -141,4 +148,5 @@ def _of_corpus(name: str, rows: pd.DataFrame) -> str:
         f"bound, {100 * share:.0f} % of that; at window {most} they gain "
         f"{gains['mean'][most]:.1f} ± {gains['error'][most]:.1f}. More than two errors above the "
         f"control at windows {', '.join(pays) or 'none'}; below it at {', '.join(costs) or 'none'}."
+        f"{short}"
     )
