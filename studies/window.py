@@ -90,7 +90,7 @@ def figure(table: pd.DataFrame) -> Figure:
                     marker="o", ms=4, label=label,
                 )  # fmt: skip
             truth = rows.groupby("window")[["window_truth_loss", "truth_loss"]].mean()
-            if truth.notna().all(None):
+            if truth.notna().all(axis=None):
                 above.plot(truth.index, truth["window_truth_loss"], ls=":", color=INK)
                 above.plot(truth.index, truth["truth_loss"], ls="--", lw=1.0, color=INK)
             below.axhline(0.0, color=INK, lw=1.0)
