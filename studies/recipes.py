@@ -144,5 +144,5 @@ def _verdict(window: int, rows: pd.DataFrame) -> str:
 _LIMITS = (
     "The best of several recipes looks better than it is, as it was chosen on these very scores. "
     "Not tested: larger models, longer fits, other corpora, persistent q (a fit this short sees "
-    "each sequence about once), recipes in combination."
+    "each sequence at most once), recipes in combination."
 )
