@@ -273,6 +273,7 @@ def evaluate(
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
         if per_token:
             charged = prior if post is not None and mode == "oracle" else None
+            # Here, because it is built on this module, and few ask for it.
             from ltm_pyro.diagnostics.token_scores import token_scores
 
             columns |= token_scores(likelihoods, q, charged, draws, seed, ids=batch.ids, rows=rows)
