@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scipy import stats
 
 from ltm_pyro.cli.settings import build_config
 from ltm_pyro.config import Fast, FitConfig
+from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.cost import cost_report
@@ -24,7 +26,8 @@ from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides.mean_field import MeanField
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.run import Run, create_run, train, train_control
+from ltm_pyro.run import Interrupted, Run, create_run, train, train_control
+from ltm_pyro.run.folder import CHECKPOINT, CONTROL, METRICS
 from ltm_pyro.run.scoring import HeldOut, score_run
 
 RELEASED = Fast(optimizer="adam", lr=0.34, noise="fixed", final_fraction=0.1)
@@ -62,6 +65,23 @@ def fitted(config: FitConfig) -> Iterator[Run]:
         if config.control:
             train_control(run, corpus, progress=False)
         yield run
+
+
+def train_both(run: Run, corpus: Corpus) -> None:
+    """Fits run and control to the end, or goes on with them.
+
+    Until thoughts join, both are the same fit, weights, moments and batches: it is done once, and
+    the control goes on from a copy.
+    """
+    joins = round(run.config.slow.thoughts_start * run.config.steps)
+    if run.svi.slow_step < joins:
+        with suppress(Interrupted):
+            train(run, corpus, progress=False, after_step=lambda row: row["step"] >= joins)
+    if not (run.folder / CONTROL).exists():
+        shutil.copytree(run.folder / CHECKPOINT, run.folder / CONTROL)
+        shutil.copy(run.folder / METRICS, run.folder / CONTROL)
+    train_control(run, corpus, progress=False)
+    train(run, corpus, progress=False)
 
 
 def scored(run: Run, **options: Any) -> HeldOut:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from ltm_pyro.run import create_run, train, train_control
 from studies import harness
 from studies.__main__ import main
-from studies.common import config_of, with_errors
+from studies.common import config_of, train_both, with_errors
+from studies.wikitext import articles
 
 TOY = """
 def cell(settings, data):
@@ -120,6 +123,30 @@ def test_means_stand_with_their_errors_over_seeds() -> None:
     )
 
 
+def test_a_control_that_shares_the_start_is_the_one_fitted_alone(tmp_path: Path) -> None:
+    small = {"seq_len": 16, "n_layers": 1, "width": 16, "n_heads": 2, "mlp_hidden": 16}
+    config = config_of({"preset": "nano", "model": small, "steps": 6, "slow.thoughts_start": 0.5,
+                        "batch_size": 2, "fast.steps": 2, "compile": False})  # fmt: skip
+    both, alone = (create_run(tmp_path / name, config) for name in ("both", "alone"))
+    corpus = both.corpus()
+    train_both(both, corpus)
+    train(alone, corpus, progress=False)
+    train_control(alone, corpus, progress=False)
+    # One computation, done once or twice: bit for bit.
+    for mine, its in ((both.svi, alone.svi), (both.control(), alone.control())):
+        for name, value in mine.model.state_dict().items():
+            assert torch.equal(value, its.model.state_dict()[name]), name
+    assert len(both.control_metrics()) == len(both.metrics) == 6
+
+
+def test_articles_are_cut_before_their_headings() -> None:
+    text = (
+        " \n = One = \n \n said so \n = no heading = \n \n = = Part = = \n \n \n = Two = \n \n b "
+    )
+    assert len(articles(text)) == 2
+    assert articles("no heading \n") == ["no heading \n"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", harness.names())
 def test_every_study_runs(name: str, tmp_path: Path) -> None:
@@ -142,6 +169,7 @@ def make_data(folder: Path) -> None:
     for book, text in enumerate(texts):
         (folder / "novels" / f"author{book % 3} - book{book}.md").write_text(text)
     lines = " \n ".join(text[i : i + 300] for text in texts for i in range(0, 4000, 300))
+    lines += "".join(f" \n = Article {i} = \n \n {text[i:400]} \n" for i, text in enumerate(texts))
     for file in ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt"):
         (folder / file).write_text(lines)
     (folder / "tinyshakespeare" / "input.txt").write_text(lines)
