@@ -18,7 +18,7 @@ from tolerances import EXACT
 
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics.cost import cost_report
-from ltm_pyro.inference.clocks.fast import frozen
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.random import Drawing, Noise
 
 

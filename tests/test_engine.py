@@ -17,9 +17,9 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast, ModelConfig, Slow
 from ltm_pyro.data.batches import SHORTEST, Batch
 from ltm_pyro.doors import meet
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.engine.kernels.compiled import bucket_rows
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel

@@ -21,9 +21,9 @@ from ltm_pyro.config import ModelConfig
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.kernels import likelihood as kernels
 from ltm_pyro.engine.kernels.likelihood import token_log_prob
+from ltm_pyro.engine.rows.optimizers import RowAdam
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.row_adam import RowAdam
 from ltm_pyro.models.decoder import windowed_attention
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.sampling import SamplingRule, write_tokens

@@ -9,7 +9,7 @@ import torch
 from tolerances import EXACT
 from torch import Tensor
 
-from ltm_pyro.inference.row_adam import RowAdam
+from ltm_pyro.engine.rows.optimizers import RowAdam
 
 BETAS = (0.8, 0.95)
 

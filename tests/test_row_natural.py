@@ -9,11 +9,11 @@ from tolerances import EXACT
 from torch import Tensor
 
 from ltm_pyro.config import Fast
+from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT, LONGEST, RowNatural, Unit
 from ltm_pyro.inference.clocks.fast import local_optimizer
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, guide_families
 from ltm_pyro.inference.objectives import OBJECTIVES
-from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, LONGEST, RowNatural, Unit
 
 HAVE_A_NORMAL = {"mean_field", "low_rank", "full_rank", "mixture", "flow", "semi_amortized"}
 

@@ -27,8 +27,8 @@ import ltm_pyro
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import door
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
     as_objective,

@@ -6,13 +6,13 @@ in which processes. Choices here change what a step costs, and its result only i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
@@ -23,6 +23,19 @@ from ltm_pyro.errors import InputError, NonFiniteError, shown
 
 TOKENS_AT_ONCE = 2**14
 """Positions computed together where nothing else is said: enough to keep a processor busy."""
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block these parameters ask for no gradient, so none is computed for them."""
+    kept = [(p, p.requires_grad) for p in parameters]
+    for p, _ in kept:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in kept:
+            p.requires_grad_(flag)
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import fresh_draws
-from ltm_pyro.inference.clocks.fast import frozen
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.inference.mcmc.target import State, Target
 from ltm_pyro.inference.mcmc.transition import Factor, take_step
 from ltm_pyro.inference.posterior import Posterior

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyro
 import torch
@@ -13,32 +11,19 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import frozen
+from ltm_pyro.engine.rows.finite import refuse_non_finite, tell_non_finite
+from ltm_pyro.engine.rows.optimizers import RowAdam, RowNatural, TailMean
 from ltm_pyro.engine.rows.store import RowStore
-from ltm_pyro.errors import NonFiniteError
 from ltm_pyro.inference.clocks.schedules import learning_rate, steps_naturally
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import Objective, Terms
-from ltm_pyro.inference.row_adam import RowAdam
-from ltm_pyro.inference.row_natural import RowNatural
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.random import Drawing, Noise
 
-
-@contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside the block these parameters ask for no gradient, so none is computed for them."""
-    kept = [(p, p.requires_grad) for p in parameters]
-    for p, _ in kept:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in kept:
-            p.requires_grad_(flag)
-
-
 RowOptimizer = RowNatural | RowAdam
+Watch = Callable[[list[Terms], dict[str, Tensor], float], object]
+"""Shown each fast step's terms, gradients by name and learning rate, before the step is taken."""
 
 
 def local_optimizer(
@@ -48,17 +33,14 @@ def local_optimizer(
 
     Adam alone for an objective that weighs its draws: a q that is far too wide then gets many small
     pushes outwards for each large one back, which a trust region cuts, and natural steps grow with
-    q's scale.
-
-    On fresh noise Adam forgets the first gradients quickly; with `noise="fixed"`, the published
-    loop to be studied as it is, it is Adam itself.
+    q's scale. On fresh noise Adam forgets the first gradients quickly; with `noise="fixed"`, the
+    published loop to be studied as it is, it is Adam itself.
     """
     params: dict[str, Tensor] = dict(guide.local_parameters())
-    if steps_naturally(fast):
-        weighs = objective is not None and objective.weighs_draws
-        units = dict if weighs else guide.units
-        return RowNatural(params, units, fast.momentum, fast.betas)
-    return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
+    if not steps_naturally(fast):
+        return RowAdam(params, fast.betas, memory=1.0 if fast.noise == "fixed" else 0.6)
+    units = dict if objective is not None and objective.weighs_draws else guide.units
+    return RowNatural(params, units, fast.momentum, fast.betas)
 
 
 @dataclass(frozen=True)
@@ -79,21 +61,14 @@ class FastResult:
     own_draw_elbo: Tensor | None = None
 
 
-Watch = Callable[[list[Terms], dict[str, Tensor], float], object]
-"""Shown each fast step's terms, gradients by name and learning rate, before the step is taken."""
-
-
 class FastLoop:
     """Fits the guide's local parameters to one batch after another, in place.
-
-    Everything else is frozen meanwhile. Gradients come from `torch.autograd.grad` on the local
-    parameters alone, so no `.grad` is written anywhere.
 
     Args:
         model: The model.
         guide: Reset for each batch.
         objective: What is ascended.
-        slow: The parameters of the slow clock.
+        slow: The parameters of the slow clock, frozen meanwhile.
     """
 
     def __init__(
@@ -119,7 +94,7 @@ class FastLoop:
 
         Args:
             batch: B sequences; the guide holds their rows afterwards.
-            fast: The fast clock. `noise="fixed"` draws the same noise at every step.
+            fast: The fast clock.
             seed: Of the noise.
             weight: Of the KL.
             store: Rows and moments by sequence id; read alone.
@@ -132,123 +107,89 @@ class FastLoop:
             NonFiniteError: if the objective or local parameters became NaN or infinite.
         """
         optimizer = self._start(batch, fast, store)
-        if not self.guide.local_parameters():
+        params: dict[str, Tensor] = dict(self.guide.local_parameters())
+        if not params:
             return FastResult(*torch.zeros(3, device=batch.device)), optimizer
         # What may change between steps, that numbers are finite, the loop checks itself.
         with frozen(self.slow), torch.enable_grad(), pyro.validation_enabled(False):
             try:
-                calls = _Calls(self, batch, fast, seed, weight)
-                return self._run(calls, optimizer, watch), optimizer
+                objective = self._objective(batch, fast, seed, weight)
+                return self._run(objective, params, batch, fast, optimizer, watch), optimizer
             except (RuntimeError, ValueError) as error:
-                tell_non_finite(error, self.guide, batch)
+                tell_non_finite(error, self.guide.local_parameters().values(), batch.ids)
                 raise
 
     def _start(self, batch: Batch, fast: Fast, store: RowStore | None) -> RowOptimizer:
         self.guide.reset(batch)
         optimizer = local_optimizer(self.guide, fast, self.objective)
         if store is not None and self.guide.local_parameters():
-            fresh = {**self.guide.rows(), **optimizer.state()}
-            stored = store.gather(batch.ids, fresh)
+            stored = store.gather(batch.ids, {**self.guide.rows(), **optimizer.state()})
             self.guide.load_rows({name: stored[name] for name in self.guide.rows()})
             optimizer = local_optimizer(self.guide, fast, self.objective)
             optimizer.load(stored)
         return optimizer
 
-    def _run(self, calls: _Calls, optimizer: RowOptimizer, watch: Watch | None) -> FastResult:
-        fast, batch = calls.fast, calls.batch
-        params: dict[str, Tensor] = dict(self.guide.local_parameters())
-        natural = isinstance(optimizer, RowNatural) and bool(optimizer.params)
-        tail = _TailMean(params, fast, natural)
+    def _objective(
+        self, batch: Batch, fast: Fast, seed: int, weight: float
+    ) -> Callable[[], tuple[Tensor, list[Terms]]]:
+        """Gives a step's loss in nats, summed over the batch, and the terms of its draws.
+
+        Each call has noise of its own; with `noise="fixed"` all have the same.
+        """
+        model, guide, fixed = self.model, self.guide, fast.noise == "fixed"
+        prepared, prior = model.prepare(batch), model.prior()
+        calls = fast.fixed_draws if fixed else 1
+        ahead = self.objective.particles * (calls if fixed else fast.steps)
+        noise = Noise(seed, batch.ids)
+        # Adam stays the yardstick that it was: on independent draws.
+        pairs = steps_naturally(fast)
+        draw = Drawing(noise, guide.anchor.dtype, ahead, antithetic=pairs)
+
+        def call() -> tuple[Tensor, list[Terms]]:
+            if fixed:
+                draw.rewind()
+            runs = [
+                self.objective.descend(model, guide, prepared, draw, weight, prior)
+                for _ in range(calls)
+            ]
+            loss = runs[0][0] if calls == 1 else torch.stack([run[0] for run in runs]).mean(0)
+            return loss, [terms for _, terms in runs]
+
+        return call
+
+    def _run(
+        self,
+        objective: Callable[[], tuple[Tensor, list[Terms]]],
+        params: dict[str, Tensor],
+        batch: Batch,
+        fast: Fast,
+        optimizer: RowOptimizer,
+        watch: Watch | None,
+    ) -> FastResult:
+        fixed, natural = fast.noise == "fixed", optimizer.name.startswith("natural")
+        tail = TailMean(params, fast.steps, 0.0 if fixed else fast.average, natural)
         first = last = norm = torch.zeros((), device=batch.device)
-        own: Tensor | None = None
         for step in range(fast.steps):
             lr = learning_rate(fast, step, fast.steps)
-            loss, terms = calls()
+            loss, terms = objective()
             found = torch.autograd.grad(loss, list(params.values()))
             gradients = dict(zip(params, found, strict=True))
             last = loss.detach()
             first = last if step == 0 else first
             if watch is not None:
                 watch(terms, gradients, lr)
-            if step == fast.steps - 1:
-                norm = row_norms(gradients).mean()
-                # Once, because asking waits for the device; NaN does not go away by itself.
-                report = mean_report(terms)
             optimizer.step(gradients, lr)
             tail.add(step)
         if fast.steps:
-            _refuse_non_finite(params, report, batch)
+            norm = row_norms(gradients).mean()
+            # Once, because asking waits for the device; NaN does not go away by itself.
+            refuse_non_finite((*mean_report(terms), *params.values()), batch.ids)
         tail.put()
-        if fast.noise == "fixed":
-            with torch.no_grad():
-                nll, kl = mean_report(calls()[1])
-            own = -nll - kl
-        return FastResult(first, last, norm, own)
-
-
-class _Calls:
-    """The objective of one step after another, each on noise of its own or all on the same."""
-
-    def __init__(self, loop: FastLoop, batch: Batch, fast: Fast, seed: int, weight: float) -> None:
-        self.batch, self.fast, self.weight = batch, fast, weight
-        self.model, self.guide, self.objective = loop.model, loop.guide, loop.objective
-        self.prepared, self.prior = loop.model.prepare(batch), loop.model.prior()
-        self.fixed = fast.noise == "fixed"
-        self.count = fast.fixed_draws if self.fixed else 1
-        ahead = self.objective.particles * (self.count if self.fixed else fast.steps)
-        # Adam stays the yardstick that it was: on independent draws.
-        pairs = steps_naturally(fast)
-        noise, dtype = Noise(seed, batch.ids), loop.guide.anchor.dtype
-        self.draw = Drawing(noise, dtype, ahead, antithetic=pairs)
-
-    def __call__(self) -> tuple[Tensor, list[Terms]]:
-        """The loss in nats, summed over the batch, and the terms of its draws."""
-        if self.fixed:
-            self.draw.rewind()
-        runs = [
-            self.objective.descend(
-                self.model, self.guide, self.prepared, self.draw, self.weight, self.prior
-            )
-            for _ in range(self.count)
-        ]
-        loss = runs[0][0] if len(runs) == 1 else torch.stack([run[0] for run in runs]).mean(0)
-        return loss, [terms for _, terms in runs]
-
-
-class _TailMean:
-    """Mean of the local parameters over the last steps: gradient noise in them cancels.
-
-    Weights grow linearly from 0, so that where the steps come from counts little.
-
-    Args:
-        params: The parameters, read after each step and replaced by `put`.
-        fast: The clock. Its `average` is a share of the steps.
-        natural: Whether any step is natural. Of Adam's the first `ADAMS_BURN_IN` are left out: they
-            have one length, and a mean would lag behind.
-    """
-
-    ADAMS_BURN_IN: ClassVar = 100
-
-    def __init__(self, params: dict[str, Tensor], fast: Fast, natural: bool) -> None:
-        self.params = {name: p.detach() for name, p in params.items()}
-        share = 0.0 if fast.noise == "fixed" else fast.average
-        burn_in = 0 if natural else self.ADAMS_BURN_IN
-        self.first = fast.steps - round(share * max(fast.steps - burn_in, 0))
-        self.mean: dict[str, Tensor] = {}
-
-    def add(self, step: int) -> None:
-        """Takes the parameters after `step` into the mean, if it is one of the last."""
-        n = step - self.first + 1
-        if n == 1:
-            self.mean = {name: p.clone() for name, p in self.params.items()}
-        elif n > 1:
-            for name, p in self.params.items():
-                self.mean[name].lerp_(p, 2.0 / (n + 1))
-
-    def put(self) -> None:
-        """Replaces the parameters by their mean."""
-        for name, value in self.mean.items():
-            self.params[name].copy_(value)
+        if not fixed:
+            return FastResult(first, last, norm)
+        with torch.no_grad():
+            nll, kl = mean_report(objective()[1])
+        return FastResult(first, last, norm, -nll - kl)
 
 
 def mean_report(terms: list[Terms]) -> tuple[Tensor, Tensor]:
@@ -264,14 +205,3 @@ def row_norms(gradients: dict[str, Tensor]) -> Tensor:
     """Euclidean norm of each sequence's gradient, (B,)."""
     rows = [g.flatten(1) for g in gradients.values()]
     return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
-
-
-def _refuse_non_finite(
-    params: dict[str, Tensor], report: tuple[Tensor, Tensor], batch: Batch
-) -> None:
-    """Names the sequences whose parameters, or whose terms of the objective, are not finite."""
-    bad = ~(report[0] + report[1]).isfinite()
-    for p in params.values():
-        bad |= ~p.detach().flatten(1).isfinite().all(1)
-    if bool(bad.any()):
-        raise NonFiniteError(batch.ids[bad].tolist(), step=-1)

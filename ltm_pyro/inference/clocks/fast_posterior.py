@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from ltm_pyro.checks import QUIET_SECONDS
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import meet, nested
+from ltm_pyro.engine.rows.finite import tell_non_finite
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer, mean_report, row_norms
 from ltm_pyro.inference.inputs import Sequences, batch_of
-from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import Terms, describe, kl_estimator
 from ltm_pyro.inference.posterior import FastTrace, Posterior, fitted_posterior
 from ltm_pyro.random import Stream, derive_seed
@@ -115,5 +115,5 @@ def fast_posterior(
             objective_kl=kl_estimator(svi.elbo, svi.model, svi.guide),
         )
     except (RuntimeError, ValueError) as error:
-        tell_non_finite(error, svi.guide, batch)
+        tell_non_finite(error, svi.guide.local_parameters().values(), batch.ids)
         raise

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT
+from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT
 from ltm_pyro.random import Stream, derive_seed
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.engine.processes import Parallel
+from ltm_pyro.engine.rows.finite import tell_non_finite
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.clocks.fast import FastResult, frozen
+from ltm_pyro.inference.clocks.fast import FastResult
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.non_finite import tell_non_finite
 from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.priors.base import ThoughtPrior
@@ -117,7 +118,7 @@ class SlowObjective:
                 if read is not batch:
                     nll = self._nll(terms.z, batch)
             except (RuntimeError, ValueError) as error:
-                tell_non_finite(error, guide, batch)
+                tell_non_finite(error, guide.local_parameters().values(), batch.ids)
                 raise
         descended = objective if extra is None else objective + extra
         return SlowLoss(descended, objective, nll, kl, terms.z.detach())

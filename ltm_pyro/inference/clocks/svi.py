@@ -24,11 +24,11 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.doors import door, meet
-from ltm_pyro.engine.execution import Execution
+from ltm_pyro.engine.execution import Execution, frozen
 from ltm_pyro.engine.rows.store import MemoryRows, RowStore
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
-from ltm_pyro.inference.clocks.fast import FastLoop, FastResult, frozen
+from ltm_pyro.inference.clocks.fast import FastLoop, FastResult
 from ltm_pyro.inference.clocks.fast_posterior import fast_posterior
 from ltm_pyro.inference.clocks.schedules import Now, learning_rate
 from ltm_pyro.inference.clocks.slow import (

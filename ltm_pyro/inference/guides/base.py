@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.optimizers import Unit
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.under_svi import take_up
-from ltm_pyro.inference.row_natural import Unit
 from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
 from ltm_pyro.random import seeded
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ltm_pyro.checks import log_variance
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.guides.registry import register_guide
-from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 
 

@@ -10,10 +10,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.inference.guides.base import Loss
 from ltm_pyro.inference.guides.encoder import EncodingGuide, factorised_normal
 from ltm_pyro.inference.guides.registry import register_guide
-from ltm_pyro.inference.row_natural import LOG_VARIANCE_UNIT, Unit
 from ltm_pyro.models.base import LatentModel
 
 

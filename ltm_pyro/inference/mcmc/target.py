@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks.fast import frozen
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 
