@@ -25,10 +25,10 @@ from ltm_pyro import plots
 from ltm_pyro.diagnostics.contraction import contraction
 from ltm_pyro.diagnostics.decomposition import reconstruction_by_block, token_surprise
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.inference.thoughts import interpolate
 from ltm_pyro.plots.style import png_bytes
 from ltm_pyro.run import Run, create_run, train, train_control
 from ltm_pyro.run.scoring import HeldOut, score_run
+from ltm_pyro.tasks.embedding import interpolate
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "gallery"
 PAGE = OUT.with_suffix(".md")

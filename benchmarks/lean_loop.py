@@ -19,7 +19,7 @@ from torch import Tensor
 import ltm_pyro as ltm
 from ltm_pyro.engine.execution import frozen
 from ltm_pyro.inference.clocks.schedules import learning_rate
-from ltm_pyro.inference.clocks.slow import embedding_weights
+from ltm_pyro.models.learning import embedding_weights
 from ltm_pyro.random import Noise, Stream, derive_seed
 
 

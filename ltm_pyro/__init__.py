@@ -34,15 +34,15 @@ _HOME = {
     "register_guide": "ltm_pyro.inference.guides",
     "guide_families": "ltm_pyro.inference.guides",
     "check_guide": "ltm_pyro.inference.guides.contract",
-    "filter_thoughts": "ltm_pyro.inference.filtering",
+    "filter_thoughts": "ltm_pyro.tasks.filtering",
     "DualRateSVI": "ltm_pyro.inference.clocks.svi",
     "Callback": "ltm_pyro.inference.callbacks",
     "HeldOutBound": "ltm_pyro.diagnostics.held_out",
     "EarlyStopping": "ltm_pyro.diagnostics.held_out",
     "Posterior": "ltm_pyro.inference.posterior",
-    "generate": "ltm_pyro.inference.generation",
-    "embed": "ltm_pyro.inference.thoughts",
-    "interpolate": "ltm_pyro.inference.thoughts",
+    "generate": "ltm_pyro.tasks.generation",
+    "embed": "ltm_pyro.tasks.embedding",
+    "interpolate": "ltm_pyro.tasks.embedding",
     "evaluate": "ltm_pyro.diagnostics.bounds",
     "score_on_own_draws": "ltm_pyro.diagnostics.published",
     "as_published": "ltm_pyro.diagnostics.published",
@@ -116,8 +116,6 @@ if TYPE_CHECKING:
     from ltm_pyro.export import to_datatree as to_datatree
     from ltm_pyro.inference.callbacks import Callback as Callback
     from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI
-    from ltm_pyro.inference.filtering import filter_thoughts as filter_thoughts
-    from ltm_pyro.inference.generation import generate as generate
     from ltm_pyro.inference.guides import LocalGuide as LocalGuide
     from ltm_pyro.inference.guides import build_guide as build_guide
     from ltm_pyro.inference.guides import guide_families as guide_families
@@ -127,8 +125,6 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.objectives import build_objective as build_objective
     from ltm_pyro.inference.objectives import register_objective as register_objective
     from ltm_pyro.inference.posterior import Posterior as Posterior
-    from ltm_pyro.inference.thoughts import embed as embed
-    from ltm_pyro.inference.thoughts import interpolate as interpolate
     from ltm_pyro.models.base import LatentModel as LatentModel
     from ltm_pyro.models.contract import check_model as check_model
     from ltm_pyro.models.latent_thought import LatentThoughtModel as LatentThoughtModel
@@ -149,6 +145,10 @@ if TYPE_CHECKING:
     from ltm_pyro.run.hub import push_to_hub as push_to_hub
     from ltm_pyro.run.tensorboard import TensorBoard as TensorBoard
     from ltm_pyro.run.watching import watch as watch
+    from ltm_pyro.tasks.embedding import embed as embed
+    from ltm_pyro.tasks.embedding import interpolate as interpolate
+    from ltm_pyro.tasks.filtering import filter_thoughts as filter_thoughts
+    from ltm_pyro.tasks.generation import generate as generate
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from ltm_pyro.errors import InputError, shown, unknown_name
 if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor
+
+T = TypeVar("T")
 
 MOST_COUNT = 10**7
 """Steps, draws or evaluations that anyone can mean; memory may set a lower limit."""
@@ -173,6 +175,22 @@ def finite_number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise InputError(f"{name} is {shown(value)}: must be a finite number")
     return float(value)
+
+
+def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:
+    """Settings of a kind, its defaults for `None`.
+
+    Raises:
+        InputError: if they are of another kind.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        raise InputError(
+            f"{name} is {shown(given)}: must be ltm_pyro.{kind.__name__}(...), e.g. "
+            f"{kind.__name__}({example})"
+        )
+    return given
 
 
 class Identified(Protocol):

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import ltm_pyro as ltm
-from ltm_pyro.inference.filtering import CLOCK
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, PURPLE, house_figure
+from ltm_pyro.tasks.filtering import CLOCK
 from studies.common import over_seeds
 
 LIMITS = {"mean_off_scales": 0.02, "sd_off_scales": 0.02, "evidence_off_nats_per_step": 0.05}

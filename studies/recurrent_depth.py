@@ -26,7 +26,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 import ltm_pyro as ltm
-from ltm_pyro.inference.course import Metrics
+from ltm_pyro.course import Metrics
 from ltm_pyro.models.priors import StandardNormal
 from ltm_pyro.plots.style import INK, house_figure
 from studies.common import seeds_interval

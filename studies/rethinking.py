@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import ltm_pyro as ltm
-from ltm_pyro.inference.inputs import batch_of
+from ltm_pyro.data.inputs import batch_of
 from ltm_pyro.plots.style import BLUE, GREY, ORANGE, house_figure
 from studies.arithmetic import fitted_to_sums, problems
 from studies.common import over_seeds

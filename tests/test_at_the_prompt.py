@@ -12,9 +12,9 @@ import torch
 from known_models import make_oracle
 
 import ltm_pyro as ltm
+from ltm_pyro.course import Course
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.collapse import collapse_panel
-from ltm_pyro.inference.course import Course
 
 LONGEST = 160  # characters: two lines of a terminal
 

@@ -20,7 +20,7 @@ from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide, guide_families
 from ltm_pyro.inference.guides.contract import moved_guide
-from ltm_pyro.inference.word_dropout import WordDropout
+from ltm_pyro.models.word_dropout import WordDropout
 from ltm_pyro.random import Drawing, Noise, Stream, derive_seed, draw, noise_size
 
 IDS = torch.tensor([7, -3, 2**62, 0, 100])

@@ -31,11 +31,11 @@ from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.cost import cost_report, format_cost
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import to_datatree
-from ltm_pyro.inference.clocks.slow import SlowClock, embedding_weights
+from ltm_pyro.inference.clocks.slow import SlowClock
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.generation import generate
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.learning import embedding_weights
 from ltm_pyro.models.priors import (
     MixturePrior,
     StandardNormal,
@@ -49,6 +49,7 @@ from ltm_pyro.models.priors.base import PRIORS
 from ltm_pyro.models.priors.em import fit_mixture
 from ltm_pyro.models.priors.mixture import DRAWS_PER_COMPONENT
 from ltm_pyro.run import Interrupted, create_run, load_run, train
+from ltm_pyro.tasks.generation import generate
 from studies.clusters import adjusted_rand_index
 
 K, D = 4, 3

@@ -18,10 +18,10 @@ import ltm_pyro as ltm
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.filtering import CLOCK, LOC, SCALE, Segment
 from ltm_pyro.models.full_normal import FullNormal, LowRankNormal
 from ltm_pyro.models.priors import build_prior
 from ltm_pyro.models.segmented import SegmentedThoughtModel, SessionThoughtModel
+from ltm_pyro.tasks.filtering import CLOCK, LOC, SCALE, Segment
 from studies.kalman import LIMITS, distances, kalman_filter, random_system
 from studies.sessions import coverage
 

@@ -20,7 +20,7 @@ from ltm_pyro.cli import main
 from ltm_pyro.data.tokenizer import ByteTokenizer, SymbolTokenizer
 from ltm_pyro.engine import execution
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.intervals import DRAWS
+from ltm_pyro.models.marginals import DRAWS
 
 
 def posterior(family: str, rows: int = 4) -> ltm.Posterior:

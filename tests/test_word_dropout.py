@@ -13,8 +13,8 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
-from ltm_pyro.inference.word_dropout import WordDropout
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.word_dropout import WordDropout
 
 
 def thoughts(model: LatentThoughtModel, rows: int) -> Tensor:

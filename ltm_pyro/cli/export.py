@@ -72,8 +72,8 @@ def _embed(options: Namespace, target: Path) -> None:
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.held_out import spread
     from ltm_pyro.errors import unknown_name
-    from ltm_pyro.inference.thoughts import embed
     from ltm_pyro.run.files import write_atomic
+    from ltm_pyro.tasks.embedding import embed
 
     if options.split not in SPLITS:
         raise unknown_name("split", options.split, SPLITS)

@@ -304,7 +304,7 @@ class _Watch:
 
     def __call__(self, row: dict[str, float]) -> bool:
         """Whether to stop after the step with these metrics."""
-        from ltm_pyro.inference.point_mass import bound_name
+        from ltm_pyro.course import bound_name
         from ltm_pyro.run.replacing import forget_replaced
 
         step = int(row["step"])

@@ -84,8 +84,8 @@ def run(arguments: list[str]) -> int:
         raise InputError("--z and --between both say where thoughts come from: give one of them")
 
     from ltm_pyro.cli.printing import printable
-    from ltm_pyro.inference.generation import generate
-    from ltm_pyro.inference.thoughts import interpolate
+    from ltm_pyro.tasks.embedding import interpolate
+    from ltm_pyro.tasks.generation import generate
 
     z = None if options.z is None else _thoughts(options.z)
     fitted = open_run(options.run, options.device, options.checkpoint)

@@ -32,7 +32,6 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
 from ltm_pyro.inference.objectives import (
     as_objective,
-    build_objective,
     describe,
     kl_estimator,
 )
@@ -93,10 +92,7 @@ def gradient_noise(
             f"guide {guide.family!r} has no local parameters: give slow=True to measure the "
             "gradient of what it shares"
         )
-    elbos = [
-        as_objective(build_objective(chosen) if isinstance(chosen, str) else chosen)
-        for chosen in objectives
-    ]
+    elbos = [as_objective(chosen) for chosen in objectives]
     with _asking_for_gradients(model, guide, slow) as (local, others):
         prepared = batch if slow else model.prepare(batch)
         measured = [

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from ltm_pyro.course import Metrics
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.course import Metrics
 
 if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.svi import DualRateSVI

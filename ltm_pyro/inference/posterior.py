@@ -17,8 +17,8 @@ from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.intervals import interval, quantiles, rows_of
-from ltm_pyro.models.row_selection import select_rows
+from ltm_pyro.models.marginals import interval, quantiles
+from ltm_pyro.models.row_selection import rows_of, select_rows
 from ltm_pyro.random import Noise, draw, fresh_seed
 
 _SHOWN = 5  # sequences in a notebook
@@ -168,7 +168,7 @@ class Posterior:
         """Quantiles of z, dimension by dimension: (B, K, D), or (Q, B, K, D) for a list.
 
         Exact where each dimension is normal, and of a point mass the point; elsewhere from
-        `intervals.DRAWS` draws, always the same.
+        `marginals.DRAWS` draws, always the same.
 
         Args:
             q: Between 0 and 1.

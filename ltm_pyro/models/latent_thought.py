@@ -8,7 +8,6 @@ The length of a sequence is given, not modelled.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,21 +17,18 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.checks import refuse_too_large, whole_number
-from ltm_pyro.config import ModelConfig, Precision, preset
+from ltm_pyro.config import ModelConfig, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusively
-from ltm_pyro.engine.kernels.likelihood import Scoring
+from ltm_pyro.engine.kernels.likelihood import HIDDEN, Scored, Scoring
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
 from ltm_pyro.models.priors import ThoughtPrior, build_prior
 
-HIDDEN, TRUNK = "hidden", "trunk"
-"""What a batch may know besides its tokens, as covariates: what is not read, what stays."""
 
-
-class LatentThoughtModel(LatentModel):
+class LatentThoughtModel(Scored, LatentModel):
     """Prior and decoder, called as a Pyro model with sites `z` and `x`.
 
     Args:
@@ -107,16 +103,13 @@ class LatentThoughtModel(LatentModel):
     def forward(
         self, batch: Batch | None = None, *, size: int = 1, length: int | None = None
     ) -> Tensor:
-        """The generative story.
+        """The generative story: tokens (B, T).
 
         Args:
             batch: Sequences to condition on. Without `x` (`batch.unobserved()`), or `None`, the
                 program runs forward and writes them.
             size: B when there is no batch.
             length: T when there is no batch; the model's `seq_len` by default.
-
-        Returns:
-            Tokens (B, T).
         """
         batch = self.blank(size, length) if batch is None else batch
         with sequences(batch):
@@ -136,14 +129,13 @@ class LatentThoughtModel(LatentModel):
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (T,)."""
 
         def score(tokens: Tensor, thoughts: Tensor) -> Tensor:
-            return self.scoring(tokens, batch.mask, thoughts, batch.covariates.get(HIDDEN))
+            return self.scoring(batch, thoughts, tokens)
 
         return TokenSequence(self.decoder, score, z, batch.mask.shape[1])
 
     def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
         """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
-        known = batch.covariates
-        return self.scoring(batch.observed, batch.mask, z, known.get(HIDDEN), known.get(TRUNK))
+        return self.scoring(batch, z)
 
     def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
         """Log p(x_t | x_<t, z) in nats, z (..., B, K, D) to (..., B, T), 0 where masked."""
@@ -152,40 +144,6 @@ class LatentThoughtModel(LatentModel):
         trunk, x = (a.expand(*lead, *a.shape[1:]).flatten(0, len(lead) - 1) for a in (trunk, x))
         scores = self.decoder.score_tokens(trunk, x, z.flatten(0, -3)).view(*lead, -1)
         return torch.where(batch.mask, scores, 0.0)
-
-    def computing(
-        self,
-        precision: Precision = "fp32",
-        checkpointing: bool = False,
-    ) -> AbstractContextManager[None]:
-        """Inside the block the decoder computes in this way.
-
-        Args:
-            precision: Of matrix products. With `bf16` weights, thoughts, residuals, norms, sums and
-                log probabilities stay in their own precision; so do prior, guide and KL, which the
-                decoder has no part in.
-            checkpointing: Where weights learn, keep the inputs of layers alone and compute the rest
-                again in the backward pass: less memory, a third more work in the slow step.
-        """
-        return self.scoring.computing(precision, checkpointing)
-
-    def prepare(self, batch: Batch) -> Batch:
-        """The batch with the part below the first cross-attention computed once.
-
-        Valid while the weights stay. Columns that are padding in every row may be cut off.
-        """
-        length, hidden = batch.filled_length, batch.covariates.get(HIDDEN)
-        x, mask = batch.observed[:, :length], batch.mask[:, :length]
-        known = {} if hidden is None else {HIDDEN: hidden[:, :length]}
-        known[TRUNK] = self.scoring.prepare(x, known.get(HIDDEN))
-        return replace(batch, x=x, mask=mask, covariates={**batch.covariates, **known})
-
-    def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
-        """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
-
-        Every token is still scored.
-        """
-        return replace(batch, covariates={**batch.covariates, HIDDEN: hidden})
 
     def check(self, batch: Batch) -> None:
         """Refuses tokens that the decoder has no row for, and sequences that are too long.
@@ -208,11 +166,3 @@ class LatentThoughtModel(LatentModel):
                 f"token id {top} is outside the model's vocabulary of {self.config.vocab_size}: "
                 "build the model with vocab_size=corpus.vocab_size"
             )
-
-    def compile_fast_loop(self) -> None:
-        """Compiles the likelihood where the two clocks call it; falls back, with a warning.
-
-        Two graphs for a shape: thoughts learning with the weights frozen, called T_fast times, and
-        weights learning. Scores and simulations stay uncompiled.
-        """
-        self.scoring.compile()

@@ -12,10 +12,10 @@ from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.diagnostics.decomposition import token_surprise
-from ltm_pyro.inference.generation import generate
 from ltm_pyro.random import Stream, derive_seed
 from ltm_pyro.run.folder import Run
 from ltm_pyro.run.scoring import HeldOut
+from ltm_pyro.tasks.generation import generate
 
 PROMPT_SHARE = 4  # a sample's prompt is this part of a held-out sequence
 _SEQUENCES = 3

@@ -9,10 +9,10 @@ from contextlib import suppress
 from tqdm.auto import tqdm
 
 from ltm_pyro.checks import MOST, whole_number
+from ltm_pyro.course import Course
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.callbacks import Callback
-from ltm_pyro.inference.course import Course
 from ltm_pyro.run.extending import extend
 from ltm_pyro.run.folder import Run
 from ltm_pyro.run.restarts import restart_of

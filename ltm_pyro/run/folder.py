@@ -25,6 +25,7 @@ from typing import Any, cast
 import ltm_pyro
 from ltm_pyro.checks import one_of
 from ltm_pyro.config import FitConfig, to_dict
+from ltm_pyro.course import Course, Metrics
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
@@ -36,7 +37,6 @@ from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.control import control
-from ltm_pyro.inference.course import Course, Metrics
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.run import checkpoint as checkpoints

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ltm_pyro.inference.course import Metrics
+from ltm_pyro.course import Metrics
 from ltm_pyro.reading import open_regular, read_bytes
 from ltm_pyro.run.files import write_atomic, writing
 

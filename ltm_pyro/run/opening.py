@@ -13,6 +13,7 @@ import torch
 
 import ltm_pyro
 from ltm_pyro.config import CorpusConfig, FitConfig, from_dict, to_dict
+from ltm_pyro.course import Course
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.finding import IN_MEMORY
 from ltm_pyro.data.hub import PREFIX
@@ -22,8 +23,7 @@ from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import new_store_files
 from ltm_pyro.errors import InputError, nearest, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.course import Course
-from ltm_pyro.inference.point_mass import refuse_runaway
+from ltm_pyro.models.learning import refuse_runaway
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
@@ -142,7 +142,8 @@ def make_run(
         "tokenizer_sha256": sha256(tokenizer),
     }
     run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel, svi=svi)
-    refuse_runaway(run.model, run.guide)
+    if not run.guide.has_density:
+        refuse_runaway(run.model, run.guide.family)
     control = start_from(run, read_run(Path(config.init_from), "cpu")) if config.init_from else {}
     files = {
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),

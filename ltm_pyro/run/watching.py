@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TextIO
 
 from ltm_pyro.checks import real_number, switch
+from ltm_pyro.course import Metrics, bound_name
 from ltm_pyro.diagnostics.held_out import PREFIX, EarlyStopping, best_step
 from ltm_pyro.errors import InputError, printable
-from ltm_pyro.inference.course import Metrics
-from ltm_pyro.inference.point_mass import bound_name
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.folder import CONTROL, METRICS
 from ltm_pyro.run.lock import writer_of

@@ -27,7 +27,7 @@ from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide
 from ltm_pyro.inference.mcmc import KERNELS, MCMCDraws, sample_posterior
-from ltm_pyro.inference.objectives import as_objective, build_objective, describe
+from ltm_pyro.inference.objectives import as_objective, describe
 from ltm_pyro.models.base import LatentModel, exact_evidence
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.random import Stream, derive_seed, seeded
@@ -107,7 +107,7 @@ def compare(
             guides or sequences, a count that is none, or a budget that does not pay for one step.
         NonFiniteError: if a guide's local parameters became NaN or infinite.
     """
-    objective = as_objective(build_objective(elbo) if isinstance(elbo, str) else elbo)
+    objective = as_objective(elbo)
     _check(batch, guides, options, reference, reference_options)
     settings = Settings(
         fast or Fast(),

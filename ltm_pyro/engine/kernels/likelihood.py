@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ltm_pyro.config import Precision
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.kernels.compiled import CompiledScore, Score
 
 _PRECISIONS = (torch.float32, torch.bfloat16)
@@ -304,6 +306,10 @@ def frozen_weights(decoder: Any) -> dict[str, Tensor]:
     return out
 
 
+HIDDEN, TRUNK = "hidden", "trunk"
+"""Covariates that a batch of tokens may have: what is not read, and what does not depend on z."""
+
+
 class Scoring:
     """Log p(x | z) by a decoder, with frozen weights or with learning ones.
 
@@ -330,7 +336,7 @@ class Scoring:
 
     @contextmanager
     def computing(self, precision: Precision, checkpointing: bool) -> Iterator[None]:
-        """Inside the block the decoder computes in this way; see `LatentThoughtModel.computing`."""
+        """Inside the block the decoder computes in this way; see `Scored.computing`."""
         before = self.precision, self.decoder.checkpointing
         self.precision, self.decoder.checkpointing = precision, checkpointing
         try:
@@ -339,30 +345,32 @@ class Scoring:
             self.precision, self.decoder.checkpointing = before
 
     @torch.no_grad()
-    def prepare(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
-        """The trunk (B, T, H); with it, while it lives, go the matrices in their products' form."""
-        with self._autocast():
-            trunk = self.decoder.trunk(tokens, hidden)
-            self._weights[trunk] = frozen_weights(self.decoder)
-        return trunk
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with its trunk (B, T, H), without columns that are padding in every row.
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        z: Tensor,
-        hidden: Tensor | None = None,
-        trunk: Tensor | None = None,
-    ) -> Tensor:
+        With the trunk, while it lives, go the matrices in their products' form.
+        """
+        length, hidden = batch.filled_length, batch.covariates.get(HIDDEN)
+        x, mask = batch.observed[:, :length], batch.mask[:, :length]
+        known = dict(batch.covariates)
+        if hidden is not None:
+            known[HIDDEN] = hidden[:, :length]
+        with self._autocast():
+            known[TRUNK] = self.decoder.trunk(x, known.get(HIDDEN))
+            self._weights[known[TRUNK]] = frozen_weights(self.decoder)
+        return replace(batch, x=x, mask=mask, covariates=known)
+
+    def __call__(self, batch: Batch, z: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Log p(tokens | z) in nats, (..., B).
 
         Args:
-            tokens: (..., B, T).
-            mask: (B, T).
+            batch: B sequences, possibly from `prepare`.
             z: (..., B, K, D).
-            hidden: (B, T) bool, tokens that are not read.
-            trunk: From `prepare`.
+            tokens: (..., B, T), instead of the batch's.
         """
+        mask, hidden = batch.mask, batch.covariates.get(HIDDEN)
+        trunk = batch.covariates.get(TRUNK) if tokens is None else None
+        tokens = batch.observed if tokens is None else tokens
         learning, plain = self.decoder.learning, tokens.dim() == 2 and z.dim() == 3
         if learning and self._learning is not None and plain:
             with self._autocast():
@@ -393,3 +401,45 @@ class Scoring:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.decoder.bos.device.type, dtype=torch.bfloat16)
+
+
+class Scored:
+    """A model whose likelihood is that of a `Scoring`, and what an `Execution` asks of it."""
+
+    scoring: Scoring
+
+    def computing(
+        self, precision: Precision = "fp32", checkpointing: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside the block the decoder computes in this way.
+
+        Args:
+            precision: Of matrix products. With `bf16` weights, thoughts, residuals, norms, sums and
+                log probabilities stay in their own precision; so do prior, guide and KL, which the
+                decoder has no part in.
+            checkpointing: Where weights learn, keep the inputs of layers alone and compute the rest
+                again in the backward pass: less memory, a third more work in the slow step.
+        """
+        return self.scoring.computing(precision, checkpointing)
+
+    def compile_fast_loop(self) -> None:
+        """Compiles the likelihood where the two clocks call it; falls back, with a warning.
+
+        Two graphs for a shape: thoughts learning with the weights frozen, called T_fast times, and
+        weights learning. Scores and simulations stay uncompiled.
+        """
+        self.scoring.compile()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with the part below the first cross-attention computed once.
+
+        Valid while the weights stay. Columns that are padding in every row may be cut off.
+        """
+        return self.scoring.prepare(batch)
+
+    def hide_inputs(self, batch: Batch, hidden: Tensor) -> Batch:
+        """The same sequences, of which the decoder reads no token where `hidden` (B, T) is true.
+
+        Every token is still scored.
+        """
+        return replace(batch, covariates={**batch.covariates, HIDDEN: hidden})

@@ -13,17 +13,17 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.checks import QUIET_SECONDS
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.inputs import Sequences, batch_of
 from ltm_pyro.doors import meet, nested
 from ltm_pyro.engine.rows.finite import tell_non_finite
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer, mean_report, row_norms
-from ltm_pyro.inference.inputs import Sequences, batch_of
 from ltm_pyro.inference.objectives import Terms, describe, kl_estimator
 from ltm_pyro.inference.posterior import FastTrace, Posterior, fitted_posterior
 from ltm_pyro.random import Stream, derive_seed
 
 if TYPE_CHECKING:
-    from ltm_pyro.inference.clocks.svi import DualRateSVI
+    from ltm_pyro.inference.clocks.fitting import Fitting
 
 
 _OWN, _TRACED = "own_draw_elbo", ("elbo", "nll", "kl", "grad_norm")
@@ -54,7 +54,7 @@ class _Course:
 
 
 def fast_posterior(
-    svi: DualRateSVI,
+    svi: Fitting,
     batch: Sequences,
     steps: int | None,
     *,
@@ -62,7 +62,7 @@ def fast_posterior(
     warm_start: bool,
     progress: bool,
 ) -> Posterior:
-    """What `DualRateSVI.infer` returns, and raises; arguments as there."""
+    """What `Fitting.infer` returns, and raises; arguments as there."""
     batch = batch_of(batch, svi.tokenizer)
     if steps is not None and steps < 0:
         raise InputError(f"steps is {steps}: must be 0 or more")

@@ -15,8 +15,7 @@ an Adam that forgets the first gradients sooner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.engine.execution import frozen
 from ltm_pyro.inference.clocks.schedules import learning_rate, slow_kl_weight
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import SITE_Z, LatentModel
@@ -65,7 +65,7 @@ def fit_reference(
         noise = Drawing(Noise(derive_seed(seed, Stream.FAST, step), batch.ids))
         phi = list(guide.local_parameters().values())
         fast_optimizer = torch.optim.Adam(phi, lr=fast.lr, betas=fast.betas) if phi else None
-        with _frozen(beta):
+        with frozen(beta):
             for t in range(fast.steps if fast_optimizer is not None else 0):
                 if fast.noise == "fixed":
                     noise.rewind()
@@ -73,7 +73,7 @@ def fit_reference(
                 _descend(loss, phi, fast_optimizer, learning_rate(fast, t, fast.steps))
 
         noise = Drawing(Noise(derive_seed(seed, Stream.SLOW, step), batch.ids))
-        with _frozen(phi):
+        with frozen(phi):
             loss = _loss(model, guide, batch, noise, kl_weight) / batch.n_tokens.sum()
             rate = learning_rate(slow, step, len(batches))
             _descend(loss, beta, slow_optimizer, rate, clip_norm=slow.clip_norm)
@@ -132,15 +132,3 @@ def _decaying(
         {"params": [p for p, d in pairs if d], "weight_decay": slow.weight_decay},
         {"params": [p for p, d in pairs if not d], "weight_decay": 0.0},
     ]
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block no gradient is computed for these."""
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)

@@ -20,12 +20,10 @@ from ltm_pyro.engine.execution import frozen
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.finite import tell_non_finite
 from ltm_pyro.errors import NonFiniteError
-from ltm_pyro.inference.clocks.fast import FastResult
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.objectives import Objective
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.priors.base import ThoughtPrior
 from ltm_pyro.random import Drawing, Noise
 
 Sums = dict[str, Tensor]
@@ -51,43 +49,8 @@ class SlowLoss:
     z: Tensor | None = None
 
 
-class Part:
-    """What both clocks leave of some rows of a batch.
-
-    Args:
-        loss: Of the slow step.
-        fitted: Of the fast loop.
-        rows: Local parameters and moments (B, ...) by name, for a store.
-        batch: The rows.
-
-    Attributes:
-        sums: What is reported, see `metrics_row`.
-        z: The slow step's draws (S, B, K, D); `None` before thoughts join.
-    """
-
-    def __init__(
-        self, loss: SlowLoss, fitted: FastResult, rows: dict[str, Tensor], batch: Batch
-    ) -> None:
-        self.rows, self.z = rows, loss.z
-        self.sums: Sums = {
-            "nll": loss.nll.sum(),
-            "kl": loss.kl.sum(),
-            "objective": loss.objective.detach(),
-            "grad_norm_fast": fitted.grad_norm * len(batch),
-            "fast_gain": fitted.first - fitted.last,
-            "n_tokens": batch.n_tokens.sum(),
-            "n_sequences": torch.tensor(len(batch), device=batch.device),
-        }
-
-
 class SlowObjective:
-    """Builds a slow step's loss for the rows that the guide holds.
-
-    Args:
-        model: The model.
-        guide: Its local parameters are fitted already.
-        objective: What is ascended.
-    """
+    """Builds a slow step's loss for the rows that the guide holds, already fitted."""
 
     def __init__(self, model: LatentModel, guide: LocalGuide, objective: Objective) -> None:
         self.model, self.guide, self.objective = model, guide, objective
@@ -107,18 +70,18 @@ class SlowObjective:
         def loss(rows: Batch) -> Tensor:
             return self.objective.descend(model, guide, rows, draw, weight)[0]
 
-        with frozen(guide.local_parameters().values()), pyro.validation_enabled(False):
+        local, extra = guide.local_parameters().values(), None
+        with frozen(local), pyro.validation_enabled(False):
             try:
                 objective, terms = self.objective.descend(model, guide, read, draw, weight)
                 nll, kl = terms.report()
-                extra = None
                 if guide.shared_parameters():
                     with frozen(model.parameters()):
                         extra = guide.shared_loss(loss, read)
                 if read is not batch:
                     nll = self._nll(terms.z, batch)
             except (RuntimeError, ValueError) as error:
-                tell_non_finite(error, guide.local_parameters().values(), batch.ids)
+                tell_non_finite(error, local, batch.ids)
                 raise
         descended = objective if extra is None else objective + extra
         return SlowLoss(descended, objective, nll, kl, terms.z.detach())
@@ -134,26 +97,6 @@ class SlowObjective:
     def _nll(self, z: Tensor, batch: Batch) -> Tensor:
         """-log p(x | z) per sequence, (B,), mean over draws (S, B, K, D)."""
         return -torch.stack([self.model.log_likelihood(each, batch) for each in z]).mean(0)
-
-
-def show_prior(model: LatentModel, draws: list[Tensor | None], parallel: Parallel) -> None:
-    """Shows a slow step's draws (S, B, K, D), of all processes, to a prior that learns."""
-    prior, known = getattr(model, "thought_prior", None), [z for z in draws if z is not None]
-    if not known or not isinstance(prior, ThoughtPrior):
-        return
-    if any(p.requires_grad for p in prior.parameters()):
-        prior.observe(parallel.gather_rows(torch.cat(known, dim=1), dim=1))
-
-
-def embedding_weights(*parts: object) -> list[nn.Parameter]:
-    """The embeddings in these modules: decay would make them forget rare tokens.
-
-    And what a learned prior spares itself, see `ThoughtPrior.undecayed_parameters`.
-    """
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    embeddings = [p for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()]
-    priors = [p for m in modules if isinstance(m, ThoughtPrior) for p in m.undecayed_parameters()]
-    return embeddings + priors
 
 
 class SlowClock:

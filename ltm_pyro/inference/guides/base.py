@@ -7,7 +7,7 @@ contract test in `tests/test_guides.py` then runs over it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,29 +19,15 @@ from torch.distributions import kl_divergence
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.optimizers import Unit
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.guides.under_svi import take_up
-from ltm_pyro.models.base import SITE_Z, LatentModel, Program, sequences
+from ltm_pyro.inference.guides.program import GuideProgram
+from ltm_pyro.models.base import SITE_Z, LatentModel, sequences
 from ltm_pyro.random import seeded
 
 Loss = Callable[[Batch], Tensor]
 """-ELBO of a batch, summed over its sequences, in nats."""
 
 
-class Rows(nn.Module):
-    """Tensors with one row per sequence that are data, not parameters: an encoder's tokens."""
-
-    def load(self, rows: dict[str, Tensor]) -> None:
-        """Replaces everything by `rows`, each (B, ...)."""
-        self._buffers.clear()
-        for name, value in rows.items():
-            self.register_buffer(name, value.detach())
-
-    def values(self) -> dict[str, Tensor]:
-        """The rows by name."""
-        return dict(self.named_buffers())
-
-
-class LocalGuide(Program, ABC):
+class LocalGuide(GuideProgram):
     """q(z_i; phi_i) for each sequence i of a batch, called as a Pyro guide with site `z`.
 
     Rows are independent: nothing of one sequence's parameters enters another's posterior.
@@ -57,8 +43,8 @@ class LocalGuide(Program, ABC):
     family: ClassVar[str] = ""
     has_density: ClassVar[bool] = True
     """False for a point mass, which has no ELBO."""
-
-    anchor: Tensor
+    start_log_variance: float | None = None
+    """Where log variances start, `None` for families without; used for the KL floor."""
     built_with: dict[str, Any] | None = None
     """The options that `build_guide` was given."""
 
@@ -69,9 +55,6 @@ class LocalGuide(Program, ABC):
         with seeded(0, model.device):  # the caller's generator is left alone
             anchor = model.prior().sample().new_zeros(())
         self.register_buffer("anchor", anchor, persistent=False)
-        self.local = nn.ParameterDict()
-        self.inputs = Rows()
-        self.svi_rows: tuple[Tensor, nn.Module | Tensor | None] | None = None
 
     def _facts(self) -> dict[str, object]:
         """The family, latents of one row, rows that it holds, and weights that rows share."""
@@ -106,16 +89,12 @@ class LocalGuide(Program, ABC):
         """
         return {}
 
-    @property
-    def start_log_variance(self) -> float | None:
-        """Where log variances start, `None` for families without; used for the KL floor."""
-        return None
-
     def reset(self, batch: Batch) -> None:
         """Allocates fresh local parameters for the B rows of `batch`, and takes up its inputs."""
         if not isinstance(batch, Batch):
             raise InputError(f"batch is {shown(batch)}: must be a Batch")
-        self.inputs.load(self.initial_inputs(batch))
+        if inputs := self.initial_inputs(batch):
+            self.inputs.load(inputs)
         self.load_rows(self.initial_rows(batch))
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
@@ -124,35 +103,9 @@ class LocalGuide(Program, ABC):
             {name: nn.Parameter(value.detach().clone()) for name, value in rows.items()}
         )
 
-    def rows(self, index: Tensor | None = None) -> dict[str, Tensor]:
-        """The local parameters' values, all rows or those at `index`, as copies."""
-        return {
-            name: (p.detach().clone() if index is None else p.detach()[index])
-            for name, p in self.local.items()
-        }
-
-    @property
-    def n_rows(self) -> int:
-        """B: sequences that the guide holds; 0 before `reset`."""
-        for name in self.local:
-            return len(self.local[name])
-        for rows in self.inputs.buffers():
-            return len(rows)
-        return 0
-
-    def check(self, batch: Batch) -> None:
-        """Refuses a batch that the guide was not reset for.
-
-        Raises:
-            InputError: saying so.
-        """
-        if not isinstance(batch, Batch):
-            raise InputError(f"batch is {shown(batch)}: must be a Batch")
-        if self.n_rows != len(batch):
-            raise InputError(
-                f"the guide holds {self.n_rows} sequences and the batch {len(batch)}: "
-                "call guide.reset(batch) first"
-            )
+    def rows(self) -> dict[str, Tensor]:
+        """The local parameters' values, as copies."""
+        return {name: p.detach().clone() for name, p in self.local.items()}
 
     def forward(self, batch: Batch) -> Tensor:
         """The Pyro guide: one site `z` in the plate of sequences.
@@ -164,16 +117,6 @@ class LocalGuide(Program, ABC):
         with sequences(batch):
             z: Tensor = pyro.sample(SITE_Z, self.posterior())
         return z
-
-    def tell_svi(self, batch: Batch | None = None) -> None:
-        """Under Pyro's `SVI` the first batch is taken up by itself, and no second one.
-
-        Raises:
-            InputError: if local parameters are those of other sequences.
-        """
-        if batch is not None:
-            take_up(self, batch)
-        super().tell_svi(batch)
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """What moves on the fast clock, by name."""
@@ -192,18 +135,6 @@ class LocalGuide(Program, ABC):
             batch: The batch that the guide holds.
         """
         return None
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Takes rows as they come: a batch's size is part of the state, not of the guide."""
-        local, inputs = (
-            {k.removeprefix(start): v for k, v in state_dict.items() if k.startswith(start)}
-            for start in (f"{prefix}local.", f"{prefix}inputs.")
-        )
-        if inputs:
-            self.inputs.load({k: v.to(self.anchor.device) for k, v in inputs.items()})
-        if local:
-            self.load_rows({k: v.to(self.anchor) for k, v in local.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def closed_kl(q: TorchDistribution, prior: TorchDistribution) -> Tensor | None:

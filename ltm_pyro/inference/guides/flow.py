@@ -56,16 +56,11 @@ class Flow(LocalGuide):
     ) -> None:
         super().__init__(model)
         _refuse_half_precision(self.anchor.dtype)
-        self.init_log_variance = log_variance(init_log_variance)
+        self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)
         self.context_dim = whole_number("flow context_dim", context_dim, 1, bytes_each=4)
         features = math.prod(self.thought_shape)
         network = ConditionalFlow(features, context_dim, kind, transforms, hidden, bins)
         self.network = network.to(self.anchor)
-
-    @property
-    def start_log_variance(self) -> float:
-        """Where log variances start."""
-        return self.init_log_variance
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """`loc` and `context` at 0, `log_variance` at its start."""

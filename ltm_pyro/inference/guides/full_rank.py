@@ -55,7 +55,7 @@ class FullRank(LocalGuide):
             raise unknown_name("block", str(block), BLOCKS)
         super().__init__(model)
         self.block = block
-        self.init_log_variance = log_variance(init_log_variance)
+        self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)
         n_thoughts, dim = model.thought_shape
         self.n_blocks = {"whole": 1, "thought": n_thoughts}.get(block) or _layers(model)
         self.block_size = n_thoughts * dim // self.n_blocks
@@ -76,11 +76,6 @@ class FullRank(LocalGuide):
                 f"{self.n_blocks} x {self.block_size} dimensions, above its limit of "
                 f"{MEMORY / 2**30:.0f} GiB: choose {smaller}guide low_rank, or a smaller batch"
             )
-
-    @property
-    def start_log_variance(self) -> float:
-        """Where log variances start."""
-        return self.init_log_variance
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """Means at 0, variances as asked, no correlation.

@@ -48,12 +48,7 @@ class LowRank(LocalGuide):
         whole_number("rank", rank, 1, size, limit=limit)
         super().__init__(model)
         self.rank = rank
-        self.init_log_variance = log_variance(init_log_variance)
-
-    @property
-    def start_log_variance(self) -> float:
-        """Log of the marginal variances at the start."""
-        return self.init_log_variance
+        self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """Means at 0, marginal variances as asked, slight correlations; the same for every row."""

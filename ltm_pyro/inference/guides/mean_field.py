@@ -29,12 +29,7 @@ class MeanField(LocalGuide):
 
     def __init__(self, model: LatentModel, init_log_variance: float = 0.0) -> None:
         super().__init__(model)
-        self.init_log_variance = log_variance(init_log_variance)
-
-    @property
-    def start_log_variance(self) -> float:
-        """Where log variances start."""
-        return self.init_log_variance
+        self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """`loc` at 0, `log_variance` at its start, each (B, K, D)."""

@@ -57,12 +57,7 @@ class Mixture(LocalGuide):
         whole_number("components", components, 1, bytes_each=each)
         super().__init__(model)
         self.components = components
-        self.init_log_variance = log_variance(init_log_variance)
-
-    @property
-    def start_log_variance(self) -> float:
-        """Where the components' log variances start."""
-        return self.init_log_variance
+        self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
         """Equal weights and variances, means apart; the same for every row."""

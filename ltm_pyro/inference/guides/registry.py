@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ltm_pyro.doors import exclusive, require_model
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.registry import Registry
@@ -34,3 +35,28 @@ def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
     guide: LocalGuide = GUIDES.build(name, model, options=options)
     guide.built_with = options
     return guide.to(model.device)
+
+
+def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
+    """A guide for `model`, by name or as it is.
+
+    Raises:
+        InputError: if `model` is no model, or `guide` no guide for it.
+    """
+    require_model(model)
+    if model.device.type == "meta":
+        raise InputError("model is on the meta device, which holds no numbers: build it on another")
+    if isinstance(guide, str):
+        return build_guide(guide, model)
+    if not isinstance(guide, LocalGuide):
+        kind = f"the class {guide.__name__}" if isinstance(guide, type) else shown(guide)
+        raise InputError(
+            f"guide is {kind}: must be a family's name ({', '.join(guide_families())}) or "
+            "build_guide(name, model); Pyro's autoguides run under pyro.infer.SVI"
+        )
+    if guide.thought_shape != tuple(model.thought_shape):
+        raise InputError(
+            f"guide is for thoughts {guide.thought_shape} and the model has "
+            f"{tuple(model.thought_shape)}: build_guide({guide.family!r}, model)"
+        )
+    return guide

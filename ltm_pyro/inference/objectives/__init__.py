@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro.infer import ELBO
+
+from ltm_pyro.errors import InputError, shown
+from ltm_pyro.inference.guides.stopped import stopped_log_prob
 from ltm_pyro.inference.objectives.evidence import (
     Draw,
     Elbo,
     Objective,
-    StickingTheLanding,
     Terms,
 )
 from ltm_pyro.inference.objectives.free_bits import BetaElbo, FreeBits
@@ -27,15 +30,14 @@ from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
     ImportanceWeighted,
     Renyi,
+    StickingTheLanding,
 )
 from ltm_pyro.inference.objectives.pyro_elbos import (
     PyroElbo,
-    as_objective,
     describe,
     differentiable,
     kl_estimator,
 )
-from ltm_pyro.inference.objectives.stopped import stopped_log_prob
 from ltm_pyro.registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry(
@@ -62,6 +64,22 @@ def build_objective(name: str, /, **options: Any) -> Objective:
     """
     objective: Objective = OBJECTIVES.build(name, options=options)
     return objective
+
+
+def as_objective(elbo: ELBO | str | None) -> Objective:
+    """An objective by its name, `elbo` by default, or any Pyro ELBO as one of ours.
+
+    Raises:
+        InputError: if it is none.
+    """
+    if elbo is None or isinstance(elbo, str):
+        return build_objective("elbo" if elbo is None else elbo)
+    if not isinstance(elbo, ELBO):
+        raise InputError(
+            f"elbo is {shown(elbo)}: must be the name of an objective, e.g. 'elbo', what "
+            "build_objective(name) returns, or an instance of a Pyro ELBO"
+        )
+    return elbo if isinstance(elbo, Objective) else PyroElbo(elbo)
 
 
 __all__ = [

@@ -21,13 +21,12 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.objectives.stopped import stopped_log_prob
+from ltm_pyro.inference.guides.stopped import stopped_log_prob
 from ltm_pyro.inference.objectives.under_svi import UnderSVI
 from ltm_pyro.models.base import LatentModel
 
 Draw = Callable[[TorchDistribution, int], Tensor]
 """(q, S) -> draws (S, B, K, D), with a path to q's parameters: usually a `Drawing`."""
-
 _MOST_PARTICLES = 10**6
 
 
@@ -58,11 +57,6 @@ class Terms:
     ) -> None:
         self.model, self.guide, self.prior, self.batch = model, guide, prior, batch
         self.q, self.z, self.weight = q, z, weight
-
-    @property
-    def n_layers(self) -> int | None:
-        """Decoder layers that the thoughts feed in equal blocks; `None` without layers."""
-        return self.model.n_layers
 
     @cached_property
     def log_lik(self) -> Tensor:
@@ -99,24 +93,21 @@ class Terms:
 
     def kl(self) -> Tensor:
         """C KL(q || p), (B,): closed, or the mean of log q - log p over the draws."""
-        if self.closed_kl is not None:
-            return self.weight * self.closed_kl
-        return self.weight * (self._log_q - self._log_prior).mean(0)
+        kl = self.closed_kl
+        return self.weight * ((self._log_q - self._log_prior).mean(0) if kl is None else kl)
 
     @torch.no_grad()
     def report(self) -> tuple[Tensor, Tensor]:
         """(nll, kl) of each sequence at these draws, (B,) each, weight 1, nothing descended."""
         kl = self.closed_kl
-        if kl is None:
-            kl = (self._log_q - self._log_prior).mean(0)
+        kl = (self._log_q - self._log_prior).mean(0) if kl is None else kl
         return -self.log_lik.detach().mean(0), kl.detach()
 
 
 class Objective(UnderSVI):
     """A sum over sequences of nats to be maximised, on S draws made at once.
 
-    An `ELBO` of Pyro's too (`UnderSVI`), so that it serves wherever one does. Guides must draw with
-    a path from parameters to z (`rsample`).
+    An `ELBO` of Pyro's too (`UnderSVI`), so that it serves wherever one does.
 
     Args:
         particles: S, draws per sequence and call; each costs one evaluation of the decoder.
@@ -162,15 +153,7 @@ class Objective(UnderSVI):
         weight: float = 1.0,
         prior: TorchDistribution | None = None,
     ) -> Terms:
-        """Draws from the guide, ready to be scored.
-
-        Args:
-            model: The model.
-            guide: Holds the B rows of `batch`.
-            batch: The sequences.
-            draw: Makes the draws.
-            weight: c.
-            prior: p(z), where it has been made already.
+        """Draws for the B rows that the guide holds; a `prior` that is given is not made again.
 
         Raises:
             InputError: if the guide's draws have no gradient.
@@ -208,18 +191,3 @@ class Elbo(Objective):
     def charge(self, terms: Terms) -> Tensor:
         """What is paid for q's distance from the prior, (B,): here the KL."""
         return terms.kl()
-
-
-class StickingTheLanding(Objective):
-    """The ELBO, its gradient taken through z alone (Roeder, Wu & Duvenaud 2017, eq. 7).
-
-    Log q is evaluated at stopped parameters, which leaves out the score of q, whose expectation is
-    zero. The gradient stays unbiased; at the exact posterior log w is constant in z, so that every
-    single draw's gradient is zero. Far from it the variance may be the larger one.
-    """
-
-    name: ClassVar[str] = "stl"
-
-    def per_sequence(self, terms: Terms) -> Tensor:
-        """(B,)."""
-        return terms.log_weight(stopped=True).mean(0)

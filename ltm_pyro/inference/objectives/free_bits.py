@@ -93,12 +93,12 @@ class FreeBits(Elbo):
         """Layers or thoughts."""
         if self.level == "thought":
             return int(terms.z.shape[-2])
-        if terms.n_layers is None:
+        if terms.model.n_layers is None:
             raise InputError(
                 "free_bits at level 'layer': this model has no layers; use level 'total' or "
                 "'thought'"
             )
-        return terms.n_layers
+        return terms.model.n_layers
 
 
 def kl_by_group(

@@ -1,4 +1,4 @@
-"""Objectives on importance weights: tighter with every particle, not sums over particles."""
+"""Objectives on log importance weights: their mean, and bounds that every particle tightens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from torch import Tensor
 from ltm_pyro.checks import finite_number
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.objectives.evidence import Objective, Terms
+
+
+class StickingTheLanding(Objective):
+    """The ELBO, its gradient taken through z alone (Roeder, Wu & Duvenaud 2017, eq. 7).
+
+    Log q is evaluated at stopped parameters, which leaves out the score of q, whose expectation is
+    zero. The gradient stays unbiased; at the exact posterior log w is constant in z, so that every
+    single draw's gradient is zero. Far from it the variance may be the larger one.
+    """
+
+    name: ClassVar[str] = "stl"
+
+    def per_sequence(self, terms: Terms) -> Tensor:
+        """(B,)."""
+        return terms.log_weight(stopped=True).mean(0)
 
 
 class Renyi(Objective):

@@ -168,11 +168,6 @@ def differentiable(elbo: ELBO) -> ELBO:
     return out
 
 
-def as_objective(elbo: ELBO) -> Objective:
-    """`elbo` itself, or what makes one of ours of it."""
-    return elbo if isinstance(elbo, Objective) else PyroElbo(elbo)
-
-
 def describe(elbo: ELBO) -> str:
     """What an objective is called in records, with its options, e.g. `iwae(particles=8)`."""
     if isinstance(elbo, PyroElbo):

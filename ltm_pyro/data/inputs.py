@@ -1,87 +1,23 @@
-"""What `DualRateSVI` may be given, and what it makes of it."""
+"""What fits and inference may be given as data, and what they make of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pyro.infer import ELBO
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.data.training_data import RowsOf, TrainingData
-from ltm_pyro.doors import require_model
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.guides.base import LocalGuide
-from ltm_pyro.inference.guides.registry import build_guide, guide_families
-from ltm_pyro.models.base import LatentModel
-
-T = TypeVar("T")
 
 Sequences = Batch | SequenceSet | str | Sequence[str] | pd.Series | NDArray[Any]
 """What inference takes: a batch, a split of a corpus, a text, or several, also as a column."""
-
-
-def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
-    """A guide for `model`, by name or as it is.
-
-    Raises:
-        InputError: if `model` is no model, or `guide` no guide for it.
-    """
-    require_model(model)
-    if model.device.type == "meta":
-        raise InputError("model is on the meta device, which holds no numbers: build it on another")
-    if isinstance(guide, str):
-        return build_guide(guide, model)
-    if not isinstance(guide, LocalGuide):
-        kind = f"the class {guide.__name__}" if isinstance(guide, type) else shown(guide)
-        raise InputError(
-            f"guide is {kind}: must be a family's name ({', '.join(guide_families())}) or "
-            "build_guide(name, model); Pyro's autoguides run under pyro.infer.SVI"
-        )
-    if guide.thought_shape != tuple(model.thought_shape):
-        raise InputError(
-            f"guide is for thoughts {guide.thought_shape} and the model has "
-            f"{tuple(model.thought_shape)}: build_guide({guide.family!r}, model)"
-        )
-    return guide
-
-
-def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:
-    """Settings of a kind, its defaults for `None`.
-
-    Raises:
-        InputError: if they are of another kind.
-    """
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        raise InputError(
-            f"{name} is {shown(given)}: must be ltm_pyro.{kind.__name__}(...), e.g. "
-            f"{kind.__name__}({example})"
-        )
-    return given
-
-
-def objective_name(elbo: object) -> ELBO | str:
-    """An objective as `DualRateSVI` takes it.
-
-    Raises:
-        InputError: if it is none.
-    """
-    if elbo is None:
-        return "elbo"
-    if not isinstance(elbo, str | ELBO):
-        raise InputError(
-            f"elbo is {shown(elbo)}: must be the name of an objective, e.g. 'elbo', what "
-            "build_objective(name) returns, or an instance of a Pyro ELBO"
-        )
-    return elbo
 
 
 def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
@@ -142,8 +78,3 @@ def training_data(data: TrainingData | Batch) -> TrainingData:
             "(load_corpus(...).train) or a Batch"
         )
     return data
-
-
-def tokenizer_of(data: object, known: Tokenizer | None) -> Tokenizer | None:
-    """The tokenizer that training data came from, or the one that is known already."""
-    return cast("Tokenizer | None", getattr(data, "tokenizer", None)) or known

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from ltm_pyro.html import show
-from ltm_pyro.inference.objectives import describe
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from ltm_pyro.inference.clocks.svi import DualRateSVI
 
 Metrics = dict[str, float]
 _SHOWN = 8  # rows at the end of a table in a notebook
@@ -63,17 +61,13 @@ class Course(list[Metrics]):
         return frame.set_index(frame.pop("step").astype(int)) if len(frame) else frame
 
 
-def shown_fit(svi: DualRateSVI) -> str:
-    """A fit in a notebook: what it is made of, and the end of its course."""
-    horizon = "" if svi.horizon is None else f" of {svi.horizon}"
-    facts = {
-        "model": svi.model,
-        "guide": svi.guide,
-        "objective": describe(svi.elbo),
-        "fast clock": f"{svi.fast.steps} steps, lr {svi.fast.lr:g}, {svi.fast.noise} noise",
-        "slow clock": f"lr {svi.slow.lr:g}, {svi.slow.schedule}",
-        "slow steps": f"{svi.slow_step}{horizon}",
-        "seed": svi.seed,
-    }
-    course = [svi.metrics.frame().tail(3)] if svi.metrics else []
-    return show("DualRateSVI", facts, tables=course)
+def bound_name(metrics: Mapping[str, float]) -> str:
+    """`elbo`, or `log_joint` in the metrics of a point mass."""
+    return "log_joint" if "log_joint" in metrics else "elbo"
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What a progress bar shows of a slow step."""
+    name = f"{bound_name(metrics)}_per_token"
+    told = {name: f"{metrics[name]:.3f}"}
+    return {**told, "kl": f"{metrics['kl']:.1f}"} if "kl" in metrics else told

@@ -1,4 +1,4 @@
-"""Quantiles and intervals of a posterior's dimensions, and which of its rows are meant."""
+"""Quantiles and intervals of each dimension of z under a distribution over sequences."""
 
 from __future__ import annotations
 
@@ -73,45 +73,3 @@ def _shortest(z: Any, prob: float) -> Any:
     first = (ordered[inside - 1 :] - ordered[: len(z) - inside + 1]).argmin(0)[None]
     ends = [np.take_along_axis(ordered, at, axis=0)[0] for at in (first, first + inside - 1)]
     return np.stack(ends)
-
-
-def rows_of(which: Any, ids: Tensor) -> Tensor:
-    """The rows that `Posterior.__getitem__` is asked for.
-
-    Raises:
-        InputError: if there is no such row.
-    """
-    n = len(ids)
-    places = torch.arange(n, device=ids.device)
-    if isinstance(which, slice):
-        return _some(places[list(range(n)[which])], which)
-    if isinstance(which, int | np.integer) and not isinstance(which, bool):
-        if not -n <= which < n:
-            raise InputError(f"place {which} is not among the posterior's {n} sequences")
-        return places[int(which)][None]
-    try:
-        asked = torch.as_tensor(which).to(ids.device)
-    except (TypeError, ValueError, RuntimeError):
-        asked = torch.zeros(0)
-    if asked.dim() != 1 or asked.is_floating_point() or asked.is_complex() or not len(asked):
-        raise InputError(
-            f"posterior[{shown(which)}]: give a place, a slice, or a list of stable ids"
-        )
-    if asked.dtype == torch.bool:
-        if len(asked) != n:
-            raise InputError(f"{len(asked)} truth values for {n} sequences: give one for each")
-        return _some(places[asked], which)
-    found = asked[:, None] == ids
-    known = found.any(1)
-    if not bool(known.all()):
-        raise InputError(
-            f"sequence id {int(asked[~known][0])} is not in this posterior: a list is of stable "
-            "ids, as in posterior.ids; for places give a slice"
-        )
-    return found.long().argmax(1)
-
-
-def _some(rows: Tensor, which: Any) -> Tensor:
-    if not len(rows):
-        raise InputError(f"posterior[{shown(which)}] has no sequences: choose at least one")
-    return rows

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.inputs import Sequences, batch_of, listed
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.generation import generate
-from ltm_pyro.inference.inputs import Sequences, batch_of, listed
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.tasks.generation import generate
 
 _MOST = 1000  # texts between two
 
