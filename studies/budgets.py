@@ -25,9 +25,9 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.data.mixture import MixtureCorpus
+from ltm_pyro.diagnostics.control import control
 from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.inference.control import control
 from ltm_pyro.plots.style import BLUE, GREEN, GREY, INK, ORANGE, house_figure
 from studies.tasks import wilson
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import ltm_pyro as ltm
+from ltm_pyro.diagnostics.control import control
 from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.inference.control import control
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure, title_and_legend
 from studies.common import over_seeds, seeds_interval

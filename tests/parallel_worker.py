@@ -17,9 +17,9 @@ from torch import Tensor
 
 import ltm_pyro as ltm
 from ltm_pyro.data.training_data import RowsOf
+from ltm_pyro.diagnostics.control import control as control_of
 from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
-from ltm_pyro.inference.control import control as control_of
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.run.checkpoint import moments_of
 

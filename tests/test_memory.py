@@ -21,7 +21,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics import memory
 from ltm_pyro.diagnostics.cost import cost_report
 from ltm_pyro.diagnostics.memory import LEAST_SHARE, measured_bytes, memory_report
-from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
+from ltm_pyro.engine.kernels.vocabulary import MOST_LOGITS
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide, guide_families

@@ -19,7 +19,7 @@ from torch.distributions import Categorical
 
 from ltm_pyro.config import ModelConfig
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.engine.kernels import likelihood as kernels
+from ltm_pyro.engine.kernels import vocabulary
 from ltm_pyro.engine.kernels.likelihood import token_log_prob
 from ltm_pyro.engine.rows.optimizers import RowAdam
 from ltm_pyro.errors import InputError
@@ -113,7 +113,7 @@ def test_likelihood_has_the_references_gradients(model: LatentThoughtModel) -> N
 
 @pytest.mark.parametrize("most", [1, 4 * 5 * 10, 10**6])
 def test_cross_entropy_in_chunks_is_log_softmax(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MOST_LOGITS", most)
+    monkeypatch.setattr(vocabulary, "MOST_LOGITS", most)
     h = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(5, (23,))

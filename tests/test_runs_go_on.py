@@ -33,13 +33,12 @@ from ltm_pyro.diagnostics.held_out import held_out_bounds
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.schedules import (
     learning_rate,
-    restated,
     slow_kl_weight,
     thoughts_joined,
 )
 from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
-from ltm_pyro.run.extending import extend
+from ltm_pyro.run.extending import extend, restated
 from ltm_pyro.run.restarts import finished_restarts
 
 STEPS = 6

@@ -9,11 +9,10 @@ import torch
 from tolerances import EXACT
 
 from ltm_pyro.config import Fast, Slow
+from ltm_pyro.diagnostics.cost import fast_reach, kl_floor_per_sequence
 from ltm_pyro.inference.clocks.schedules import (
     constant,
     cosine,
-    fast_reach,
-    kl_floor_per_sequence,
     kl_weight,
     learning_rate,
     slow_kl_weight,

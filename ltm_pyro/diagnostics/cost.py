@@ -7,12 +7,14 @@ letters as elsewhere: B, T, H, V, L, D, and K_l thoughts per layer. Memory: see 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ltm_pyro.config import Fast, FitConfig, ModelConfig
 from ltm_pyro.diagnostics.memory import MemoryReport, small_fit
-from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
-from ltm_pyro.inference.clocks.schedules import fast_reach, kl_floor_per_sequence
+from ltm_pyro.engine.kernels.vocabulary import MOST_LOGITS
+from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT
+from ltm_pyro.inference.clocks.schedules import learning_rate, steps_naturally
 from ltm_pyro.inference.objectives import build_objective
 from ltm_pyro.models.decoder import block_shape, fused
 
@@ -286,3 +288,31 @@ def _flops(value: float) -> str:
 
 def _bytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def fast_reach(fast: Fast) -> float:
+    """R: the sum of the fast learning rates; Adam moves a parameter at most about so far."""
+    return sum(learning_rate(fast, step, fast.steps) for step in range(fast.steps))
+
+
+def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.0) -> float:
+    """KL in nats that the fast schedule cannot undo, whatever the text.
+
+    A dimension that carries nothing starts at log variance l0 and ends at some l, where it costs
+    (e^l - 1 - l) / 2 nats. Adam moves it by at most about R; a natural step, in units u, by
+    u^2 rate (1 - e^l) / 2, the KL's gradient, and by at most u.
+
+    Args:
+        fast: The fast clock.
+        n_dims: K * D.
+        init_log_variance: l0, where the guide starts its log variances.
+    """
+    left = init_log_variance
+    if not steps_naturally(fast):
+        left = math.copysign(max(abs(left) - fast_reach(fast), 0.0), left)
+    else:
+        for step in range(fast.steps if left else 0):
+            unit = LOG_VARIANCE_UNIT
+            slope = 0.5 * unit * -math.expm1(left) * learning_rate(fast, step, fast.steps)
+            left += unit * min(max(slope, -1.0), 1.0)
+    return n_dims * 0.5 * (math.exp(left) - 1.0 - left)

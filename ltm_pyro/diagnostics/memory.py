@@ -19,7 +19,7 @@ from ltm_pyro.checks import refuse_too_large
 from ltm_pyro.config import FitConfig, from_dict, to_dict
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.execution import Execution
-from ltm_pyro.engine.kernels.likelihood import MOST_LOGITS
+from ltm_pyro.engine.kernels.vocabulary import MOST_LOGITS
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide, build_guide

@@ -26,15 +26,12 @@ class Callback:
     """
 
     def on_step(self, svi: DualRateSVI, row: Metrics) -> bool | None:
-        """After a slow step.
+        """After a slow step; `True` stops the fit here.
 
         Args:
             svi: The fit.
             row: The step's metrics (see `DualRateSVI.step`), with those of the held-out bound
                 where it was scored; the last of `svi.metrics`.
-
-        Returns:
-            `True` to stop the fit here.
         """
 
     def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> bool | None:
@@ -61,14 +58,7 @@ class Evaluation(Protocol):
 def followed(
     svi: DualRateSVI, callbacks: Sequence[Callback], held_out: Evaluation | None, last: int
 ) -> Iterator[Callable[[Metrics], bool]]:
-    """Gives what is called after each slow step with its metrics: whether to stop there.
-
-    Args:
-        svi: The fit.
-        callbacks: Who follows it.
-        held_out: Scores held-out text.
-        last: The slow step that it ends with.
-    """
+    """Gives what is called with the metrics of each slow step up to `last`: whether to stop."""
     reason: StopReason = "failed"
     stopping, asks_to_stop = False, svi.parallel.asks_to_stop
 
@@ -80,13 +70,11 @@ def followed(
         answers = [one.on_step(svi, row) for one in callbacks]
         if scored:
             answers += [one.on_evaluate(svi, row) for one in callbacks]
-        asked = any(answers)
-        if svi.parallel.size == 1:
-            stopping = asked
-        else:  # they stop together: the next slow step asks all of them
-            stopping = svi.parallel.stopping
-            if asked:
+        stopping = any(answers)
+        if svi.parallel.size > 1:  # they stop together: the next slow step asks all of them
+            if stopping:
                 svi.parallel.asks_to_stop = lambda: True
+            stopping = svi.parallel.stopping
         return stopping
 
     try:
@@ -107,17 +95,15 @@ def followers(callbacks: object, held_out: object) -> Sequence[Callback]:
     Raises:
         InputError: if they, or `held_out`, are of another kind.
     """
-    if isinstance(callbacks, Callback):
-        callbacks = [callbacks]
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     if not isinstance(callbacks, list | tuple):
         raise InputError(f"callbacks is {shown(callbacks)}: must be a list of ltm_pyro.Callback")
     for one in callbacks:
         if not isinstance(one, Callback):
             what = f"the class {one.__name__}: make one" if isinstance(one, type) else shown(one)
             raise InputError(f"callbacks holds {what}: each must be an ltm_pyro.Callback")
-    if held_out is not None and (
-        isinstance(held_out, type) or not isinstance(held_out, Evaluation)
-    ):
+    known = isinstance(held_out, Evaluation) and not isinstance(held_out, type)
+    if held_out is not None and not known:
         raise InputError(
             f"held_out is {shown(held_out)}: must be ltm_pyro.HeldOutBound(corpus.val, every=50)"
         )

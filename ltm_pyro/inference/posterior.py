@@ -16,7 +16,6 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
-from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.marginals import interval, quantiles
 from ltm_pyro.models.row_selection import rows_of, select_rows
 from ltm_pyro.random import Noise, draw, fresh_seed
@@ -263,49 +262,3 @@ def _at(rows: Tensor, value: Any, size: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _at(rows, inner, size) for name, inner in value.items()}
     return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-
-
-def fitted_posterior(
-    guide: LocalGuide,
-    prior: TorchDistribution,
-    batch: Batch,
-    *,
-    trace: FastTrace | None = None,
-    own_draw_elbo: Tensor | None = None,
-    objective: str = "",
-    objective_kl: str = "unknown",
-    optimizer: str = "",
-) -> Posterior:
-    """What the guide holds as an answer, nothing to differentiate.
-
-    Args:
-        guide: Holds the B rows of `batch`.
-        prior: p(z).
-        batch: The sequences.
-        trace: The fast loop's course.
-        own_draw_elbo: See `Posterior`.
-        objective: See `Posterior`.
-        objective_kl: See `Posterior`.
-        optimizer: See `Posterior`.
-    """
-    for p in guide.local_parameters().values():
-        p.requires_grad_(False)
-    with torch.no_grad():
-        return Posterior(
-            distribution=guide.posterior(),
-            prior=prior,
-            ids=batch.ids,
-            mask=batch.mask,
-            family=guide.family,
-            has_density=guide.has_density,
-            parameters=guide.rows(),
-            trace=trace,
-            closed_form_kl=guide.kl(prior),
-            own_draw_elbo=own_draw_elbo,
-            objective=objective,
-            objective_kl=objective_kl,
-            optimizer=optimizer,
-            corpus=batch.corpus,
-            x=batch.x,
-            covariates=batch.covariates,
-        )

@@ -20,7 +20,7 @@ from ltm_pyro.checks import refuse_too_large, whole_number
 from ltm_pyro.config import ModelConfig, preset
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusively
-from ltm_pyro.engine.kernels.likelihood import HIDDEN, Scored, Scoring
+from ltm_pyro.engine.kernels.likelihood import Scored, Scoring
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
 from ltm_pyro.models.decoder import Decoder
@@ -137,31 +137,21 @@ class LatentThoughtModel(Scored, LatentModel):
         """Log p(x | z) in nats, z (..., B, K, D) to (..., B)."""
         return self.scoring(batch, z)
 
-    def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
-        """Log p(x_t | x_<t, z) in nats, z (..., B, K, D) to (..., B, T), 0 where masked."""
-        lead, x = z.shape[:-2], batch.observed
-        trunk = self.decoder.trunk(x, batch.covariates.get(HIDDEN))
-        trunk, x = (a.expand(*lead, *a.shape[1:]).flatten(0, len(lead) - 1) for a in (trunk, x))
-        scores = self.decoder.score_tokens(trunk, x, z.flatten(0, -3)).view(*lead, -1)
-        return torch.where(batch.mask, scores, 0.0)
-
     def check(self, batch: Batch) -> None:
         """Refuses tokens that the decoder has no row for, and sequences that are too long.
 
         Raises:
             InputError: naming what does not fit.
         """
-        x = batch.observed
+        x, most = batch.observed, self.config.seq_len
         if x.is_floating_point():
             raise InputError("this batch holds real numbers, the model needs token ids (int64)")
         if x.dim() != 2:
             raise InputError(f"x is {tuple(x.shape)}: must be (B, T); add a batch axis to one text")
-        if x.shape[1] > self.config.seq_len:
-            raise InputError(
-                f"sequences of {x.shape[1]} tokens: the model takes at most {self.config.seq_len}"
-            )
-        top = int(x.max()) if x.numel() else 0
-        if top >= self.config.vocab_size or (x.numel() and int(x.min()) < 0):
+        if x.shape[1] > most:
+            raise InputError(f"sequences of {x.shape[1]} tokens: the model takes at most {most}")
+        top = int(x.max())
+        if top >= self.config.vocab_size or int(x.min()) < 0:
             raise InputError(
                 f"token id {top} is outside the model's vocabulary of {self.config.vocab_size}: "
                 "build the model with vocab_size=corpus.vocab_size"

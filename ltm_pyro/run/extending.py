@@ -8,7 +8,7 @@ from typing import Any
 
 from ltm_pyro.config import FitConfig, Slow, from_dict, merged, to_dict
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.clocks.schedules import learning_rate, restated
+from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.run.folder import Run
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 
@@ -16,7 +16,7 @@ from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
     """Takes over settings that no step done depends on; more `steps` extend the fit.
 
-    An extended fit goes on with schedules over all of its steps: see `schedules.restated`.
+    An extended fit goes on with schedules over all of its steps: see `restated`.
 
     Args:
         run: At any step.
@@ -67,3 +67,23 @@ def _in_words(before: FitConfig, config: FitConfig, step: int) -> list[str]:
         kept = "shares of the fit, so that each keeps its step"
         lines.append(f"  {', '.join(shares)} ({kept})")
     return lines
+
+
+def restated(slow: Slow, before: int, after: int) -> Slow:
+    """`slow` for a fit that is extended from `before` to `after` steps.
+
+    What is given as a share of the fit keeps its step: what a fit has passed (its warm-up, thoughts
+    that joined, a KL weight that has reached 1) it does not pass again. The cosine alone is
+    stretched to the new end.
+    """
+
+    def share(value: float) -> float:
+        return value * before / after
+
+    return replace(
+        slow,
+        warmup=round(slow.warmup * before) / after,
+        thoughts_start=round(slow.thoughts_start * before) / after,
+        kl_hold=share(slow.kl_hold),
+        kl_full=share(slow.kl_full),
+    )

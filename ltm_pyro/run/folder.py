@@ -28,6 +28,7 @@ from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.course import Course, Metrics
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.tokenizer import Tokenizer
+from ltm_pyro.diagnostics.control import control
 from ltm_pyro.diagnostics.held_out import EarlyStopping, held_out_columns
 from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
@@ -36,7 +37,6 @@ from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
-from ltm_pyro.inference.control import control
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged, read_json
 from ltm_pyro.run import checkpoint as checkpoints
@@ -378,7 +378,7 @@ class Run:
         return saved
 
     def control(self) -> DualRateSVI:
-        """The control, as far as it has been fitted; see `ltm_pyro.inference.control`.
+        """The control, as far as it has been fitted; see `ltm_pyro.diagnostics.control`.
 
         Raises:
             InputError: if its checkpoint is damaged.

@@ -22,8 +22,9 @@ from ltm_pyro.models.base import LatentModel
 from ltm_pyro.random import Drawing, Noise
 
 RowOptimizer = RowNatural | RowAdam
-Watch = Callable[[list[Terms], dict[str, Tensor], float], object]
-"""Shown each fast step's terms, gradients by name and learning rate, before the step is taken."""
+Call = Callable[[], tuple[Tensor, list[Terms]]]
+Watch = Callable[[list[Terms], dict[str, Tensor]], object]
+"""Shown each fast step's terms and gradients by name, before the step is taken."""
 
 
 def local_optimizer(
@@ -107,14 +108,13 @@ class FastLoop:
             NonFiniteError: if the objective or local parameters became NaN or infinite.
         """
         optimizer = self._start(batch, fast, store)
-        params: dict[str, Tensor] = dict(self.guide.local_parameters())
-        if not params:
+        if not self.guide.local_parameters():
             return FastResult(*torch.zeros(3, device=batch.device)), optimizer
         # What may change between steps, that numbers are finite, the loop checks itself.
         with frozen(self.slow), torch.enable_grad(), pyro.validation_enabled(False):
             try:
-                objective = self._objective(batch, fast, seed, weight)
-                return self._run(objective, params, batch, fast, optimizer, watch), optimizer
+                call = self._objective(batch, fast, seed, weight)
+                return self._run(call, optimizer, batch, fast, watch), optimizer
             except (RuntimeError, ValueError) as error:
                 tell_non_finite(error, self.guide.local_parameters().values(), batch.ids)
                 raise
@@ -129,9 +129,7 @@ class FastLoop:
             optimizer.load(stored)
         return optimizer
 
-    def _objective(
-        self, batch: Batch, fast: Fast, seed: int, weight: float
-    ) -> Callable[[], tuple[Tensor, list[Terms]]]:
+    def _objective(self, batch: Batch, fast: Fast, seed: int, weight: float) -> Call:
         """Gives a step's loss in nats, summed over the batch, and the terms of its draws.
 
         Each call has noise of its own; with `noise="fixed"` all have the same.
@@ -140,10 +138,8 @@ class FastLoop:
         prepared, prior = model.prepare(batch), model.prior()
         calls = fast.fixed_draws if fixed else 1
         ahead = self.objective.particles * (calls if fixed else fast.steps)
-        noise = Noise(seed, batch.ids)
-        # Adam stays the yardstick that it was: on independent draws.
-        pairs = steps_naturally(fast)
-        draw = Drawing(noise, guide.anchor.dtype, ahead, antithetic=pairs)
+        pairs = steps_naturally(fast)  # Adam stays the yardstick that it was: independent draws
+        draw = Drawing(Noise(seed, batch.ids), guide.anchor.dtype, ahead, antithetic=pairs)
 
         def call() -> tuple[Tensor, list[Terms]]:
             if fixed:
@@ -158,27 +154,21 @@ class FastLoop:
         return call
 
     def _run(
-        self,
-        objective: Callable[[], tuple[Tensor, list[Terms]]],
-        params: dict[str, Tensor],
-        batch: Batch,
-        fast: Fast,
-        optimizer: RowOptimizer,
-        watch: Watch | None,
+        self, call: Call, optimizer: RowOptimizer, batch: Batch, fast: Fast, watch: Watch | None
     ) -> FastResult:
+        params: dict[str, Tensor] = dict(self.guide.local_parameters())
         fixed, natural = fast.noise == "fixed", optimizer.name.startswith("natural")
         tail = TailMean(params, fast.steps, 0.0 if fixed else fast.average, natural)
         first = last = norm = torch.zeros((), device=batch.device)
         for step in range(fast.steps):
-            lr = learning_rate(fast, step, fast.steps)
-            loss, terms = objective()
+            loss, terms = call()
             found = torch.autograd.grad(loss, list(params.values()))
             gradients = dict(zip(params, found, strict=True))
             last = loss.detach()
             first = last if step == 0 else first
             if watch is not None:
-                watch(terms, gradients, lr)
-            optimizer.step(gradients, lr)
+                watch(terms, gradients)
+            optimizer.step(gradients, learning_rate(fast, step, fast.steps))
             tail.add(step)
         if fast.steps:
             norm = row_norms(gradients).mean()
@@ -188,7 +178,7 @@ class FastLoop:
         if not fixed:
             return FastResult(first, last, norm)
         with torch.no_grad():
-            nll, kl = mean_report(objective()[1])
+            nll, kl = mean_report(call()[1])
         return FastResult(first, last, norm, -nll - kl)
 
 

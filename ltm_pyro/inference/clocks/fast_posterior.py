@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING
@@ -18,39 +17,15 @@ from ltm_pyro.doors import meet, nested
 from ltm_pyro.engine.rows.finite import tell_non_finite
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer, mean_report, row_norms
+from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.objectives import Terms, describe, kl_estimator
-from ltm_pyro.inference.posterior import FastTrace, Posterior, fitted_posterior
+from ltm_pyro.inference.posterior import FastTrace, Posterior
 from ltm_pyro.random import Stream, derive_seed
 
 if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.fitting import Fitting
 
-
 _OWN, _TRACED = "own_draw_elbo", ("elbo", "nll", "kl", "grad_norm")
-
-
-class _Course:
-    """The course of a fast loop, step by step.
-
-    Args:
-        after_step: Called at each step, to show progress.
-    """
-
-    def __init__(self, after_step: Callable[[], object]) -> None:
-        self.after_step = after_step
-        self.steps: list[tuple[Tensor, ...]] = []
-        self.rates: list[float] = []
-
-    def __call__(self, terms: list[Terms], gradients: dict[str, Tensor], lr: float) -> None:
-        nll, kl = mean_report(terms)
-        self.steps.append((-nll - kl, nll, kl, row_norms(gradients)))
-        self.rates.append(lr)
-        self.after_step()
-
-    def columns(self) -> dict[str, Tensor]:
-        """(B, T_fast) by name; none without a step."""
-        parts = zip(*self.steps, strict=True)
-        return {name: torch.stack(part, 1) for name, part in zip(_TRACED, parts, strict=False)}
 
 
 def fast_posterior(
@@ -77,15 +52,18 @@ def fast_posterior(
     fast = svi.fast if steps is None else replace(svi.fast, steps=index(steps))
     store = svi.store if warm_start else None
 
-    rates: Tensor | None = None
-
     def fit(rows: Batch) -> dict[str, Tensor]:
-        nonlocal rates
-        course = _Course(bar.update)
-        result, _ = svi.fast_loop(rows, fast, noise, store=store, watch=course)
+        course: list[tuple[Tensor, ...]] = []
+
+        def watch(terms: list[Terms], gradients: dict[str, Tensor]) -> None:
+            nll, kl = mean_report(terms)
+            course.append((-nll - kl, nll, kl, row_norms(gradients)))
+            bar.update()
+
+        result, _ = svi.fast_loop(rows, fast, noise, store=store, watch=watch)
         own = {} if result.own_draw_elbo is None else {_OWN: result.own_draw_elbo}
-        rates = torch.tensor(course.rates)
-        return {**svi.guide.rows(), **own, **course.columns()}
+        traced = (torch.stack(part, 1) for part in zip(*course, strict=True))
+        return {**svi.guide.rows(), **own, **dict(zip(_TRACED, traced, strict=False))}
 
     # Within another public function, that one's bar is the one to watch.
     shown = progress and svi.parallel.is_rank_0 and not nested()
@@ -97,23 +75,47 @@ def fast_posterior(
     with bar, svi.execution.computing(svi.model):
         fitted = svi.execution.by_rows(batch, fit)
     own, trace = fitted.pop(_OWN, None), None
-    if "elbo" in fitted and rates is not None:
+    if "elbo" in fitted:
+        rates = torch.tensor([learning_rate(fast, t, fast.steps) for t in range(fast.steps)])
         trace = FastTrace(lr=rates, **{name: fitted.pop(name).T.contiguous() for name in _TRACED})
-    svi.guide.reset(batch)
-    svi.guide.load_rows(fitted)
-    with torch.no_grad():  # a learned prior as it stands now
-        prior = svi.model.prior()
+    return _answer(svi, batch, fitted, trace, own, local_optimizer(svi.guide, fast, svi.elbo).name)
+
+
+def _answer(
+    svi: Fitting,
+    batch: Batch,
+    fitted: dict[str, Tensor],
+    trace: FastTrace | None,
+    own_draw_elbo: Tensor | None,
+    optimizer: str,
+) -> Posterior:
+    """Of the fitted rows, nothing to differentiate; the guide holds them afterwards."""
+    guide = svi.guide
+    guide.reset(batch)
+    guide.load_rows(fitted)
+    for p in guide.local_parameters().values():
+        p.requires_grad_(False)
     try:
-        return fitted_posterior(
-            svi.guide,
-            prior,
-            batch,
-            trace=trace,
-            own_draw_elbo=own,
-            optimizer=local_optimizer(svi.guide, fast, svi.elbo).name,
-            objective=describe(svi.elbo),
-            objective_kl=kl_estimator(svi.elbo, svi.model, svi.guide),
-        )
+        with torch.no_grad():
+            prior = svi.model.prior()  # a learned one as it stands now
+            return Posterior(
+                distribution=guide.posterior(),
+                prior=prior,
+                ids=batch.ids,
+                mask=batch.mask,
+                family=guide.family,
+                has_density=guide.has_density,
+                parameters=guide.rows(),
+                trace=trace,
+                closed_form_kl=guide.kl(prior),
+                own_draw_elbo=own_draw_elbo,
+                objective=describe(svi.elbo),
+                objective_kl=kl_estimator(svi.elbo, svi.model, guide),
+                optimizer=optimizer,
+                corpus=batch.corpus,
+                x=batch.x,
+                covariates=batch.covariates,
+            )
     except (RuntimeError, ValueError) as error:
-        tell_non_finite(error, svi.guide.local_parameters().values(), batch.ids)
+        tell_non_finite(error, guide.local_parameters().values(), batch.ids)
         raise

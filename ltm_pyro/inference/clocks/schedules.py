@@ -6,10 +6,9 @@ A schedule answers for step 0, 1, ..., total - 1, so nothing has to be saved to 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT
 from ltm_pyro.random import Stream, derive_seed
 
 
@@ -109,54 +108,6 @@ class Now:
         return cls(step, step, total, weight, thoughts_joined(slow, step, total), *noise)
 
 
-def restated(slow: Slow, before: int, after: int) -> Slow:
-    """`slow` for a fit that is extended from `before` to `after` steps.
-
-    What is given as a share of the fit keeps its step: what a fit has passed (its warm-up, thoughts
-    that joined, a KL weight that has reached 1) it does not pass again. The cosine alone is
-    stretched to the new end.
-    """
-
-    def share(value: float) -> float:
-        return value * before / after
-
-    return replace(
-        slow,
-        warmup=round(slow.warmup * before) / after,
-        thoughts_start=round(slow.thoughts_start * before) / after,
-        kl_hold=share(slow.kl_hold),
-        kl_full=share(slow.kl_full),
-    )
-
-
 def steps_naturally(fast: Fast) -> bool:
     """Whether natural steps are taken where a family has units."""
     return fast.optimizer == "natural" and fast.noise == "fresh"
-
-
-def fast_reach(fast: Fast) -> float:
-    """R: the sum of the fast learning rates; Adam moves a parameter at most about so far."""
-    return sum(learning_rate(fast, step, fast.steps) for step in range(fast.steps))
-
-
-def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.0) -> float:
-    """KL in nats that the fast schedule cannot undo, whatever the text.
-
-    A dimension that carries nothing starts at log variance l0 and ends at some l, where it costs
-    (e^l - 1 - l) / 2 nats. Adam moves it by at most about R; a natural step, in units u, by
-    u^2 rate (1 - e^l) / 2, the KL's gradient, and by at most u.
-
-    Args:
-        fast: The fast clock.
-        n_dims: K * D.
-        init_log_variance: l0, where the guide starts its log variances.
-    """
-    left = init_log_variance
-    if not steps_naturally(fast):
-        left = math.copysign(max(abs(left) - fast_reach(fast), 0.0), left)
-    else:
-        for step in range(fast.steps if left else 0):
-            unit = LOG_VARIANCE_UNIT
-            slope = 0.5 * unit * -math.expm1(left) * learning_rate(fast, step, fast.steps)
-            left += unit * min(max(slope, -1.0), 1.0)
-    return n_dims * 0.5 * (math.exp(left) - 1.0 - left)

@@ -155,13 +155,10 @@ class SlowClock:
         """
         sums = self.parallel.total(parts, step)
         self.parallel.sum_gradients(self.parameters)
-        written = [p.grad for p in self.parameters if p.grad is not None]
-        for gradient in written:
-            gradient.div_(sums["n_tokens"])
-        longest, norm = self.slow.clip_norm, nn.utils.get_total_norm(written)
-        # Asked first: a factor of 1 would be another pass over all gradients.
-        if bool(norm + 1e-6 > longest):
-            nn.utils.clip_grads_with_norm_(self.parameters, longest, norm)
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.div_(sums["n_tokens"])
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.slow.clip_norm)
         if not math.isfinite(norm):
             raise NonFiniteError([], step)
         return sums, float(norm)

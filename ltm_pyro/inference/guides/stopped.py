@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
 
 
@@ -29,7 +30,15 @@ def stopped_log_prob(guide: LocalGuide, z: Tensor) -> Tensor:
     Args:
         guide: Holds B rows.
         z: (..., B, K, D).
+
+    Raises:
+        InputError: for a guide that is another Pyro program.
     """
+    if not isinstance(guide, LocalGuide):
+        raise InputError(
+            f"{type(guide).__name__} is no guide of this package, and this objective holds q's "
+            "parameters constant: use objective 'elbo' or 'iwae'"
+        )
     # Parameters still, because a guide may ask for its parameters by that type.
     held: dict[str, Tensor] = {
         f"guide.{name}": nn.Parameter(p.detach(), requires_grad=False)

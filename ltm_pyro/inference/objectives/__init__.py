@@ -35,7 +35,6 @@ from ltm_pyro.inference.objectives.importance import (
 from ltm_pyro.inference.objectives.pyro_elbos import (
     PyroElbo,
     describe,
-    differentiable,
     kl_estimator,
 )
 from ltm_pyro.registry import Registry
@@ -98,7 +97,6 @@ __all__ = [
     "as_objective",
     "build_objective",
     "describe",
-    "differentiable",
     "kl_estimator",
     "register_objective",
     "stopped_log_prob",

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.guides.base import LocalGuide
+from ltm_pyro.inference.guides.base import LocalGuide, closed_kl
 from ltm_pyro.inference.objectives.evidence import Draw, Objective, Terms
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
 
@@ -35,12 +33,12 @@ class PyroElbo(Objective):
         elbo: With a `differentiable_loss(model, guide, batch)`, or a `RenyiELBO`.
 
     Raises:
-        InputError: if the object has no `differentiable_loss` and is not a `RenyiELBO`.
+        InputError: if it is neither.
     """
 
     def __init__(self, elbo: ELBO) -> None:
         super().__init__(int(elbo.num_particles))
-        self.elbo: Any = differentiable(elbo)
+        self.elbo: Any = _differentiable(elbo)
         self.weighs_draws = isinstance(elbo, RenyiELBO)
 
     def __repr__(self) -> str:
@@ -78,12 +76,7 @@ class PyroElbo(Objective):
 
 
 class _Sites(Messenger):
-    """Gives the guide's site `z` its draws, weighs the KL, and remembers what was sampled.
-
-    Args:
-        draw: Makes the draws.
-        weight: Multiplies both log densities of `z`, and so the KL term.
-    """
+    """Gives the guide's site `z` its draws, weighs both densities of `z`, and remembers both."""
 
     def __init__(self, draw: Draw, weight: float) -> None:
         super().__init__()
@@ -141,12 +134,8 @@ class _DifferentiableRenyi(RenyiELBO):
         return -log_mean.sum() / (1.0 - self.alpha)
 
 
-def differentiable(elbo: ELBO) -> ELBO:
-    """The same objective in a form that `ELBO()(model, guide)` can differentiate.
-
-    Raises:
-        InputError: if the object has no `differentiable_loss` and is not a `RenyiELBO`.
-    """
+def _differentiable(elbo: ELBO) -> ELBO:
+    """The same objective in a form that can be differentiated."""
     if hasattr(elbo, "differentiable_loss"):
         out = copy.copy(elbo)
     elif isinstance(elbo, RenyiELBO):
@@ -185,9 +174,8 @@ def describe(elbo: ELBO) -> str:
 def kl_estimator(elbo: ELBO, model: LatentModel, guide: LocalGuide) -> str:
     """How this objective gets its KL from this guide, which must hold rows.
 
-    Returns:
-        `analytic`, `monte_carlo`, `none` for a point mass, which has no KL, or `unknown` for an
-        ELBO object of another's making.
+    `analytic`, `monte_carlo`, `none` for a point mass, which has no KL, or `unknown` for an ELBO
+    object of another's making.
     """
     if not guide.has_density:
         return "none"
@@ -198,58 +186,24 @@ def kl_estimator(elbo: ELBO, model: LatentModel, guide: LocalGuide) -> str:
             closed = elbo.charges_kl and guide.kl(model.prior()) is not None
             return "analytic" if closed else "monte_carlo"
         if isinstance(elbo, TraceMeanField_ELBO):
-            posterior = guide.posterior()
-            try:
-                kl_divergence(posterior, model.prior().expand(posterior.batch_shape))
-            except NotImplementedError:
-                return "monte_carlo"
-            return "analytic"
+            q = guide.posterior()
+            known = closed_kl(q, model.prior().expand(q.batch_shape)) is not None
+            return "analytic" if known else "monte_carlo"
     return "monte_carlo" if isinstance(elbo, Trace_ELBO | RenyiELBO) else "unknown"
 
 
-class ProgramTerms(Terms):
-    """Of a guide that is any Pyro program with a site `z`, e.g. one of Pyro's autoguides.
-
-    Args:
-        model: The model.
-        guide: The program.
-        batch: B sequences.
-        particles: S.
-    """
-
-    def __init__(self, model: LatentModel, guide: Any, batch: Batch, particles: int) -> None:
-        traces = [poutine.trace(guide).get_trace(batch) for _ in range(particles)]
-        z = torch.stack([trace.nodes[SITE_Z]["value"] for trace in traces])
-        q = traces[0].nodes[SITE_Z]["fn"]
-        super().__init__(model, guide, model.prior(), batch, q, z)
-        self._traces = traces
-
-    @cached_property
-    def _log_q(self) -> Tensor:
-        # All sites: an autoguide draws under another name, and hands the value on.
-        for trace in self._traces:
-            trace.compute_log_prob()
-        return torch.stack([_sum_of_sites(trace) for trace in self._traces])
-
-    def log_q(self, stopped: bool = False) -> Tensor:
-        """Log q(z), (S, B).
-
-        Raises:
-            InputError: for stopped parameters, which such a guide cannot be asked for.
-        """
-        if stopped:
-            raise InputError(
-                f"{type(self.guide).__name__} is no guide of this package, and this objective "
-                "holds q's parameters constant: use objective 'elbo' or 'iwae'"
-            )
-        return self._log_q
-
-    @cached_property
-    def closed_kl(self) -> Tensor | None:
-        """None."""
-        return None
+def program_terms(model: LatentModel, guide: Any, batch: Batch, particles: int) -> Terms:
+    """Of S draws from a guide that is any Pyro program with a site `z`, e.g. an autoguide."""
+    traces = [poutine.trace(guide).get_trace(batch) for _ in range(particles)]
+    z = torch.stack([trace.nodes[SITE_Z]["value"] for trace in traces])
+    q = traces[0].nodes[SITE_Z]["fn"]
+    terms = Terms(model, guide, model.prior(), batch, q, z)
+    # All sites: an autoguide draws under another name, and hands the value on.
+    terms._log_q, terms.closed_kl = torch.stack([_log_prob(trace) for trace in traces]), None
+    return terms
 
 
-def _sum_of_sites(trace: Any) -> Tensor:
+def _log_prob(trace: Any) -> Tensor:
+    trace.compute_log_prob()
     sites = [name for name in trace.stochastic_nodes if name != PLATE]
     return torch.stack([trace.nodes[name]["log_prob"] for name in sites]).sum(0)

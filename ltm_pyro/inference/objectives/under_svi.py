@@ -34,9 +34,9 @@ class UnderSVI(ELBO):
                 if isinstance(program, Program):
                     program.tell_svi(batch)
         if not isinstance(guide, LocalGuide):
-            from ltm_pyro.inference.objectives.pyro_elbos import ProgramTerms
+            from ltm_pyro.inference.objectives.pyro_elbos import program_terms
 
-            terms = ProgramTerms(model, guide, batch, self.num_particles)
+            terms = program_terms(model, guide, batch, self.num_particles)
             return -self.per_sequence(terms).sum()
         guide.check(batch)
         draw = Drawing(Noise(fresh_seed(), batch.ids))
