@@ -9,6 +9,9 @@ import ltm_pyro as ltm
 from studies.budgets import effects, few_shot
 from studies.depth_width import build
 from studies.emulated import Emulated, config_of
+from studies.memory import FIRST_KEY, FIRST_VALUE, KEYS, facts
+from studies.memory_decoder import ARMS, TAPS, MemoryDecoder, SurpriseMemory, remember
+from studies.memory_decoder import _unit as unit
 from studies.optimisation import Optimality, Solutions, asked
 from studies.optimisation_problems import UNKNOWNS, Family
 from studies.recurrent_depth import LoopedSums, sums
@@ -78,6 +81,84 @@ def test_running_sums_are_true() -> None:
     assert ((batch.observed.diff(dim=1) - terms[:, 1:]) % 3 == 0).all()
     assert (batch.observed[1::2, 0] == 0).all()
     assert len(batch.observed[::2, 0].unique()) == 3
+
+
+def one_by_one(layer: SurpriseMemory, x: torch.Tensor) -> torch.Tensor:
+    """What a memory reads, by the recurrence itself and torch's own gradient of its loss."""
+    state, length, x = layer.empty(x), x.shape[1], layer.norm(x)
+    flat = torch.cat([state.before, layer.project(x)], 1)
+    shifted = [layer.taps[i] * flat[:, TAPS - 1 - i :][:, :length] for i in range(TAPS)]
+    mixed = torch.stack(shifted).sum(0)
+    key, value, query = mixed.chunk(3, -1)
+    theta, eta, alpha = layer.gates(x).sigmoid().unbind(-1)
+    eta = eta * (layer.arm != "no momentum")
+    alpha = alpha * (layer.arm != "no forgetting")
+    memory, momentum, reads = state.memory, state.momentum, []
+    for t in range(length):
+        at = memory.detach().requires_grad_()
+        held = (at @ unit(key[:, t])[..., None]).squeeze(-1)
+        fit = held * value[:, t] if layer.arm == "no surprise" else -((held - value[:, t]) ** 2) / 2
+        (surprise,) = torch.autograd.grad(-fit.sum(), at)
+        momentum = eta[:, t, None, None] * momentum - theta[:, t, None, None] * surprise
+        memory = (1 - alpha[:, t, None, None]) * memory + momentum
+        reads.append((memory @ unit(query[:, t])[..., None]).squeeze(-1))
+    return layer.out(torch.stack(reads, 1))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_memory_is_its_recurrence_in_any_pieces(arm: str) -> None:
+    pyro.set_rng_seed(0)
+    layer = SurpriseMemory(6, 5, arm).double()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    x = torch.randn(2, 45, 6, dtype=torch.float64)
+    read, _ = layer(x)
+    torch.testing.assert_close(read, one_by_one(layer, x), rtol=EXACT.float64, atol=EXACT.float64)
+    first, state = layer(x[:, :29])
+    rest, _ = layer(x[:, 29:], state)
+    torch.testing.assert_close(
+        torch.cat([first, rest], 1), read, rtol=EXACT.float64, atol=EXACT.float64
+    )
+
+
+def test_a_decoder_with_a_memory_is_a_model_in_one_pass_or_in_segments() -> None:
+    pyro.set_rng_seed(0)
+    config = ltm.ModelConfig(
+        vocab_size=9, seq_len=70, n_layers=2, width=8, n_heads=2, mlp_hidden=8, window=3,
+        thoughts_per_layer=1, thought_dim=2,
+    )  # fmt: skip
+    model = heard(remember(ltm.LatentThoughtModel(config), 4, "memory"))
+    x = torch.randint(0, 9, (3, 70))
+    ltm.check_model(model, ltm.Batch(x[:, :20]))
+    decoder, z = model.decoder, torch.zeros(3, *model.thought_shape)
+    assert isinstance(decoder, MemoryDecoder)
+    with torch.no_grad():
+        whole = model.token_log_likelihood(z, ltm.Batch(x))
+        read = decoder.logits(x[:, :12], z)
+    pieces = torch.cat(list(decoder.stream(x.split(23, 1))), 1)
+    torch.testing.assert_close(pieces, whole, rtol=EXACT.float32, atol=EXACT.float32)
+    state = decoder.start(z)
+    decoder.read(x[:, :4], state)
+    written = torch.stack([decoder.step(x[:, t - 1], state) for t in range(4, 12)], 1)
+    torch.testing.assert_close(written, read[:, 4:], rtol=EXACT.float32, atol=EXACT.float32)
+
+
+def test_facts_are_what_was_said_last_and_their_probabilities_are_true() -> None:
+    made = facts(rows=200, length=120, process=0, seed=3)
+    last: dict[int, tuple[int, int]] = {}
+    for t, token in enumerate(made.x[0].tolist()):
+        before = int(made.x[0, t - 1]) if t else 0
+        if FIRST_KEY <= before < FIRST_KEY + KEYS and t:
+            value, when = last.get(before, (-1, 0))
+            assert made.known[0, t] == value
+            assert made.lag[0, t] == (t - when if value >= 0 else 0)
+            last[before] = token - FIRST_VALUE, t
+        else:
+            assert made.known[0, t] == -1
+    # E[q(x) / p(x)] = 1 for any other distribution q over the same tokens; here a uniform one.
+    asked = made.known >= 0
+    ratio = (-made.truth[asked].exp().log() - torch.log(torch.tensor(8.0))).exp()
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=4 * float(ratio.std()) / len(ratio) ** 0.5)
 
 
 @pytest.mark.parametrize("name", ["lp", "milp", "qp", "newton"])
