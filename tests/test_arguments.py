@@ -152,7 +152,7 @@ def _scores(svi: Any, post: Any, batch: Any, scores: Any) -> dict[str, Call]:
 
 def _oracle(oracle: Any, fit: Any, q: Any, drawn: Any) -> dict[str, Call]:
     rows = drawn.batch
-    short = _of(chains=2, rungs=3, schedule="geometric", max_leapfrog=2, seed=0, progress=False)
+    short = _of(chains=2, rungs=3, max_leapfrog=2, seed=0, progress=False)
     return {
         "LinearGaussian": (
             ltm.LinearGaussian,
@@ -182,7 +182,7 @@ def _oracle(oracle: Any, fit: Any, q: Any, drawn: Any) -> dict[str, Call]:
         ),
         "importance_bound": (
             ltm.importance_bound,
-            _of(model=oracle, post=q, batch=rows, draws=4, rows=32, seed=0),
+            _of(model=oracle, post=q, batch=rows, draws=4, seed=0),
         ),
         "annealed_bound": (
             ltm.annealed_bound, _of(model=oracle, batch=rows, start=None, **short)

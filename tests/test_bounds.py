@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from tolerances import EXACT, MC
 
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics import bounds
-from ltm_pyro.diagnostics.estimates import clustered_ratio, per_token_perplexity
+from ltm_pyro.diagnostics.estimates import clustered_ratio, totals
 
 
 @pytest.fixture
@@ -155,15 +156,17 @@ def test_scores_are_reproducible_and_leave_the_generator_alone(oracle: ltm.Linea
 
 
 def test_perplexity_is_of_totals_not_a_mean_over_sequences() -> None:
-    nats, tokens = np.array([10.0, 40.0]), np.array([10, 20])
-    out = per_token_perplexity("ppl_x", nats, tokens, np.array([0.3, 0.4]))
-    assert out["ppl_x"] == pytest.approx(math.exp(50 / 30))
-    assert out["ppl_x_se"] == pytest.approx(out["ppl_x"] * 0.5 / 30)
-    assert out["ppl_x_sampling_se"] == pytest.approx(
-        out["ppl_x"] * clustered_ratio(nats, tokens).error
+    def scores(tokens: list[int]) -> xr.Dataset:
+        columns = {"nll_z0": [10.0, 40.0], "nll_z0_se": [0.3, 0.4], "n_tokens": tokens}
+        return xr.Dataset({name: ("sequence", values) for name, values in columns.items()})
+
+    out = totals(scores([10, 20]))
+    assert out["ppl_z0"] == pytest.approx(math.exp(50 / 30))
+    assert out["ppl_z0_se"] == pytest.approx(out["ppl_z0"] * 0.5 / 30)
+    assert out["ppl_z0_sampling_se"] == pytest.approx(
+        out["ppl_z0"] * clustered_ratio([10, 40], [10, 20]).error
     )
-    equal = per_token_perplexity("ppl_x", nats, np.array([15, 15]))
-    assert equal["ppl_x"] < np.exp(nats / 15).mean()  # Jensen
+    assert totals(scores([15, 15]))["ppl_z0"] < np.exp([10 / 15, 40 / 15]).mean()  # Jensen
 
 
 def test_no_attribute_is_a_bare_perplexity(oracle: ltm.LinearGaussian) -> None:

@@ -133,17 +133,16 @@ def test_p_values_have_their_null_distribution() -> None:
 def test_the_p_value_of_all_quantities_is_uniform_and_not_clipped_at_one() -> None:
     """Bonferroni's product was clipped: on a calibrated posterior it said p = 1.00 as a rule."""
     rng = np.random.default_rng(2)
-    together = [calibration._together(p) for p in rng.uniform(size=(2000, 12))]
-    found = np.array([attrs["p_value"] for attrs in together])
+    found = np.array([calibration._sidak(p) for p in rng.uniform(size=(2000, 12))])
     assert stats.kstest(found, "uniform").pvalue > 1e-4
     assert found.max() < 1
     # Quantities that repeat each other: on the safe side, never a smaller p than the truth.
     repeated = rng.uniform(size=(2000, 1)).repeat(12, 1)
-    safe = np.array([calibration._together(p)["p_value"] for p in repeated])
+    safe = np.array([calibration._sidak(p) for p in repeated])
     assert (safe >= repeated[:, 0]).all()
     # Small ones keep their size, below the rounding of 1.
-    assert calibration._together(np.array([1e-30, 0.5]))["p_value"] == pytest.approx(2e-30)
-    assert calibration._together(np.ones(3))["p_value"] == 1.0
+    assert calibration._sidak(np.array([1e-30, 0.5])) == pytest.approx(2e-30)
+    assert calibration._sidak(np.ones(3)) == 1.0
     exact = wrong_guides.RIGHT["exact, two modes"]
     data = sbc(model := exact.make_model(), exact.infer(model), replications=200, seed=1)
     assert data.attrs["smallest_p_value"] == pytest.approx(float(data["p_value"].min()))
@@ -242,7 +241,7 @@ def test_bad_input_is_named() -> None:
         vsbc(oracle, infer, 50, 3)
     with pytest.raises(InputError, match="other sequences"):
         sbc(oracle, lambda b: infer(b.select(torch.arange(len(b)).flip(0))), 50)
-    with pytest.raises(InputError, match="dataset of sbc"):
+    with pytest.raises(InputError, match="the one of sbc"):
         plots.rank_plot(vsbc(oracle, infer, 50, 19))
     with pytest.raises(InputError, match="quantities"):
         plots.rank_plot(sbc(oracle, infer, 50, 19), ["z[9,9]"])

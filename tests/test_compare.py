@@ -21,7 +21,6 @@ from ltm_pyro import plots
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.compare import Comparison, compare
-from ltm_pyro.diagnostics.compare.budget import plan_budget
 from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words, paired_difference
 from ltm_pyro.diagnostics.compare.reference import against_reference
 from ltm_pyro.errors import InputError
@@ -332,11 +331,13 @@ def test_a_family_against_itself_from_another_start_is_not_told_apart() -> None:
 
 def test_a_budget_that_pays_for_nothing_is_refused() -> None:
     oracle = make_oracle()
-    guide = build_guide("amortized", oracle)
-    guide.reset(oracle.simulate(4))
     with pytest.raises(InputError, match="does not pay for one step of 'amortized'"):
-        plan_budget(
-            guide, per_sequence=1, rows=4, batch_size=16, training_fast_steps=4, training_share=0.5
+        compare(
+            oracle,
+            oracle.simulate(4),
+            ["mean_field", "amortized"],
+            budget=1,
+            train=oracle.simulate(16),
         )
 
 

@@ -154,7 +154,7 @@ def test_verdicts_are_wrong_as_rarely_as_promised() -> None:
     for truth, wrong in ((0.099, NOT_ENOUGH), (0.101, ENOUGH)):
         draws = generator.normal(truth, 1.0, (256, 20_000))
         gain, error = mean_and_error(torch.from_numpy(draws))
-        verdict = judge(gain, error, tolerance=0.1, draws=256).verdict
+        verdict = judge(gain, error, tolerance=0.1, draws=256)[0]
         # Three standard errors, one-sided: 0.0013; 0.002 is six of that count's own errors away.
         assert (verdict == wrong).mean() < 0.0025
         assert (verdict == CANNOT_TELL).mean() > 0.99
@@ -163,15 +163,15 @@ def test_verdicts_are_wrong_as_rarely_as_promised() -> None:
 def test_the_draws_asked_for_decide() -> None:
     generator = np.random.default_rng(1)
     for truth, right in ((0.02, ENOUGH), (0.25, NOT_ENOUGH)):
-        found = judge(np.array([truth]), np.array([0.1]), tolerance=0.1, draws=64)
-        assert found.verdict == CANNOT_TELL
-        needed = int(found.draws_needed[0] * 2)
+        verdict, needs = judge(np.array([truth]), np.array([0.1]), tolerance=0.1, draws=64)
+        assert verdict == CANNOT_TELL
+        needed = int(needs[0] * 2)
         # 0.1 at 64 draws is a standard deviation of 0.8.
         draws = torch.from_numpy(generator.normal(truth, 0.8, (needed, 500)))
-        verdict = judge(*mean_and_error(draws), tolerance=0.1, draws=needed).verdict
+        verdict = judge(*mean_and_error(draws), tolerance=0.1, draws=needed)[0]
         # Twice the draws put the gain 4.2 errors from the tolerance; the verdict wants 3.
         assert (verdict == right).mean() > 0.8
-    assert np.isinf(judge(np.array([0.1]), np.array([0.1]), 0.1, 64).draws_needed[0])
+    assert np.isinf(judge(np.array([0.1]), np.array([0.1]), 0.1, 64)[1][0])
 
 
 @pytest.mark.slow

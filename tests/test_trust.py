@@ -20,7 +20,7 @@ from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.trust import Diagnosis, Flag, diagnose
-from ltm_pyro.diagnostics.trust.diagnosis import Court
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni
 from ltm_pyro.diagnostics.trust.draws import Joint, draw, walk
 from ltm_pyro.diagnostics.trust.drift import JOINT
 from ltm_pyro.diagnostics.trust.other_side import BETTER, MISSED
@@ -300,10 +300,10 @@ def test_draws_in_parts_are_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_court_errs_as_often_as_it_says(signed: bool) -> None:
+def test_the_rule_errs_as_often_as_it_says(signed: bool) -> None:
     level, rng, wrongs = 0.1, np.random.default_rng(0), 0
-    court = Court(np.arange(6), level)
-    judge = court.judge if signed else court.judge_above
+    rule = Bonferroni(np.arange(6), level)
+    judge = rule.test if signed else rule.test_above
     for _ in range(1000):
         # The true effect lies on the edge of what is tolerated, everywhere.
         effect = 0.2 + 0.05 * rng.standard_normal((6, 4))
@@ -315,17 +315,17 @@ def test_the_court_errs_as_often_as_it_says(signed: bool) -> None:
     assert share > expected / 4
 
 
-def test_the_court_sees_an_error_that_all_share() -> None:
-    court = Court(np.arange(50), 0.01)
+def test_the_rule_sees_an_error_that_all_share() -> None:
+    rule = Bonferroni(np.arange(50), 0.01)
     effect, error = np.full((50, 3), 0.3), np.full((50, 3), 0.1)
-    found = court.judge(-effect, error, 0.2, df=100)
+    found = rule.test(-effect, error, 0.2, df=100)
     assert found is not None
     assert found.worst == -1
     assert found.effect == pytest.approx(-0.3)
     assert found.whose == "the mean over sequences"
     assert len(found.sequences) == 50
-    assert court.judge(effect[:1], error[:1], 0.2, df=100) is None
-    assert court.judge(np.full((4, 2), np.nan), np.full((4, 2), 0.1), 0.2, df=9) is None
+    assert rule.test(effect[:1], error[:1], 0.2, df=100) is None
+    assert rule.test(np.full((4, 2), np.nan), np.full((4, 2), 0.1), 0.2, df=9) is None
 
 
 def test_a_point_mass_is_refused_a_diagnosis() -> None:

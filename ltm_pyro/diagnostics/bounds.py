@@ -19,23 +19,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyro
 import torch
 import xarray as xr
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-import ltm_pyro
 from ltm_pyro.checks import one_of, refuse_other_batch, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.estimates import (
     clustered_ratio,
-    corpus_attrs,
     documents_of,
     few_documents_note,
     khat_threshold,
     log_mean,
     partners_of,
+    provenance,
     sequence_coords,
     totals,
 )
@@ -66,16 +64,10 @@ TOKENS_AT_ONCE = 8192
 def fresh_draws(
     q: TorchDistribution, ids: Tensor, draws: int, seed: int, *, other: bool = False
 ) -> Iterator[Tensor]:
-    """S draws, (up to `DRAWS_AT_ONCE`, B, K, D) at a time.
+    """S draws of q, batch shape (B,), as (up to `DRAWS_AT_ONCE`, B, K, D) at a time.
 
-    Noise belongs to a sequence: its draws are the same in any batch, the first ones whatever S is.
-
-    Args:
-        q: Batch shape (B,).
-        ids: (B,) of the sequences.
-        draws: S.
-        seed: Of the scores.
-        other: Draws independent of the usual ones, to judge those by.
+    Noise belongs to a sequence, by its id: its draws are the same in any batch, the first ones
+    whatever S is. `other` draws are independent of the usual ones, to judge those by.
     """
     stream = Stream.CALIBRATE if other else Stream.SCORE
     draw = Drawing(Noise(derive_seed(seed, stream), ids))
@@ -88,29 +80,21 @@ def fresh_draws(
 class Likelihoods:
     """Log p(x | z_s), z (S, B, K, D) to (S, B) float64, some draws or some rows at a time.
 
-    So memory grows neither with S nor with B. Processes share the sequences; draws are cheap, and
-    are all made by each.
+    So memory grows neither with S nor with B.
 
     Args:
         model: Whose likelihood.
         batch: B sequences.
-        parallel: The processes.
-        at_once: Draws times sequences scored together; as many as `TOKENS_AT_ONCE` by default.
+        parallel: Processes, which share the sequences; draws are cheap, and all made by each.
     """
 
-    def __init__(
-        self,
-        model: LatentModel,
-        batch: Batch,
-        parallel: Parallel | None = None,
-        at_once: int | None = None,
-    ) -> None:
+    def __init__(self, model: LatentModel, batch: Batch, parallel: Parallel | None = None) -> None:
         self.model = model
         self.batch = batch
         shared = parallel is not None and len(batch) >= parallel.size
         self.parallel = parallel if shared else None
         mine = self.parallel.share(len(batch)) if self.parallel else slice(0, len(batch))
-        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel()) if at_once is None else at_once
+        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel())
         starts = range(mine.start, mine.stop, size)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
         self.draws = max(1, size // max(1, mine.stop - mine.start))
@@ -132,13 +116,7 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class Terms:
-    """Log densities of S draws of q for each of B sequences, (S, B) float64, nats.
-
-    Attributes:
-        log_likelihood: log p(x | z).
-        log_prior: log p(z).
-        log_q: log q(z).
-    """
+    """Log densities of S draws of q for each of B sequences, (S, B) float64, nats."""
 
     log_likelihood: Tensor
     log_prior: Tensor
@@ -179,11 +157,11 @@ def score_terms(
         rows: Of q, the sequences that are scored; all by default.
         other: As in `fresh_draws`.
     """
-    parts = []
     ids = likelihoods.batch.ids if ids is None else ids
+    parts = []
     for z in fresh_draws(q, ids, draws, seed, other=other):
         log_q, z = q.log_prob(z).double()[:, rows], z[:, rows]
-        parts.append((likelihoods(z).double(), prior.log_prob(z).double(), log_q))
+        parts.append((likelihoods(z), prior.log_prob(z).double(), log_q))
     return Terms(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -216,46 +194,43 @@ def evaluate(
         parallel: Processes that share the decoder's work; each then returns all scores.
 
     Returns:
-        Dataset over `sequence` (coordinates: stable ids, `document` where the batch knows it, and
-        what else is known of the sequences, by which `groupby` and `score_table` make groups), in
-        nats per sequence: `elbo`, `elbo_se`, `nll_given_z`, `nll_given_z_se`, `kl`, `iw_bound`,
-        `iw_bound_se`, `log_joint`; `khat`, not judged (`nan`) from fewer than `psis.MIN_DRAWS`
-        draws; `n_tokens` and, where the raw text is known, `n_bytes` and `n_words` (parted by white
-        space; see `Batch.text_sizes`); and the controls `nll_z0` (z = 0) and `nll_shuffled` (z of a
-        sequence of another document, where documents are known; `nan` where there is no other),
-        with `nll_shuffled_se`. In mode `prior` no KL is charged (`kl` is 0), because thoughts come
-        from a distribution that did not see what is scored. In mode `prefix` there are
-        `log_predictive` and its `_se` in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's
-        prediction of the rest is no bound on log p(rest | first part), and can exceed it.
+        Dataset over `sequence`, in nats per sequence, by coordinates of what is known of the
+        sequences (`document`, `group`, ...; see `score_table`):
 
-        With `per_token` also over `token`, the position in the sequence, in nats, `nan` where
-        nothing is scored: `log_score`, E_q log p(x_t | x_<t, z), whose sum over tokens is
-        -`nll_given_z`; `log_score_iw`, the importance-weighted prediction of x_t from x_<t, whose
-        sum is `iw_bound` (mode `prefix`: `log_predictive`; `diagnostics.token_scores`); the scored
-        positions, `mask`; and `price` (sequence), log mean p(z)/q(z), which the first scored
-        token's `log_score_iw` includes (0 in the other modes). `loss_by_position` sums up.
+        - `elbo`, `nll_given_z`, `iw_bound`, each with `_se`; `kl`, `log_joint`; `n_tokens` and,
+          where the raw text is known, `n_bytes` and `n_words` (parted by white space).
+        - `khat`, not judged (`nan`) from fewer than `psis.MIN_DRAWS` draws.
+        - the controls `nll_z0` (z = 0) and `nll_shuffled`, with `_se` (z of a sequence of another
+          document, where documents are known; `nan` where there is no other).
+        - In mode `prior` no KL is charged (`kl` is 0), because thoughts come from a distribution
+          that did not see what is scored. In mode `prefix` there are `log_predictive` and its `_se`
+          in place of `elbo`, `kl`, `iw_bound` and `log_joint`: q's prediction of the rest is no
+          bound on log p(rest | first part), and can exceed it.
+        - With `per_token` also over `token`, `nan` where nothing is scored: `log_score`,
+          E_q log p(x_t | x_<t, z), whose sum over tokens is -`nll_given_z`; `log_score_iw`, the
+          importance-weighted prediction of x_t from x_<t, whose sum is `iw_bound` or
+          `log_predictive` (see `diagnostics.token_scores`); the scored positions, `mask`; and
+          `price` (sequence), log mean p(z)/q(z), which the first scored token's `log_score_iw`
+          includes (0 in the other modes). `loss_by_position` sums up.
 
-        Attributes: `mode` and its meaning, `draws`, `seed`, `guide`, `kl_estimator` of these
-        scores, `objective` that q was fitted by and `objective_kl`, how it got its KL;
-        `fast_optimizer`, what moved q;
-        `khat_limit` at S draws; `n_sequences`, `n_tokens`, `n_documents` (0 where not known: each
-        sequence then stands for itself in errors), `effective_documents`; `left_out`, how many
-        sequences mode `prefix` had nothing to score of; `note`, if something must be said beside
-        the numbers; versions; and for all sequences together `ppl_elbo`, `ppl_iw` (mode `prefix`:
-        `ppl_predictive`), `ppl_reconstruction` (not a bound), `ppl_z0`, `ppl_shuffled`: exp(total
-        nats / total tokens); where the text is known `bits_per_byte_elbo` and `bits_per_byte_iw`
-        (`bits_per_byte_predictive`), total bits / total bytes, and `n_bytes` and `n_words`: see
-        `score_table` for all scores per token, byte and word. `_se` is the Monte Carlo standard
-        error given these sequences, `_sampling_se` that of having sampled their documents, so that
-        two of it on either side hold 95 % (`diagnostics.estimates`).
+        Attributes: what was asked, of what and by which versions; `kl_estimator` of these scores,
+        and `objective_kl`, how the objective that q was fitted by got its own; `khat_limit` at S
+        draws; `n_sequences`, `n_tokens`, `n_documents` (0 where not known: each sequence then
+        stands for itself in errors), `effective_documents`; `left_out`, how many sequences mode
+        `prefix` had nothing to score of; `note`, if something must be said beside the numbers. For
+        all sequences together `ppl_elbo`, `ppl_iw` (mode `prefix`: `ppl_predictive`),
+        `ppl_reconstruction` (not a bound), `ppl_z0`, `ppl_shuffled`: exp(total nats / total
+        tokens); where the text is known `bits_per_byte_elbo` and so on, total bits / total bytes.
+        `_se` is the Monte Carlo standard error given these sequences, `_sampling_se` that of having
+        sampled their documents, so that two of it on either side hold 95 %
+        (`diagnostics.estimates`).
 
     Raises:
         InputError: if the batch does not fit the model or the posterior.
     """
     one_of("mode", mode, MODES)
     # A standard error needs two.
-    each = 4 * len(batch) * math.prod(model.thought_shape)
-    whole_number("draws", draws, 2, bytes_each=each)
+    whole_number("draws", draws, 2, bytes_each=4 * len(batch) * math.prod(model.thought_shape))
     batch = batch.to(model.device)
     model.check(batch)
     scored = _scored_part(batch, post, mode)
@@ -272,30 +247,32 @@ def evaluate(
             z = next(fresh_draws(q, batch.ids, min(draws, DRAWS_AT_ONCE), seed))
             columns |= _controls(likelihoods, z[:SHUFFLED_DRAWS, rows])
         if per_token:
-            charged = prior if post is not None and mode == "oracle" else None
             # Here, because it is built on this module, and few ask for it.
             from ltm_pyro.diagnostics.token_scores import token_scores
 
+            charged = prior if post is not None and mode == "oracle" else None
             columns |= token_scores(likelihoods, q, charged, draws, seed, ids=batch.ids, rows=rows)
-            columns["mask"] = scored.mask
-    columns["n_tokens"] = scored.n_tokens
-    if (sizes := scored.text_sizes) is not None:
-        columns["n_bytes"], columns["n_words"] = sizes
-    dims = ("sequence", "token")
-    data = xr.Dataset(
-        {name: (dims[: value.dim()], value.cpu().numpy()) for name, value in columns.items()},
-        coords=sequence_coords(scored),
-    )
-    for name in data.data_vars:
-        data[name].attrs["units"] = _UNITS.get(str(name), "nats")
+    data = _dataset(scored, columns)
     data.attrs = {
         **_settings(post, mode, draws, seed),
-        **corpus_attrs(batch),
+        **provenance(batch),
         "left_out": len(batch) - len(scored),
         **totals(data),
     }
     if notes := _notes(data, post):
         data.attrs["note"] = "; ".join(notes)
+    return data
+
+
+def _dataset(scored: Batch, columns: dict[str, Tensor]) -> xr.Dataset:
+    """The columns with their units, and the sizes of the sequences."""
+    columns["n_tokens"] = scored.n_tokens
+    if (sizes := scored.text_sizes) is not None:
+        columns["n_bytes"], columns["n_words"] = sizes
+    data = xr.Dataset(coords=sequence_coords(scored))
+    for name, value in columns.items():
+        dims, units = ("sequence", "token")[: value.dim()], _UNITS.get(name, "nats")
+        data[name] = (dims, value.cpu().numpy(), {"units": units})
     return data
 
 
@@ -324,7 +301,7 @@ def _controls(likelihoods: Likelihoods, z: Tensor) -> dict[str, Tensor]:
     if partners is None:
         unknown = nll_z0 * torch.nan
         return {"nll_z0": nll_z0, "nll_shuffled": unknown, "nll_shuffled_se": unknown}
-    shuffled = -likelihoods(z[:SHUFFLED_DRAWS, partners.to(z.device)])
+    shuffled = -likelihoods(z[:, partners.to(z.device)])
     return {
         "nll_z0": nll_z0,
         "nll_shuffled": shuffled.mean(0),
@@ -336,15 +313,13 @@ def _bounds(terms: Terms, post: Posterior | None) -> dict[str, Tensor]:
     """Bounds on log p(x) by S draws; without `post` z is from the prior and no KL is charged."""
     log_lik, log_prior = terms.log_likelihood, terms.log_prior
     nll, nll_se = -log_lik.mean(0), standard_error(log_lik)
-    if post is not None and not post.has_density:
-        terms = replace(terms, log_q=torch.full_like(log_prior, torch.inf))
-    log_w = terms.log_weights
+    log_w, elbo_se = terms.log_weights, nll_se
     if post is None:
-        log_w, kl, elbo_se = log_lik, torch.zeros_like(nll), nll_se
+        log_w, kl = log_lik, torch.zeros_like(nll)
     elif not post.has_density:
-        kl, elbo_se = torch.full_like(nll, torch.inf), nll_se
+        log_w, kl = torch.full_like(log_lik, -torch.inf), torch.full_like(nll, torch.inf)
     elif post.closed_form_kl is not None:
-        kl, elbo_se = post.closed_form_kl.double(), nll_se
+        kl = post.closed_form_kl.double()
     else:
         kl, elbo_se = (terms.log_q - log_prior).mean(0), standard_error(log_w)
     iw = log_mean(log_w)
@@ -393,9 +368,6 @@ def _settings(post: Posterior | None, mode: Mode, draws: int, seed: int) -> dict
         "objective_kl": "none" if post is None else post.objective_kl,
         "fast_optimizer": "none" if post is None else post.optimizer,
         "khat_limit": khat_threshold(draws),
-        "ltm_pyro_version": ltm_pyro.__version__,
-        "torch_version": str(torch.__version__),
-        "pyro_version": pyro.__version__,
     }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,38 +106,26 @@ def sbc(
     p_value = stats.chi2.sf(chi2, bins - 1)
     location, spread = _scores_of_ranks(ranks, draws)
     shift, ratio, z_shift, z_ratio = _normal_scores(ranks, draws)
-    limit = float(stats.norm.isf(_READING_RATE / (6 * len(names))))
     uneven = p_value < _READING_RATE / (3 * len(names))
-    readings = []
-    for i, name in enumerate(names):
-        read = _read_density if name in _DENSITIES else _read
-        readings.append(read(shift[i], ratio[i], z_shift[i], z_ratio[i], bool(uneven[i]), limit))
-    data = xr.Dataset(
-        {
-            "rank": (("replication", "quantity"), ranks),
-            "count": (("quantity", "bin"), counts),
-            "expected": ("bin", expected),
-            "chi2": ("quantity", chi2),
-            "p_value": ("quantity", p_value),
-            "z_location": ("quantity", location),
-            "z_spread": ("quantity", spread),
-            "shift": ("quantity", shift),
-            "scale_ratio": ("quantity", ratio),
-            "reading": ("quantity", np.array(readings)),
-        },
-        coords={"quantity": np.array(names), "replication": np.arange(replications)},
-    )
-    units = {"count": "replications", "expected": "replications", "shift": "scales of q"}
-    for column in data.data_vars:
-        data[column].attrs["units"] = units.get(str(column), "1")
-    data.attrs = {
-        **_together(p_value),
-        "replications": replications,
-        "draws": draws,
-        "bins": bins,
-        "seed": seed,
+    limit = float(stats.norm.isf(_READING_RATE / (6 * len(names))))
+    readings = [
+        _reading(name, shift[i], ratio[i], z_shift[i], z_ratio[i], bool(uneven[i]), limit)
+        for i, name in enumerate(names)
+    ]
+    columns = {
+        "rank": (("replication", "quantity"), ranks, "1"),
+        "count": (("quantity", "bin"), counts, "replications"),
+        "expected": ("bin", expected, "replications"),
+        "chi2": ("quantity", chi2, "1"),
+        "p_value": ("quantity", p_value, "1"),
+        "z_location": ("quantity", location, "1"),
+        "z_spread": ("quantity", spread, "1"),
+        "shift": ("quantity", shift, "scales of q"),
+        "scale_ratio": ("quantity", ratio, "1"),
+        "reading": ("quantity", np.array(readings), "1"),
     }
-    return data
+    data = _dataset(columns, names, p_value, replications=replications, draws=draws, seed=seed)
+    return data.assign_attrs(bins=bins)
 
 
 @door
@@ -183,44 +172,42 @@ def vsbc(
     distance = np.array([_asymmetry(column, draws) for column in ranks.T])
     p_value = np.array([_butler(math.sqrt(replications) * d) for d in distance])
     median = np.median(p, axis=0)
-    biased = p_value < _READING_RATE / len(names)
-    readings = [
-        "no bias seen" if not bad else f"shifted {'low' if centre > 0.5 else 'high'}"
-        for bad, centre in zip(biased, median, strict=True)
-    ]
-    data = xr.Dataset(
-        {
-            "probability": (("replication", "quantity"), p),
-            "distance": ("quantity", distance),
-            "p_value": ("quantity", p_value),
-            "median": ("quantity", median),
-            "reading": ("quantity", np.array(readings)),
+    side = np.where(median > 0.5, "shifted low", "shifted high")
+    readings = np.where(p_value < _READING_RATE / len(names), side, "no bias seen")
+    columns = {
+        "probability": (("replication", "quantity"), p, "1"),
+        "distance": ("quantity", distance, "1"),
+        "p_value": ("quantity", p_value, "1"),
+        "median": ("quantity", median, "1"),
+        "reading": ("quantity", readings, "1"),
+    }
+    data = _dataset(columns, names, p_value, replications=replications, draws=draws, seed=seed)
+    blind = "scales, correlations, and anything else that leaves q's marginals centred"
+    return data.assign_attrs(blind_to=blind)
+
+
+def _dataset(
+    columns: dict[str, tuple[Any, NDArray[Any], str]], names: list[str], p: Floats, **attrs: int
+) -> xr.Dataset:
+    """Columns with their units, and one p-value for all quantities, with what it is made of."""
+    return xr.Dataset(
+        {n: (dims, values, {"units": units}) for n, (dims, values, units) in columns.items()},
+        coords={"quantity": np.array(names), "replication": np.arange(attrs["replications"])},
+        attrs={
+            "p_value": _sidak(p),
+            "p_value_meaning": "1 - (1 - smallest)^tests: the chance of one as small among as many",
+            "smallest_p_value": float(p.min()),
+            "tests": len(p),
+            **attrs,
         },
-        coords={"quantity": np.array(names), "replication": np.arange(replications)},
     )
-    for name in data.data_vars:
-        data[name].attrs["units"] = "1"
-    data.attrs = {
-        **_together(p_value),
-        "blind_to": "scales, correlations, and anything else that leaves q's marginals centred",
-        "replications": replications,
-        "draws": draws,
-        "seed": seed,
-    }
-    return data
 
 
-def _together(p_values: Floats) -> dict[str, float | int | str]:
-    """One p-value for all quantities, and what it is made of."""
-    smallest, tests = float(p_values.min()), len(p_values)
+def _sidak(p: Floats) -> float:
+    """The chance of a p-value as small as the smallest among as many independent ones."""
     # As it stands, 1 - (1 - p)^m loses a small p to rounding, and log(1 - p) has no value at 1.
-    together = -math.expm1(tests * math.log1p(-smallest)) if smallest < 1.0 else 1.0
-    return {
-        "p_value": together,
-        "p_value_meaning": "1 - (1 - smallest)^tests: the chance of one as small among as many",
-        "smallest_p_value": smallest,
-        "tests": tests,
-    }
+    smallest = float(p.min())
+    return -math.expm1(len(p) * math.log1p(-smallest)) if smallest < 1.0 else 1.0
 
 
 def _check_counts(replications: int, draws: int) -> None:
@@ -334,34 +321,33 @@ def _normal_scores(ranks: NDArray[np.int64], draws: int) -> tuple[Floats, Floats
     return shift, ratio, root * shift / every.std(), z_variance
 
 
-def _read(
-    shift: float, ratio: float, z_shift: float, z_ratio: float, uneven: bool, limit: float
+def _reading(
+    name: str,
+    shift: float,
+    ratio: float,
+    z_shift: float,
+    z_ratio: float,
+    uneven: bool,
+    limit: float,
 ) -> str:
-    """The shape of one dimension's ranks in words."""
-    found = []
-    if abs(z_shift) > limit:
-        found.append(f"shifted {'low' if shift > 0 else 'high'} by {abs(shift):.2f} scales")
-    if abs(z_ratio) > limit:
-        found.append(
-            f"scale too {'small' if ratio < 1 else 'large'}: {ratio:.2f} times the truth's"
-        )
-    if found:
-        return "; ".join(found)
-    return "not uniform, in another way: look at the rank plot" if uneven else "calibrated"
-
-
-def _read_density(
-    shift: float, ratio: float, z_shift: float, z_ratio: float, uneven: bool, limit: float
-) -> str:
-    """The same for a log density, where "high" means more probable and not further up."""
-    if z_shift > limit:
+    """The shape of a quantity's ranks in words; "high" of a log density means more probable."""
+    density = name in _DENSITIES
+    if density and z_shift > limit:
         return (
             "q's draws are less probable than the truth: q is too wide, off centre, ignores "
             "correlations, or belongs to another sequence"
         )
-    if z_shift < -limit:
+    if density and z_shift < -limit:
         return "q's draws are more probable than the truth: q is too narrow"
-    if abs(z_ratio) > limit or uneven:
+    found = []
+    if not density and abs(z_shift) > limit:
+        found.append(f"shifted {'low' if shift > 0 else 'high'} by {abs(shift):.2f} scales")
+    if not density and abs(z_ratio) > limit:
+        size = "small" if ratio < 1 else "large"
+        found.append(f"scale too {size}: {ratio:.2f} times the truth's")
+    if found:
+        return "; ".join(found)
+    if uneven or abs(z_ratio) > limit:
         return "not uniform, in another way: look at the rank plot"
     return "calibrated"
 

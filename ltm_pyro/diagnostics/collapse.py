@@ -17,18 +17,13 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ltm_pyro.checks import refuse_other_sequences
-from ltm_pyro.diagnostics.estimates import (
-    Estimate,
-    clustered_mean,
-    documents_of,
-    few_documents_note,
-)
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, few_documents_note
 from ltm_pyro.diagnostics.information import (
     TIGHT,
+    by_block,
     counts,
     kl_by_block,
     mutual_information,
-    strength,
 )
 from ltm_pyro.diagnostics.marginals import blocks, moments
 from ltm_pyro.errors import InputError
@@ -61,29 +56,22 @@ class CollapsePanel:
         active_units: Dimensions of z whose posterior mean has a variance over sequences of at least
             `ACTIVE_VARIANCE`.
         n_units: K D.
-        mutual_information: Between text and z under q, from below; see `information`.
-        mutual_information_se: Its Monte Carlo standard error given these sequences.
-        mutual_information_upper: The bound from above; `nan` where it is not known.
+        mutual_information: Between text and z under q, from below; see `information`. With its
+            Monte Carlo standard error given these sequences, `_se`, and the bound from above,
+            `_upper`, `nan` where that is not known; and `_per_thought` (K,) and `_per_layer` (L,),
+            the same of each by itself.
         mutual_information_is: `estimate`; `at least` where the bound from above is not near: N
             sequences then show no more than that.
         mutual_information_cap: Which no value can exceed; log N for N texts.
         mutual_information_counts: Whether the noise of the fast loop counts as information.
-        mutual_information_per_thought: (K,) the same of each thought vector by itself.
-        mutual_information_per_thought_se: (K,) their Monte Carlo standard errors.
-        mutual_information_per_layer: (L,) the same of each layer's thoughts; empty without layers.
-        mutual_information_per_layer_se: (L,) their Monte Carlo standard errors.
-        mutual_information_per_thought_upper: (K,) their bounds from above.
-        mutual_information_per_layer_upper: (L,) their bounds from above.
-        mutual_information_per_block_kind: Of these: `monte carlo`, `at least` or `unknown`.
+        mutual_information_per_block_kind: `monte carlo`, `at least` or `unknown`.
         kl_aggregate: KL(q_agg || prior), q_agg the mixture of all q: `kl` less what z tells apart
             under these fits. How far all posteriors together are from the prior, which a decoder
             can exploit without telling sequences apart.
         kl_aggregate_is: `estimate`, or `at most` where the mutual information is `at least`.
         penalty_z0: Mean of -log p(x | z = 0) minus that at the sequence's own draws.
-        penalty_z0_se: Its paired error over documents.
         penalty_shuffled: The same with the thoughts of a sequence of another document; `nan` where
-            there is no other.
-        penalty_shuffled_se: Its paired error over documents.
+            there is no other. Both with their paired error over documents, `_se`.
         note: What to know before trusting these errors; empty where there is nothing.
     """
 
@@ -148,11 +136,8 @@ class CollapsePanel:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, `uses_thoughts` included."""
-        plain = {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in asdict(self).items()
-        }
-        return {**plain, "uses_thoughts": self.uses_thoughts}
+        known = {**asdict(self), "uses_thoughts": self.uses_thoughts}
+        return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in known.items()}
 
 
 def collapse_panel(
@@ -179,55 +164,56 @@ def collapse_panel(
     Raises:
         InputError: if scores and posteriors do not belong together, or there is one sequence only.
     """
-    _check(post, scores, n_layers)
-    n, n_thoughts = len(post), post.prior.event_shape[0]
+    _check(post, scores)
+    n_thoughts = post.prior.event_shape[0]
     layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
         found = mutual_information(post, layers, draws, again)
         mean = moments(post)[0]
-        by_block, kind = kl_by_block(post, [*blocks(n_thoughts, n_thoughts), *layers])
-    documents = documents_of(scores)
-    kl = clustered_mean(scores["kl"].values, documents)
-    total, by_thought, by_layer = found.total, found.thoughts, found.layers
-    kl_blocks = by_block.mean(0).cpu().numpy()
-    active = int((mean.double().var(0) >= ACTIVE_VARIANCE).sum())
-    z0, shuffled = _paired(scores, "nll_z0"), _paired(scores, "nll_shuffled")
+        kl_blocks, kind = kl_by_block(post, [*blocks(n_thoughts, n_thoughts), *layers])
+    parts = by_block(post, found, kl_blocks)
+    documents, own = documents_of(scores), scores["nll_given_z"]
+    told = (scores["kl"], scores["nll_z0"] - own, scores["nll_shuffled"] - own)
+    kl, z0, shuffled = (clustered_mean(values, documents) for values in told)
     return CollapsePanel(
-        n_sequences=n,
+        n_sequences=len(post),
         n_documents=None if documents is None else kl.documents,
         draws=draws,
         kl=kl.value,
         kl_se=kl.error,
         kl_estimator=post.kl_estimator,
-        kl_per_thought=kl_blocks[:n_thoughts],
-        kl_per_layer=kl_blocks[n_thoughts:],
+        kl_per_thought=parts["kl_thought"].values.mean(0),
+        kl_per_layer=parts["kl_layer"].values.mean(0),
         kl_per_block_kind=kind,
-        active_units=active,
+        active_units=int((mean.double().var(0) >= ACTIVE_VARIANCE).sum()),
         n_units=mean[0].numel(),
-        mutual_information=float(total.value),
-        mutual_information_se=float(total.error),
-        mutual_information_upper=float(total.upper),
-        mutual_information_is=strength(total),
+        mutual_information_is=found.strength,
         mutual_information_cap=found.cap,
         mutual_information_counts=counts(again),
-        mutual_information_per_thought=by_thought.value.double().numpy(),
-        mutual_information_per_thought_se=by_thought.error.double().numpy(),
-        mutual_information_per_layer=by_layer.value.double().numpy(),
-        mutual_information_per_layer_se=by_layer.error.double().numpy(),
-        mutual_information_per_thought_upper=by_thought.upper.double().numpy(),
-        mutual_information_per_layer_upper=by_layer.upper.double().numpy(),
         mutual_information_per_block_kind=found.kind,
-        kl_aggregate=kl.value - float(total.as_fitted),
-        kl_aggregate_is="at most" if bool(total.at_least) else "estimate",
+        kl_aggregate=kl.value - float(found.as_fitted[0]),
+        kl_aggregate_is="at most" if found.strength == "at least" else "estimate",
         penalty_z0=z0.value,
         penalty_z0_se=z0.error,
         penalty_shuffled=shuffled.value,
         penalty_shuffled_se=shuffled.error,
         note=few_documents_note(kl) or "",
+        **_bounds(parts),
     )
 
 
-def _check(post: Posterior, scores: xr.Dataset, n_layers: int | None) -> None:
+def _bounds(parts: xr.Dataset) -> dict[str, Any]:
+    """The mutual information of all thoughts, each thought and each layer, as fields."""
+    names = {"": "", "_per_thought": "_thought", "_per_layer": "_layer"}
+    out = {}
+    for field, name in names.items():
+        for ending in ("", "_se", "_upper"):
+            values = parts[f"mutual_information{name}{ending}"].values
+            out[f"mutual_information{field}{ending}"] = values if values.ndim else values.item()
+    return out
+
+
+def _check(post: Posterior, scores: xr.Dataset) -> None:
     if scores.attrs.get("mode", "oracle") != "oracle":
         raise InputError(
             f"collapse_panel needs scores of mode 'oracle', not {scores.attrs['mode']!r}: "
@@ -236,20 +222,13 @@ def _check(post: Posterior, scores: xr.Dataset, n_layers: int | None) -> None:
     refuse_other_sequences(scores, post, ("scores", "the posterior"))
     if len(post) < 2:
         raise InputError("collapse_panel needs at least 2 sequences: it asks what tells them apart")
-    thoughts = post.prior.event_shape[0]
-    if n_layers is not None and thoughts % n_layers:
-        raise InputError(f"{thoughts} thoughts cannot belong to {n_layers} layers in equal blocks")
-
-
-def _paired(scores: xr.Dataset, control: str) -> Estimate:
-    """Mean over sequences of a control minus the sequence's own thoughts."""
-    return clustered_mean(scores[control] - scores["nll_given_z"], documents_of(scores))
 
 
 def format_panel(panel: CollapsePanel) -> str:
     """The panel as text for the terminal, every number with its unit, error and meaning."""
+    how = {"analytic": "closed form", "monte_carlo": "Monte Carlo"}[panel.kl_estimator]
     rows = [
-        ("KL(q || prior)", panel.kl, panel.kl_se, f"what q says about the text ({_how(panel)})"),
+        ("KL(q || prior)", panel.kl, panel.kl_se, f"what q says about the text ({how})"),
         (
             "mutual information", panel.mutual_information, panel.mutual_information_se,
             _about_information(panel),
@@ -260,19 +239,18 @@ def format_panel(panel: CollapsePanel) -> str:
             "loss with another document's thoughts",
         ),
     ]  # fmt: skip
-    known = panel.n_documents is not None
-    of_documents = f" of {panel.n_documents} documents" if known else ""
+    documents = "" if panel.n_documents is None else f" of {panel.n_documents} documents"
     lines = [
-        f"Does the model use its thoughts?  ({panel.n_sequences} sequences{of_documents}, "
-        "nats per sequence)"
-    ]
-    for name, value, error, meaning in rows:
-        lines.append(f"  {name:<19} {value:>8.2f} +- {error:<6.2f} {meaning}")
-    lines.append(
+        f"Does the model use its thoughts?  ({panel.n_sequences} sequences{documents}, "
+        "nats per sequence)",
+        *(
+            f"  {name:<19} {value:>8.2f} +- {error:<6.2f} {what}"
+            for name, value, error, what in rows
+        ),
         f"  {'active units':<19} {panel.active_units:>8} of {panel.n_units:<6} "
-        f"dimensions whose mean varies by {ACTIVE_VARIANCE} or more"
-    )
-    lines += _by_block(panel)
+        f"dimensions whose mean varies by {ACTIVE_VARIANCE} or more",
+        *_by_block(panel),
+    ]
     if math.isnan(panel.penalty_shuffled):
         verdict = "not judged: all sequences are of one document, which has no other's thoughts"
     elif panel.uses_thoughts:
@@ -304,25 +282,16 @@ def _by_block(panel: CollapsePanel) -> list[str]:
         if values.size:
             lines.append(f"  {f'KL by {name}':<19} {least}{_numbers(values)}{note}")
             note = ""
-    for name, values, errors, uppers in (
-        (
-            "layer", panel.mutual_information_per_layer, panel.mutual_information_per_layer_se,
-            panel.mutual_information_per_layer_upper,
-        ),
-        (
-            "thought", panel.mutual_information_per_thought,
-            panel.mutual_information_per_thought_se, panel.mutual_information_per_thought_upper,
-        ),
-    ):  # fmt: skip
+    for name in ("layer", "thought"):
+        values, errors, uppers = (
+            getattr(panel, f"mutual_information_per_{name}{ending}")
+            for ending in ("", "_se", "_upper")
+        )
         if values.size and np.isfinite(values).all():
             least = "" if (uppers - values <= TIGHT).all() else "at least "
             worst = f"  (+- {errors.max():.2f} or less)"
             lines.append(f"  {f'MI by {name}':<19} {least}{_numbers(values)}{worst}")
     return lines
-
-
-def _how(panel: CollapsePanel) -> str:
-    return {"analytic": "closed form", "monte_carlo": "Monte Carlo"}[panel.kl_estimator]
 
 
 def _numbers(values: NDArray[np.float64], most: int = 12) -> str:

@@ -23,10 +23,7 @@ _PRIOR_DRAWS = 4_000
 
 @door
 def contraction(
-    model: LatentModel,
-    infer: Callable[[Batch], Posterior],
-    replications: int = 500,
-    seed: int = 0,
+    model: LatentModel, infer: Callable[[Batch], Posterior], replications: int = 500, seed: int = 0
 ) -> xr.Dataset:
     """Posterior contraction and z-scores of the truth on data from the model (Betancourt 2020).
 

@@ -20,12 +20,13 @@ from ltm_pyro.config import Slow
 from ltm_pyro.diagnostics.estimates import (
     BOUNDS,
     COMPARED,
-    PERPLEXITIES,
+    Estimate,
     clustered_ratio,
     documents_of,
     exponential,
+    loss_rate,
     losses,
-    monte_carlo,
+    scored,
 )
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -68,21 +69,17 @@ def against_control(
         By name (`ppl_elbo` and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`;
         `difference_per_token` (nats, below 0 where the thoughts' model is better),
         `difference_per_token_se` clustered by document and not below the Monte Carlo error,
-        `difference_per_token_error`, of which two
-        on either side hold 95 %; `documents` (each sequence counts as one where not known) and the
-        `verdict` that the error allows. Its 95 % are for each score alone.
+        `difference_per_token_error`, of which two on either side hold 95 %; `documents` (each
+        sequence counts as one where not known) and the `verdict` that the error allows. Its 95 %
+        are for each score alone.
     """
     out: dict[str, dict[str, Any]] = {}
-    sizes = scores[f"n_{per}s"].values
-    for name in COMPARED:
-        if PERPLEXITIES[name][0] not in scores:
-            continue
+    for name in scored(scores, COMPARED):
         gap = losses(scores, name) - losses(control, "ppl_z0")
-        rate = clustered_ratio(gap, sizes, documents_of(scores))
+        rate = clustered_ratio(gap, scores[f"n_{per}s"].values, documents_of(scores))
         # The spread over documents holds the draws' error on average; of a few documents it may
         # by luck not, where one sequence's draws are far noisier than the others'.
-        draws = monte_carlo(scores, name) / float(sizes.sum())
-        rate = replace(rate, se=max(rate.se, draws))
+        rate = replace(rate, se=max(rate.se, loss_rate(scores, name, per)[1]))
         ratio = exponential(rate.value)
         out[name] = {
             "ratio": ratio,
@@ -91,20 +88,20 @@ def against_control(
             f"difference_per_{per}_se": rate.se,
             f"difference_per_{per}_error": rate.error,
             "documents": rate.documents,
-            "verdict": _verdict(rate.value, rate.margin(), few=rate.few, bound=name in BOUNDS),
+            "verdict": _verdict(rate, bound=name in BOUNDS),
         }
     return out
 
 
-def _verdict(difference: float, margin: float, *, few: bool, bound: bool) -> str:
+def _verdict(difference: Estimate, *, bound: bool) -> str:
     """What a paired difference of losses allows to say of these two fits, and no more."""
-    if not (math.isfinite(difference) and math.isfinite(margin)):
+    if not math.isfinite(difference.value + difference.margin()):
         return "no error, so nothing can be said"
-    if few:
+    if difference.few:
         return "too few documents to say"
-    if abs(difference) <= margin:
+    if not difference.differs():
         return "not told apart"
-    if difference < 0:
+    if difference.value < 0:
         return "this fit is better than this fit of the control"
     if bound:
         return "this bound is above the control; whether the model is, a bound cannot say"
@@ -130,13 +127,11 @@ def gains_by_document(scores: xr.Dataset, control: xr.Dataset) -> xr.Dataset:
     known = documents_of(scores)
     documents = np.arange(scores.sizes["sequence"]) if known is None else known
     found, place, sizes = np.unique(documents, return_inverse=True, return_counts=True)
-    out: dict[str, NDArray[Any]] = {
-        "sequences": sizes,
-        "tokens": np.bincount(place, weights=scores["n_tokens"].values).astype(np.int64),
-    }
-    for name in names:
-        gain = scores[name].values + control["nll_z0"].values
-        out[f"{name}_gain"] = np.bincount(place, weights=gain) / sizes
-    return xr.Dataset(
-        {name: ("document", values) for name, values in out.items()}, {"document": found}
-    )
+
+    def total(values: xr.DataArray) -> NDArray[Any]:
+        return np.bincount(place, weights=values.values)
+
+    columns: dict[str, NDArray[Any]] = {}
+    columns |= {"sequences": sizes, "tokens": total(scores["n_tokens"]).astype(np.int64)}
+    columns |= {f"{name}_gain": total(scores[name] + control["nll_z0"]) / sizes for name in names}
+    return xr.Dataset({k: ("document", v) for k, v in columns.items()}, {"document": found})

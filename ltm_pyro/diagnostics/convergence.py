@@ -14,7 +14,8 @@ Because both sides of a difference share their draws, its error is far below tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,15 +56,8 @@ def objective_draws(
 
     Two posteriors of one family get the same noise from the same seed, as far as the family draws
     by reparametrisation, so that differences of these values are far less noisy than the values.
-    Without a closed-form KL on purpose: near p(z | x) these are nearly constant.
-
-    Args:
-        model: Prior and likelihood.
-        post: q for the sequences of `batch`, in the same order. A point mass has no density: its
-            log q is left out, and the values are the log joint.
-        batch: The sequences.
-        draws: S.
-        seed: Of the draws.
+    Without a closed-form KL on purpose: near p(z | x) these are nearly constant. A point mass has
+    no density: its log q is left out, and the values are the log joint.
 
     Returns:
         (S, B) float64, nats.
@@ -79,8 +73,17 @@ def objective_draws(
 
 
 def mean_and_error(draws: Tensor) -> tuple[Floats, Floats]:
-    """Mean of (S, B) draws and its standard error, (B,) each."""
+    """Mean of (S, ...) draws and its standard error, (...) each."""
     return draws.mean(0).cpu().numpy(), standard_error(draws).cpu().numpy()
+
+
+def with_errors(pairs: Mapping[str, tuple[Floats, Floats]], *dims: str) -> dict[str, Any]:
+    """Variables of a Dataset in nats: each value under its name, and its error as `_se`."""
+    return {
+        f"{name}{ending}": (dims, values, {"units": "nats"})
+        for name, pair in pairs.items()
+        for ending, values in zip(("", "_se"), pair, strict=True)
+    }
 
 
 def continue_from(
@@ -94,13 +97,8 @@ def continue_from(
 ) -> Posterior:
     """A fast loop of its own clock that starts at given local parameters; `svi` is left alone.
 
-    Args:
-        svi: Gives model, guide, objective and seed.
-        rows: Local parameters, (B, ...) by name, in the order of `batch`.
-        batch: The sequences.
-        fast: The clock.
-        guide: The family of `rows`; that of `svi` by default.
-        elbo: The objective; that of `svi` by default.
+    Guide and objective are those of `svi` unless given; `rows` are the guide's local parameters,
+    (B, ...) by name, in the order of `batch`.
     """
     guide = svi.guide if guide is None else guide
     elbo = svi.elbo if elbo is None else elbo
@@ -112,21 +110,9 @@ def continue_from(
     return loop.infer(batch, warm_start=True)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A gain held against a tolerance.
-
-    Attributes:
-        verdict: (B,) `enough`, `not enough` or `cannot tell`.
-        draws_needed: (B,) draws at which the answer would be clear; the draws in use where it is,
-            infinite where the gain equals the tolerance.
-    """
-
-    verdict: NDArray[np.str_]
-    draws_needed: Floats
-
-
-def judge(gain: Floats, error: Floats, tolerance: float, draws: int) -> Judged:
+def judge(
+    gain: Floats, error: Floats, tolerance: float, draws: int
+) -> tuple[NDArray[np.str_], Floats]:
     """Whether a gain is below or above the tolerance, by `CONFIDENCE` standard errors.
 
     Args:
@@ -134,13 +120,17 @@ def judge(gain: Floats, error: Floats, tolerance: float, draws: int) -> Judged:
         error: (B,) Monte Carlo standard errors.
         tolerance: Nats that nobody would miss.
         draws: S behind `error`.
+
+    Returns:
+        (B,) `enough`, `not enough` or `cannot tell`; and (B,) draws at which the answer would be
+        clear: those in use where it is, infinite where the gain equals the tolerance.
     """
     distance = np.abs(gain - tolerance)
     with np.errstate(divide="ignore", invalid="ignore"):
         needed = np.ceil(draws * np.square(CONFIDENCE * error / distance))
     clear = CONFIDENCE * error < distance
     side = np.where(gain < tolerance, ENOUGH, NOT_ENOUGH)
-    return Judged(np.where(clear, side, CANNOT_TELL), np.where(clear, float(draws), needed))
+    return np.where(clear, side, CANNOT_TELL), np.where(clear, float(draws), needed)
 
 
 @door
@@ -188,22 +178,20 @@ def fast_convergence(
     _check(steps, draws, tolerance)
     batch = batch.to(svi.model.device)
     done = sorted({0, steps // 4, steps // 2, steps, 2 * steps})
-    values, last = [], None
+    values, posts = [], {}
     for count in done:
-        post = svi.infer(batch, count)
-        if not svi.guide.local_parameters():
+        posts[count] = svi.infer(batch, count)
+        if not svi.guide.local_parameters():  # known once it holds the batch
             raise InputError(
                 f"{svi.guide.family!r} has no local parameters, so no fast loop that could be too "
                 "short: see its amortisation gap in gap_decomposition"
             )
-        values.append(objective_draws(svi.model, post, batch, draws, seed))
-        last = post if count == steps else last
-    assert last is not None
-    many = max(steps, _PROBE_STEPS)
+        values.append(objective_draws(svi.model, posts[count], batch, draws, seed))
+    last, many = posts[steps], max(steps, _PROBE_STEPS)
     probe = Fast(steps=many, optimizer="adam", lr=_PROBE_RATE, final_fraction=0.0)
     led_on = continue_from(svi, last.parameters, batch, probe)
     other = objective_draws(svi.model, led_on, batch, draws, seed)
-    data = _columns(done, values, other, steps, batch)
+    data = _columns(done, torch.stack(values, 1), other, steps, batch)
     _add_verdict(data, tolerance, draws)
     data.attrs.update(
         steps=steps,
@@ -228,43 +216,38 @@ def _check(steps: int, draws: int, tolerance: float) -> None:
 
 
 def _columns(
-    done: list[int], values: list[Tensor], other: Tensor, steps: int, batch: Batch
+    done: list[int], values: Tensor, other: Tensor, steps: int, batch: Batch
 ) -> xr.Dataset:
-    """All numbers of `fast_convergence`, in nats."""
-    at = values[done.index(steps)]
-    half = values[done.index(steps // 2)]
-    level = [mean_and_error(v) for v in values]
-    behind = [mean_and_error(v - at) for v in values]
-    data = xr.Dataset(coords={"checkpoint": done, "sequence": batch.ids.cpu().numpy()})
-    for name, pairs in (("objective", level), ("behind", behind)):
-        for ending, column in zip(("", "_se"), zip(*pairs, strict=True), strict=True):
-            data[name + ending] = (("checkpoint", "sequence"), np.stack(column))
-    per_step = (at - half) / (steps - steps // 2)
-    for name, draw in (
-        ("gain_doubling", values[-1] - at),
-        ("gain_other_rate", other - at),
-        ("gain_per_step", per_step),
-    ):
-        mean, error = mean_and_error(draw)
-        data[name], data[f"{name}_se"] = ("sequence", mean), ("sequence", error)
-    data["noise_per_draw"] = ("sequence", at.std(0).cpu().numpy())
-    for values_of in data.data_vars.values():
-        values_of.attrs["units"] = "nats"
-    return data
+    """All numbers of `fast_convergence`, in nats; `values` (S, checkpoints, B)."""
+    at, half = values[:, done.index(steps)], values[:, done.index(steps // 2)]
+    course = {"objective": mean_and_error(values), "behind": mean_and_error(values - at[:, None])}
+    gains = {
+        "gain_doubling": mean_and_error(values[:, -1] - at),
+        "gain_other_rate": mean_and_error(other - at),
+        "gain_per_step": mean_and_error((at - half) / (steps - steps // 2)),
+    }
+    noise = ("sequence", at.std(0).cpu().numpy(), {"units": "nats"})
+    return xr.Dataset(
+        {
+            **with_errors(course, "checkpoint", "sequence"),
+            **with_errors(gains, "sequence"),
+            "noise_per_draw": noise,
+        },
+        coords={"checkpoint": done, "sequence": batch.ids.cpu().numpy()},
+    )
 
 
 def _add_verdict(data: xr.Dataset, tolerance: float, draws: int) -> None:
-    longer, other = (
+    (longer, longer_needs), (other, other_needs) = (
         judge(data[name].values, data[f"{name}_se"].values, tolerance, draws)
         for name in ("gain_doubling", "gain_other_rate")
     )
-    either = (longer.verdict == NOT_ENOUGH) | (other.verdict == NOT_ENOUGH)
-    both = (longer.verdict == ENOUGH) & (other.verdict == ENOUGH)
+    either = (longer == NOT_ENOUGH) | (other == NOT_ENOUGH)
+    both = (longer == ENOUGH) & (other == ENOUGH)
     verdict = np.where(either, NOT_ENOUGH, np.where(both, ENOUGH, CANNOT_TELL))
-    remedy = np.where(longer.verdict == NOT_ENOUGH, "more steps", "another rate")
+    remedy = np.where(longer == NOT_ENOUGH, "more steps", "another rate")
     remedy = np.where(either, remedy, np.where(both, "none", "more draws"))
-    needed = np.maximum(longer.draws_needed, other.draws_needed)
-    needed = np.where(verdict == CANNOT_TELL, needed, float(draws))
+    needed = np.where(verdict == CANNOT_TELL, np.maximum(longer_needs, other_needs), float(draws))
     data["verdict"] = ("sequence", verdict)
     data["remedy"] = ("sequence", remedy)
     data["draws_needed"] = ("sequence", needed, {"units": "draws"})

@@ -26,23 +26,20 @@ _PER_WEIGHT = 16  # bytes: weight, gradient, and AdamW's two moments in float32
 
 @dataclass(frozen=True)
 class CostReport:
-    """The cost of one configuration.
-
-    FLOPs are per token of a full sequence; a training step is a fast loop and a slow step.
+    """The cost of one configuration; FLOPs are per token of a full sequence.
 
     Attributes:
         preset: Its name.
-        n_weights: Weights of the decoder, the tied embedding counted once.
-        n_prior_weights: Weights of a learned prior.
+        n_weights: Weights of the decoder, the tied embedding counted once; `n_prior_weights` of a
+            learned prior.
         n_local: Dimensions of z per sequence, K D.
         fast_steps: T_fast.
         flops_forward: One complete pass through the decoder.
-        flops_fast_step: One fast step: forward and backward by activations alone, above the first
-            cross-attention.
+        flops_fast_step: Forward and backward by activations alone, above the first cross-attention.
         flops_fast_loop: All fast steps, and once what lies below the first cross-attention.
         flops_slow_step: Forward and backward with weight gradients, and with checkpointing the
             layers once more.
-        flops_training_step: Fast loop and slow step.
+        flops_training_step: A fast loop and a slow step.
         flops_paper: The count of Kong et al. (2025), (T_fast + 1)(6 N + 6 L H T).
         weight_bytes: Weights, gradients and AdamW's moments.
         start_log_variance: Where the guide's log variances start; `None` where it has none.
@@ -79,13 +76,8 @@ class CostReport:
         )
 
 
-def cost_report(config: FitConfig, start_log_variance: float | None = None) -> CostReport:
+def cost_report(config: FitConfig) -> CostReport:
     """The cost of a fit, without running it.
-
-    Args:
-        config: The fit.
-        start_log_variance: Where the guide's log variances start; by default where the configured
-            guide says.
 
     Raises:
         InputError: for an unknown guide family or option.
@@ -93,40 +85,39 @@ def cost_report(config: FitConfig, start_log_variance: float | None = None) -> C
     model = config.model
     small, guide = small_fit(config)
     n_prior = sum(p.numel() for p in small.thought_prior.parameters())
-    if start_log_variance is None:
-        start_log_variance = guide.start_log_variance
+    start_log_variance = guide.start_log_variance
     # Particles are further rows of the batch for everything that depends on z.
     particles = build_objective(config.objective, **config.objective_options).particles
-    below, above = _attend_flops(model), _above_flops(model)
-    fast_step = above + _head_flops(model, products=2) + _fast_backward_flops(model)
+    below, above, head = _attend_flops(model), _above_flops(model), _head_flops(model)
+    fast_step = above + 2 * head + _fast_backward_flops(model)
     # With fixed noise every step averages M draws, and the end is scored once more on them.
-    draws = particles * (config.fast.fixed_draws if config.fast.noise == "fixed" else 1)
+    fixed = config.fast.noise == "fixed"
+    draws = particles * (config.fast.fixed_draws if fixed else 1)
     fast_loop = below + config.fast.steps * draws * fast_step
-    if config.fast.noise == "fixed":
-        fast_loop += draws * (above + _head_flops(model))
+    if fixed:
+        fast_loop += draws * (above + head)
     slow_step = below + _attend_backward_flops(model) + particles * _slow_above_flops(model, config)
     if config.slow.word_dropout > 0:  # scored once more with every input token shown
-        slow_step += below + particles * (above + _head_flops(model))
-    n_weights = model.n_weights
-    n_local = model.n_thoughts * model.thought_dim
+        slow_step += below + particles * (above + head)
+    n_local, floor = model.n_thoughts * model.thought_dim, 0.0
+    if start_log_variance is not None:
+        floor = kl_floor_per_sequence(config.fast, n_local, start_log_variance) / model.seq_len
     return CostReport(
         preset=config.preset,
-        n_weights=n_weights,
+        n_weights=model.n_weights,
         n_prior_weights=n_prior,
         n_local=n_local,
         fast_steps=config.fast.steps,
-        flops_forward=below + above + _head_flops(model),
+        flops_forward=below + above + head,
         flops_fast_step=fast_step,
         flops_fast_loop=fast_loop,
         flops_slow_step=slow_step,
         flops_training_step=fast_loop + slow_step,
         flops_paper=paper_flops_per_token(model, config.fast),
-        weight_bytes=_PER_WEIGHT * (n_weights + n_prior),
+        weight_bytes=_PER_WEIGHT * (model.n_weights + n_prior),
         start_log_variance=start_log_variance,
         fast_reach=fast_reach(config.fast),
-        kl_floor_per_token=0.0
-        if start_log_variance is None
-        else kl_floor_per_sequence(config.fast, n_local, start_log_variance) / model.seq_len,
+        kl_floor_per_token=floor,
     )
 
 
@@ -188,9 +179,9 @@ def _mlp_flops(model: ModelConfig) -> float:
     return 2.0 * 3 * model.width * model.mlp_hidden
 
 
-def _head_flops(model: ModelConfig, products: int = 1) -> float:
-    """The output: logits; a second product is the gradient by h."""
-    return products * 2.0 * model.width * model.vocab_size
+def _head_flops(model: ModelConfig) -> float:
+    """One product of the output: logits; a second one is the gradient by h."""
+    return 2.0 * model.width * model.vocab_size
 
 
 def _above_flops(model: ModelConfig) -> float:
@@ -228,19 +219,13 @@ def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
     particles = build_objective(config.objective, **config.objective_options).particles
     rows = particles * (config.micro_batch or config.batch_size)
     held = rows * model.seq_len * model.vocab_size <= MOST_LOGITS
-    return forward + again + backward + _head_flops(model, products=3 if held else 4)
+    return forward + again + backward + (3 if held else 4) * _head_flops(model)
 
 
 def format_cost(
     report: CostReport, memory: MemoryReport | None = None, measured: int | None = None
 ) -> str:
-    """The report as text for the terminal.
-
-    Args:
-        report: From `cost_report`.
-        memory: From `memory_report`, to be told too.
-        measured: From `measured_bytes`, to be told too.
-    """
+    """As text for the terminal, with the `memory_report` and `measured_bytes` where given."""
     paper = report.flops_training_step / report.flops_paper
     rows = [
         ("weights", f"{report.n_weights / 1e6:.2f} M"),
@@ -257,8 +242,9 @@ def format_cost(
         *([] if measured is None else [("  measured, one real step", _bytes(measured))]),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f"Cost of {report.preset}", *(f"  {name:<{width}}  {value}" for name, value in rows)]
-    lines += [
+    lines = [
+        f"Cost of {report.preset}",
+        *(f"  {name:<{width}}  {value}" for name, value in rows),
         "",
         f"This engine performs {paper:.2f} of the paper's count, (T_fast + 1)(6 N + 6 L H T): its",
         "fast loop computes no weight gradients, attention stops at the window, and what lies",

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
 import torch
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
+import ltm_pyro
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 
@@ -121,16 +124,12 @@ def clustered_ratio(
 
 
 def documents_of(data: xr.Dataset) -> NDArray[np.int64] | None:
-    """The documents that the sequences of `evaluate`'s scores are pieces of; `None` if unknown."""
+    """(n,) the document of each sequence of `evaluate`'s scores; `None` if unknown."""
     return data["document"].values if "document" in data.coords else None
 
 
 def few_documents_note(estimate: Estimate) -> str | None:
-    """What to say beside an error that rests on too few documents; `None` where there are enough.
-
-    Args:
-        estimate: Any of the batch: all rest on the same documents.
-    """
+    """What to say beside errors that rest on too few documents, as any of the batch does."""
     if not estimate.few:
         return None
     documents = "one document"
@@ -162,8 +161,13 @@ def log_mean(log_weights: Tensor) -> LogMean:
     # What leaving out each draw changes the log mean by. A weight that is all of the sum leaves
     # rounding behind.
     change = torch.log1p(-share.clamp_max(1.0 - torch.finfo(share.dtype).eps))
-    error = ((S - 1) * change.var(0, unbiased=False)).sqrt()
-    return LogMean(log_weights.logsumexp(0) - math.log(S), error, 1.0 / share.square().sum(0))
+    value = log_weights.logsumexp(0) - math.log(S)
+    return LogMean(value, jackknife(change), 1.0 / share.square().sum(0))
+
+
+def jackknife(left_out: Tensor) -> Tensor:
+    """Standard error of an estimate from those without each of G groups, (G, ...) to (...)."""
+    return (left_out.var(0, unbiased=False) * (len(left_out) - 1)).sqrt()
 
 
 def khat_threshold(draws: int) -> float:
@@ -198,97 +202,65 @@ COMPARED = (*BOUNDS, "ppl_predictive")
 
 
 def totals(data: xr.Dataset) -> dict[str, Any]:
-    """What `evaluate` says of all sequences together."""
-    documents = documents_of(data)
-    size = clustered_ratio(data["n_tokens"].values, data["n_tokens"].values, documents)
-    return {
+    """What `evaluate` says of all sequences together: perplexities, and bits per byte of bounds.
+
+    Those of bytes only where the text is known.
+    """
+    documents, tokens = documents_of(data), data["n_tokens"].values
+    size = clustered_ratio(tokens, tokens, documents)
+    out = {
         "n_sequences": data.sizes["sequence"],
-        "n_tokens": int(data["n_tokens"].sum()),
+        "n_tokens": int(tokens.sum()),
         "n_documents": 0 if documents is None else size.documents,
         "effective_documents": size.effective,
-        **perplexities(data),
-        **bits_per_byte(data),
         "ppl_reconstruction_is_a_bound": "no: the KL is not charged",
     }
-
-
-def perplexities(data: xr.Dataset) -> dict[str, float]:
-    """Every perplexity that the columns allow, with `_se` and `_sampling_se`."""
-    out: dict[str, float] = {}
-    for name in PERPLEXITIES:
-        column = PERPLEXITIES[name][0]
-        if column in data:
-            error = data.get(f"{column}_se")
-            out |= per_token_perplexity(
-                name,
-                losses(data, name),
-                data["n_tokens"].values,
-                None if error is None else error.values,
-                documents_of(data),
-            )
-    return out
-
-
-def bits_per_byte(data: xr.Dataset) -> dict[str, float]:
-    """Bytes and words of the text, and the bounds' bits per byte with their two errors.
-
-    Nothing where the text is not known.
-    """
+    for name in scored(data, PERPLEXITIES):
+        rate, mc = loss_rate(data, name)
+        ppl = exponential(rate.value)  # errors by the delta method
+        out |= {name: ppl, f"{name}_se": ppl * mc, f"{name}_sampling_se": ppl * rate.error}
     if "n_bytes" not in data:
-        return {}
-    out: dict[str, float] = {name: int(data[name].sum()) for name in ("n_bytes", "n_words")}
-    n_bytes, documents = data["n_bytes"].values, documents_of(data)
-    for name in COMPARED:
-        if PERPLEXITIES[name][0] in data:
-            rate = clustered_ratio(losses(data, name), n_bytes, documents)
-            mc = monte_carlo(data, name) / out["n_bytes"]
-            label = name.replace("ppl", "bits_per_byte")
-            parts = {"": rate.value, "_se": mc, "_sampling_se": rate.error}
-            out |= {f"{label}{ending}": nats / math.log(2) for ending, nats in parts.items()}
+        return out
+    out |= {name: int(data[name].sum()) for name in ("n_bytes", "n_words")}
+    for name in scored(data, COMPARED):
+        rate, mc = loss_rate(data, name, "byte")
+        parts = {"": rate.value, "_se": mc, "_sampling_se": rate.error}
+        label = name.replace("ppl", "bits_per_byte")
+        out |= {f"{label}{ending}": nats / math.log(2) for ending, nats in parts.items()}
     return out
 
 
-def losses(data: xr.Dataset, name: str) -> NDArray[np.float64]:
+def scored(data: xr.Dataset, names: Iterable[str]) -> list[str]:
+    """The perplexities among `names` that the columns allow."""
+    return [name for name in names if PERPLEXITIES[name][0] in data]
+
+
+def losses(data: xr.Dataset, name: str) -> Values:
     """The nats per sequence, (n,), that a perplexity adds up."""
     column, sign = PERPLEXITIES[name]
-    values: NDArray[np.float64] = sign * data[column].values.astype(np.float64)
-    return values
+    return sign * data[column].values.astype(np.float64)
 
 
-def per_token_perplexity(
-    name: str,
-    nats: NDArray[np.float64],
-    n_tokens: NDArray[np.int64],
-    mc_se: NDArray[np.float64] | None = None,
-    documents: ArrayLike | None = None,
-) -> dict[str, float]:
-    """exp(total nats / total tokens) with its two errors, by the delta method.
+def loss_rate(
+    data: xr.Dataset, name: str, per: str = "token", clusters: ArrayLike | None = None
+) -> tuple[Estimate, float]:
+    """Total nats of a perplexity over the total size of the text, and its Monte Carlo error.
 
     Args:
-        name: Under which name.
-        nats: (n,) negative log-likelihoods or bounds per sequence.
-        n_tokens: (n,) their lengths.
-        mc_se: (n,) Monte Carlo standard errors of `nats`.
-        documents: (n,) the document of each sequence; without it each is one of its own.
-
-    Returns:
-        `name`; `name_se`, the Monte Carlo error given these sequences (0 where `nats` are exact);
-        `name_sampling_se`, that of having sampled these documents, of which two on either side
-        hold 95 %.
+        data: Of `evaluate`.
+        name: Of `PERPLEXITIES`.
+        per: `token`, `byte`, `word` or `sequence`.
+        clusters: (n,) what sequences are pieces of; their documents by default.
     """
-    rate = clustered_ratio(nats, n_tokens, documents)
-    ppl = exponential(rate.value)
-    mc = 0.0 if mc_se is None else math.sqrt(float(np.square(mc_se).sum()))
-    return {
-        name: ppl,
-        f"{name}_se": ppl * mc / float(n_tokens.sum()),
-        f"{name}_sampling_se": ppl * rate.error,
-    }
+    nats = losses(data, name)
+    sizes = np.ones_like(nats) if per == "sequence" else data[f"n_{per}s"].values
+    rate = clustered_ratio(nats, sizes, documents_of(data) if clusters is None else clusters)
+    return rate, monte_carlo(data, PERPLEXITIES[name][0]) / float(sizes.sum())
 
 
-def monte_carlo(scores: xr.Dataset, name: str) -> float:
-    """Standard error of the total nats, given these sequences; 0 for exact scores."""
-    error = scores.get(f"{PERPLEXITIES[name][0]}_se")
+def monte_carlo(data: xr.Dataset, column: str) -> float:
+    """Standard error of a column's total, given these sequences; 0 for exact scores."""
+    error = data.get(f"{column}_se")
     return 0.0 if error is None else math.sqrt(float(np.square(error.values).sum()))
 
 
@@ -339,9 +311,14 @@ def _text(value: object) -> str:
     return "" if pd.isna(value) else str(value)  # type: ignore[call-overload]
 
 
-def corpus_attrs(batch: Batch) -> dict[str, str]:
-    """The attribute `corpus`, the fingerprint that the ids belong to; none where not known."""
-    return {} if batch.corpus is None else {"corpus": batch.corpus}
+def provenance(batch: Batch) -> dict[str, str]:
+    """Attributes: the fingerprint of the corpus that the ids belong to, if known, and versions."""
+    return {
+        **({} if batch.corpus is None else {"corpus": batch.corpus}),
+        "ltm_pyro_version": ltm_pyro.__version__,
+        "torch_version": str(torch.__version__),
+        "pyro_version": pyro.__version__,
+    }
 
 
 def partners_of(n: int, documents: Tensor | None = None) -> Tensor | None:

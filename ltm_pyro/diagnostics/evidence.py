@@ -13,7 +13,6 @@ that has no other. Such a bracket is narrow, its errors small, and its upper sid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,20 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import Likelihoods, score_terms
-from ltm_pyro.diagnostics.estimates import corpus_attrs, khat_threshold, log_mean, sequence_coords
+from ltm_pyro.diagnostics.estimates import khat_threshold, log_mean, provenance, sequence_coords
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, pareto_khat, tail_error
 from ltm_pyro.doors import door
-from ltm_pyro.errors import InputError, unknown_name
-from ltm_pyro.inference.mcmc.annealing import Annealer, Ladder, fixed, refine, rungs_needed
+from ltm_pyro.errors import InputError
+from ltm_pyro.inference.mcmc.annealing import Annealer, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.simulation import Simulated
 from ltm_pyro.random import Stream, derive_seed, seeded
 
-SCHEDULES = ("adaptive", "sigmoid", "linear")
+Columns = dict[str, tuple[Any, str]]
+"""Values (B,) and their units, by name."""
+
 WIDE = 1.0
 """Nats between the two sides of a bracket above which it is flagged."""
 
@@ -44,13 +45,7 @@ FEW_WEIGHTS = 0.25
 
 @door
 def importance_bound(
-    model: LatentModel,
-    post: Posterior,
-    batch: Batch,
-    draws: int = 1000,
-    *,
-    rows: int = 512,
-    seed: int = 0,
+    model: LatentModel, post: Posterior, batch: Batch, draws: int = 1000, *, seed: int = 0
 ) -> xr.Dataset:
     """The importance-weighted bound from many draws, in pieces so that memory stays small.
 
@@ -60,7 +55,6 @@ def importance_bound(
         batch: B sequences.
         draws: S, fresh draws per sequence; `psis.MIN_DRAWS` or more for a k-hat. As many others
             are drawn to judge them by.
-        rows: Draws times sequences scored together: bounds memory, whatever S.
         seed: Of the draws.
 
     Returns:
@@ -77,13 +71,12 @@ def importance_bound(
         InputError: for too few draws, a point mass, or a posterior of other sequences.
     """
     check_count("draws", draws, 2, "since the standard error compares them")
-    check_count("rows", rows, 1, "draws times sequences")
     if not post.has_density:
         raise InputError(
             f"a {post.family!r} guide is a point mass: importance weights need a density"
         )
     with setting(model, batch, post) as place:
-        likelihoods = Likelihoods(model, place.batch, at_once=rows)
+        likelihoods = Likelihoods(model, place.batch)
         q, prior = post.distribution, place.prior
         log_weights, others = (
             score_terms(likelihoods, q, prior, draws, seed, other=other).log_weights.cpu()
@@ -93,29 +86,20 @@ def importance_bound(
     weights = log_weights.numpy()
     khat, khat_judge = pareto_khat(weights), pareto_khat(others.numpy())
     limit = khat_threshold(draws)
-    reliable = khat_judge <= limit
     # A k-hat of S draws is off by about (1 + k) / sqrt(tail), and a tail that looks light by luck
     # is what an error must allow for.
     largest = np.fmax(khat, khat_judge)
     error = np.fmax(bound.error.numpy(), tail_error(weights, largest + khat_error(largest, draws)))
-    data = _dataset(
-        batch,
-        {
-            "iw_bound": (bound.value, "nats"),
-            "iw_bound_se": (error, "nats"),
-            "ess": (bound.ess, "draws"),
-            "khat": (khat, "1"),
-            "khat_judge": (khat_judge, "1"),
-            "reliable": (reliable, "1"),
-        },
-    )
-    data.attrs |= {
-        "draws": draws,
-        "seed": seed,
-        "guide": post.family,
-        "khat_limit": limit,
-        "flags": _unreliable(data, draws, limit),
+    columns = {
+        "iw_bound": (bound.value, "nats"),
+        "iw_bound_se": (error, "nats"),
+        "ess": (bound.ess, "draws"),
+        "khat": (khat, "1"),
+        "khat_judge": (khat_judge, "1"),
+        "reliable": (khat_judge <= limit, "1"),
     }
+    data = _dataset(batch, columns, draws=draws, seed=seed, guide=post.family, khat_limit=limit)
+    data.attrs["flags"] = _unreliable(data, draws, limit)
     return data
 
 
@@ -136,26 +120,6 @@ def _unreliable(data: xr.Dataset, draws: int, limit: float) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How annealing runs, checked."""
-
-    chains: int
-    rungs: int | None
-    schedule: str
-    max_leapfrog: int
-    seed: int
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, SCHEDULES)
-        check_count("chains", self.chains, 2, "since the standard error compares them")
-        check_count("max_leapfrog", self.max_leapfrog, 1, "gradients per transition")
-        if self.rungs is not None:
-            check_count("rungs", self.rungs, 2, "temperatures between the start and the posterior")
-
-
 @door
 def annealed_bound(
     model: LatentModel,
@@ -164,7 +128,6 @@ def annealed_bound(
     start: Posterior | None = None,
     chains: int = 32,
     rungs: int | None = None,
-    schedule: str = "adaptive",
     max_leapfrog: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -181,9 +144,8 @@ def annealed_bound(
             the fewer rungs are needed. What a guide misses, a mode for one, the bound misses too,
             and its standard error does not show it: it stays a lower bound, too low by that mass.
         chains: Independent chains per sequence whose weights are averaged.
-        rungs: Temperatures; by default as many as the pilot finds the way to be long.
-        schedule: `adaptive`, each sequence's rungs equally far apart as weights count; `sigmoid`
-            or `linear`, the same temperatures for all.
+        rungs: Temperatures, each sequence's equally far apart as weights count; by default as many
+            as the pilot finds the way to be long.
         max_leapfrog: Gradients per transition at most.
         seed: The same seed gives the same answer; torch's global generator is left alone.
         progress: Show a progress bar.
@@ -195,9 +157,7 @@ def annealed_bound(
     Raises:
         InputError: for a bad option, or a start that is a point mass or of other sequences.
     """
-    return _anneal(
-        model, batch, start, None, _Options(chains, rungs, schedule, max_leapfrog, seed, progress)
-    )
+    return _anneal(model, batch, start, None, chains, rungs, max_leapfrog, seed, progress)
 
 
 @door
@@ -207,7 +167,6 @@ def evidence_bracket(
     *,
     chains: int = 32,
     rungs: int | None = None,
-    schedule: str = "adaptive",
     max_leapfrog: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -221,7 +180,6 @@ def evidence_bracket(
         simulated: Of `simulate(model, n)`: sequences, and the thoughts they were made from.
         chains: As in `annealed_bound`, in each direction.
         rungs: As there.
-        schedule: As there.
         max_leapfrog: As there.
         seed: As there.
         progress: As there.
@@ -241,88 +199,89 @@ def evidence_bracket(
             f"simulated.z is {tuple(simulated.z.shape)}: must be {shape}, the thoughts that each "
             "sequence was made from"
         )
-    options = _Options(chains, rungs, schedule, max_leapfrog, seed, progress)
-    return _anneal(model, simulated.batch, None, simulated.z, options)
+    return _anneal(
+        model, simulated.batch, None, simulated.z, chains, rungs, max_leapfrog, seed, progress
+    )
 
 
 def _anneal(
-    model: LatentModel, batch: Batch, start: Posterior | None, exact: Tensor | None, how: _Options
+    model: LatentModel,
+    batch: Batch,
+    start: Posterior | None,
+    exact: Tensor | None,
+    chains: int,
+    rungs: int | None,
+    max_leapfrog: int,
+    seed: int,
+    progress: bool,
 ) -> xr.Dataset:
     """One direction, or both where exact draws (B, K, D) are given."""
+    check_count("chains", chains, 2, "since the standard error compares them")
+    check_count("max_leapfrog", max_leapfrog, 1, "gradients per transition")
+    if rungs is not None:
+        check_count("rungs", rungs, 2, "temperatures between the start and the posterior")
 
     def random(purpose: int) -> Any:
-        return seeded(derive_seed(how.seed, Stream.MCMC, purpose), model.device)
+        return seeded(derive_seed(seed, Stream.MCMC, purpose), model.device)
 
     with setting(model, batch, start) as place:
         with random(1):
-            annealer = Annealer(place, how.max_leapfrog)
-            ladder = _ladder(annealer.pilot(), how)
-        length = (len(ladder.beta) - 1) * (1 if exact is None else 2)
-        with tqdm(total=length, disable=not how.progress, desc="anneal", unit="rung") as bar:
+            annealer = Annealer(place, max_leapfrog)
+            pilot = annealer.pilot()
+            ladder = refine(pilot, rungs_needed(pilot) if rungs is None else rungs)
+        steps = len(ladder.beta) - 1
+        length = steps * (1 if exact is None else 2)
+        with tqdm(total=length, disable=not progress, desc="anneal", unit="rung") as bar:
             with random(2):
-                lower = log_mean(annealer.forward(ladder, how.chains, bar.update).cpu())
-            columns = {
-                "lower": (lower.value, "nats"),
-                "lower_se": (lower.error, "nats"),
-                "lower_ess": (lower.ess, "chains"),
-            }
-            weak = lower.ess < FEW_WEIGHTS * how.chains
+                columns = _side("lower", annealer.forward(ladder, chains, bar.update))
             if exact is not None:
                 with random(3):
                     z = exact.to(place.scale).flatten(-2)
-                    back = annealer.backward(ladder, z, how.chains, bar.update)
-                inverse = log_mean(-back.cpu())
-                columns["upper"] = (-inverse.value, "nats")
-                columns["upper_se"] = (inverse.error, "nats")
-                columns["upper_ess"] = (inverse.ess, "chains")
-                columns["width"] = (-inverse.value - lower.value, "nats")
-                weak = weak | (inverse.ess < FEW_WEIGHTS * how.chains)
-    data = _dataset(batch, columns)
-    data.attrs |= {
-        "start": "prior" if start is None else start.family,
-        "chains": how.chains,
-        "rungs": len(ladder.beta) - 1,
-        "schedule": how.schedule,
-        "seed": how.seed,
-        "gradient_evaluations_per_sequence": annealer.pilot_cost
-        + how.chains * annealer.target.evaluations,
-        "flags": "; ".join(_annealing_flags(data, weak.numpy())),
-    }
+                    back = annealer.backward(ladder, z, chains, bar.update)
+                columns |= _side("upper", -back, sign=-1.0)
+                columns["width"] = (columns["upper"][0] - columns["lower"][0], "nats")
+    family = "prior" if start is None else start.family
+    data = _dataset(batch, columns, start=family, chains=chains, rungs=steps, seed=seed)
+    cost = annealer.pilot_cost + chains * annealer.target.evaluations
+    data.attrs["gradient_evaluations_per_sequence"] = cost
+    data.attrs["flags"] = "; ".join(_annealing_flags(data, chains))
     return data
 
 
-def _ladder(pilot: Ladder, how: _Options) -> Ladder:
-    rungs = rungs_needed(pilot) if how.rungs is None else how.rungs
-    if how.schedule == "adaptive":
-        return refine(pilot, rungs)
-    return fixed(how.schedule, pilot, rungs)
+def _side(name: str, log_weights: Tensor, sign: float = 1.0) -> Columns:
+    """One side of the evidence, from the log weights (C, B) of its chains."""
+    bound = log_mean(log_weights.cpu())
+    return {
+        name: (sign * bound.value, "nats"),
+        f"{name}_se": (bound.error, "nats"),
+        f"{name}_ess": (bound.ess, "chains"),
+    }
 
 
-def _annealing_flags(data: xr.Dataset, weak: np.ndarray) -> list[str]:
+def _annealing_flags(data: xr.Dataset, chains: int) -> list[str]:
     flags, n = [], data.sizes["sequence"]
+    weights = [data[name].values for name in ("lower_ess", "upper_ess") if name in data]
+    weak = np.min(weights, axis=0) < FEW_WEIGHTS * chains
     if weak.any():
         flags.append(
             f"{int(weak.sum())} of {n} sequences rest on few chains' weights (ids "
             f"{_some(data, weak)}): their standard errors are too small; more rungs"
         )
-    if "width" in data:
-        wide = data["width"].values > WIDE
-        if wide.any():
-            flags.append(
-                f"{int(wide.sum())} of {n} brackets are wider than {WIDE:g} nat (ids "
-                f"{_some(data, wide)}): more rungs or chains"
-            )
+    wide = data["width"].values > WIDE if "width" in data else np.zeros(n, bool)
+    if wide.any():
+        flags.append(
+            f"{int(wide.sum())} of {n} brackets are wider than {WIDE:g} nat (ids "
+            f"{_some(data, wide)}): more rungs or chains"
+        )
     return flags
 
 
-def _dataset(batch: Batch, columns: dict[str, tuple[Any, str]]) -> xr.Dataset:
+def _dataset(batch: Batch, columns: Columns, **attrs: Any) -> xr.Dataset:
+    """Columns over `sequence`, by their units."""
     return xr.Dataset(
-        {
-            name: ("sequence", np.asarray(value), {"units": units})
-            for name, (value, units) in columns.items()
-        },
+        {n: ("sequence", np.asarray(v), {"units": units}) for n, (v, units) in columns.items()},
         coords=sequence_coords(batch),
-        attrs=corpus_attrs(batch),
+        attrs=provenance(batch) | attrs,
     )
 
 

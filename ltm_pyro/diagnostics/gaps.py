@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import xarray as xr
 from pyro.infer import ELBO, TraceMeanField_ELBO
+from scipy import stats
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -37,6 +38,7 @@ from ltm_pyro.diagnostics.convergence import (
     judge,
     mean_and_error,
     objective_draws,
+    with_errors,
 )
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.doors import door
@@ -61,19 +63,37 @@ class _Evidence:
 
     Attributes:
         value: Nats.
-        draws: (S, B) its linearised dependence on the draws that the ELBOs share; zeros where none.
-        error: Standard error from elsewhere.
         kind: In words.
         exact: Whether `value` is log p(x) itself and not a lower bound.
+        error: Standard error from elsewhere.
+        weights: (S, B) its linearised dependence on the draws that the ELBOs share; `None` if none.
         upper: An upper bound and its standard error, where there is one.
     """
 
     value: Floats
-    draws: Tensor
-    error: Floats
     kind: str
-    exact: bool
+    exact: bool = False
+    error: Floats | float = 0.0
+    weights: Tensor | None = None
     upper: tuple[Floats, Floats] | None = None
+
+    def gap(self, draws: Tensor) -> tuple[Floats, Floats]:
+        """What it is above the mean of draws (S, B), with the error of the difference."""
+        apart = -draws if self.weights is None else self.weights - draws
+        mean, error = mean_and_error(draws)[0], mean_and_error(apart)[1]
+        return self.value - mean, np.hypot(error, self.error)
+
+    @property
+    def signs(self) -> str:
+        """Which side of 0 a gap that is 0 comes out on."""
+        if self.weights is None:
+            return (
+                "nothing is clipped: a gap that is 0 comes out on either side of it, by its error"
+            )
+        return (
+            "approximation and total are never negative: the bound on these draws is not below "
+            "their mean; the other gaps come out on either side of 0, by their error"
+        )
 
 
 @door
@@ -135,52 +155,33 @@ def gap_decomposition(
             "split; fast_convergence judges its fast loop"
         )
     amortised = not svi.guide.local_parameters()
-    refines_encoder = not amortised and bool(svi.guide.inputs.values())
+    second = "amortisation" if amortised else "truncation"
     long, checked = _converge(svi, judged, batch, converged_steps)
+    posts = {"judged": judged, "long": long, "best": checked}
+    if not amortised and svi.guide.inputs.values():  # it goes on from an encoder
+        posts["encoder"] = svi.infer(batch, 0)
     value = {
-        name: objective_draws(svi.model, post, batch, draws, seed)
-        for name, post in (("judged", judged), ("long", long), ("best", checked))
+        name: objective_draws(svi.model, post, batch, draws, seed) for name, post in posts.items()
     }
-    if refines_encoder:
-        value["encoder"] = objective_draws(svi.model, svi.infer(batch, 0), batch, draws, seed)
     given = _evidence(svi.model, batch, value["best"], evidence)
-    data = _columns(batch, value, given, "amortisation" if amortised else "truncation")
-    judged_gain = judge(
-        data["still_gaining"].values, data["still_gaining_se"].values, tolerance, draws
-    )
-    data["converged"] = ("sequence", judged_gain.verdict == ENOUGH)
+    data = _columns(batch, value, given, second)
+    gaining = data["still_gaining"].values, data["still_gaining_se"].values
+    data["converged"] = ("sequence", judge(*gaining, tolerance, draws)[0] == ENOUGH)
     data["khat"] = ("sequence", pareto_khat(value["best"].cpu().numpy()), {"units": "1"})
     data.attrs = {
-        "components": ["approximation", "amortisation" if amortised else "truncation"],
+        "components": ["approximation", second],
         "evidence_kind": given.kind,
         "approximation_is": "exact" if given.exact else "at least",
         "share_converged": float(data["converged"].mean()),
         "guide": judged.family,
-        "steps": _steps_taken(svi, steps),
+        "steps": 0 if amortised else svi.fast.steps if steps is None else steps,
         "converged_steps": converged_steps + 2 * max(1, converged_steps // 2),
         "draws": draws,
         "seed": seed,
         "tolerance": tolerance,
-        "negative_values": _signs(given),
+        "negative_values": given.signs,
     }
     return data
-
-
-def _signs(given: _Evidence) -> str:
-    """Which side of 0 a gap that is 0 comes out on."""
-    if bool((given.draws != 0).any()):
-        return (
-            "approximation and total are never negative: the bound on these draws is not below "
-            "their mean; the other gaps come out on either side of 0, by their error"
-        )
-    return "nothing is clipped: a gap that is 0 comes out on either side of it, by its error"
-
-
-def _steps_taken(svi: DualRateSVI, steps: int | None) -> int:
-    """T; 0 for a family without local parameters."""
-    if not svi.guide.local_parameters():
-        return 0
-    return svi.fast.steps if steps is None else steps
 
 
 def _check(
@@ -224,7 +225,9 @@ def _converge(
         ("stl", _CHECK_RATE, half),
     ):
         fast = Fast(steps=count, optimizer="adam", lr=rate, final_fraction=0.0)
-        elbo = _several_draws(objective, judged)
+        elbo: ELBO = TraceMeanField_ELBO(num_particles=_PARTICLES)
+        if judged.distribution.has_rsample:
+            elbo = build_objective(objective, particles=_PARTICLES)
         found.append(continue_from(svi, rows, batch, fast, guide=guide, elbo=elbo))
         rows = found[-1].parameters
     return found[1], found[2]
@@ -244,36 +247,26 @@ def _local_counterpart(
     return build_guide("mean_field", model), rows
 
 
-def _several_draws(objective: str, judged: Posterior) -> ELBO:
-    """An estimator of the ELBO with several particles that the family can run."""
-    if judged.distribution.has_rsample:
-        return build_objective(objective, particles=_PARTICLES)
-    return TraceMeanField_ELBO(num_particles=_PARTICLES)
-
-
 def _evidence(
     model: LatentModel, batch: Batch, best: Tensor, evidence: xr.Dataset | str | None
 ) -> _Evidence:
     """What `evidence` asks for, as numbers. `best`: (S, B) log weights of the converged q."""
-    none = torch.zeros_like(best)
     if isinstance(evidence, xr.Dataset):
         refuse_other_sequences(evidence, batch, ("evidence", "the batch"))
-        lower, error = (evidence[name].values.astype(np.float64) for name in ("lower", "lower_se"))
-        if "upper" not in evidence:
-            return _Evidence(lower, none, error, "lower bound, given", exact=False)
-        blank = np.zeros_like(lower)
-        upper_se = evidence["upper_se"].values if "upper_se" in evidence else blank
-        upper = (evidence["upper"].values.astype(np.float64), upper_se.astype(np.float64))
-        return _Evidence(lower, none, error, "bracket, given", exact=False, upper=upper)
-    known = exact_evidence(model, batch)
-    if known is not None:
-        exact = known.double().cpu().numpy()
-        return _Evidence(exact, none, np.zeros_like(exact), "exact", exact=True)
+        names = [n for n in ("lower", "lower_se", "upper", "upper_se") if n in evidence]
+        known = {name: evidence[name].values.astype(np.float64) for name in names}
+        lower, error = known["lower"], known["lower_se"]
+        if "upper" not in known:
+            return _Evidence(lower, "lower bound, given", error=error)
+        upper = known["upper"], known.get("upper_se", np.zeros_like(lower))
+        return _Evidence(lower, "bracket, given", error=error, upper=upper)
+    exact = exact_evidence(model, batch)
+    if exact is not None:
+        return _Evidence(exact.double().cpu().numpy(), "exact", exact=True)
     bound = best.logsumexp(0) - math.log(len(best))
     weights = torch.exp(best - bound)  # mean 1: the first-order effect of a draw on the bound
     kind = f"importance-weighted lower bound, {len(best)} draws of the converged q"
-    value = bound.cpu().numpy()
-    return _Evidence(value, weights, np.zeros_like(value), kind, exact=False)
+    return _Evidence(bound.cpu().numpy(), kind, weights=weights)
 
 
 def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: str) -> xr.Dataset:
@@ -282,10 +275,10 @@ def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: s
     pairs = {
         "elbo": mean_and_error(judged),
         "elbo_converged": mean_and_error(best),
-        "evidence": (given.value, np.hypot(mean_and_error(given.draws)[1], given.error)),
-        "approximation": _gap(given, best),
+        "evidence": (given.value, given.gap(torch.zeros_like(best))[1]),
+        "approximation": given.gap(best),
         second: mean_and_error(best - judged),
-        "total": _gap(given, judged),
+        "total": given.gap(judged),
         "still_gaining": mean_and_error(best - value["long"]),
     }
     if "encoder" in value:
@@ -293,20 +286,10 @@ def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: s
         pairs["refined"] = mean_and_error(judged - value["encoder"])
     if given.upper is not None:
         upper, error = given.upper
-        for name in ("approximation", "total"):
-            mean, se = mean_and_error(best if name == "approximation" else judged)
+        for name, draws in (("approximation", best), ("total", judged)):
+            mean, se = mean_and_error(draws)
             pairs[f"{name}_upper"] = (upper - mean, np.hypot(error, se))
-    data = xr.Dataset(coords={"sequence": batch.ids.cpu().numpy()})
-    for name, (mean, error) in pairs.items():
-        data[name] = ("sequence", mean, {"units": "nats"})
-        data[f"{name}_se"] = ("sequence", error, {"units": "nats"})
-    return data
-
-
-def _gap(given: _Evidence, draws: Tensor) -> tuple[Floats, Floats]:
-    """Evidence minus an ELBO, with the error of the difference."""
-    error = mean_and_error(given.draws - draws)[1]
-    return given.value - mean_and_error(draws)[0], np.hypot(error, given.error)
+    return xr.Dataset(with_errors(pairs, "sequence"), coords={"sequence": batch.ids.cpu().numpy()})
 
 
 def gap_means(gaps: xr.Dataset) -> xr.Dataset:
@@ -318,13 +301,11 @@ def gap_means(gaps: xr.Dataset) -> xr.Dataset:
     """
     names = [*gaps.attrs["components"], "total"]
     n = gaps.sizes["sequence"]
-    values = np.stack([gaps[name].values for name in names])
-    errors = np.stack([gaps[f"{name}_se"].values for name in names])
-    spread = values.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.full(len(names), np.nan)
+    values, errors = (gaps[[f"{m}{e}" for m in names]].to_array().values for e in ("", "_se"))
     columns = {
         "mean": values.mean(1),
         "mc_se": np.sqrt(np.square(errors).sum(1)) / n,
-        "sampling_se": spread,
+        "sampling_se": stats.sem(values, axis=1) if n > 1 else np.full(len(names), np.nan),
     }
     return xr.Dataset(
         {key: ("component", value, {"units": "nats"}) for key, value in columns.items()},

@@ -23,18 +23,14 @@ import xarray as xr
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-import ltm_pyro
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.data.batches import Batch
+from ltm_pyro.diagnostics.estimates import jackknife, provenance
 from ltm_pyro.doors import door
 from ltm_pyro.engine.execution import frozen
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide, Loss
-from ltm_pyro.inference.objectives import (
-    as_objective,
-    describe,
-    kl_estimator,
-)
+from ltm_pyro.inference.objectives import as_objective, describe, kl_estimator
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.random import Stream, derive_seed, seeded
 
@@ -183,9 +179,7 @@ class _Moments:
             for i, n in enumerate(self.counts)
         ]
         for name in list(out):
-            each = torch.stack([block[name] for block in left_out])
-            spread = (each - each.mean(0)).square().sum(0)
-            out[f"{name}_se"] = (spread * (BLOCKS - 1) / BLOCKS).sqrt()
+            out[f"{name}_se"] = jackknife(torch.stack([block[name] for block in left_out]))
         return out
 
     def _of(self, total: Tensor, squares: Tensor, count: float) -> dict[str, Tensor]:
@@ -201,11 +195,8 @@ class _Moments:
 
 
 _UNITS = {
-    "gradient_signal": "nats^2",
-    "gradient_norm": "nats",
-    "gradient_variance": "nats^2",
-    "snr": "1",
-}
+    "gradient_signal": "nats^2", "gradient_norm": "nats", "gradient_variance": "nats^2", "snr": "1",
+}  # fmt: skip
 
 
 def _dataset(
@@ -230,16 +221,15 @@ def _dataset(
         what = name.removeprefix("slow_").removesuffix("_se")
         dims = ("objective", "sequence")[: values.ndim]
         variables[name] = (dims, values, {"units": _UNITS[what]})
-    data = xr.Dataset(variables, coords=coords)
-    data.attrs = {
+    attrs = {
         "guide": guide.family,
         "draws": draws,
         "seed": seed,
         "local_parameters": sum(p[0].numel() for p in guide.local_parameters().values()),
         "slow_gradient": "of the loss summed over the batch",
-        "ltm_pyro_version": ltm_pyro.__version__,
+        **provenance(batch),
     }
-    return data
+    return xr.Dataset(variables, coords, attrs)
 
 
 def efficiency(data: xr.Dataset) -> xr.DataArray:

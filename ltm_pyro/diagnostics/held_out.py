@@ -13,7 +13,7 @@ from ltm_pyro.course import Metrics
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, monte_carlo
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -71,12 +71,12 @@ class HeldOutBound:
         scores = evaluate(
             svi.model, post, batch, self.draws, controls=False, seed=noise, parallel=svi.parallel
         )
-        name, se = ("elbo", scores["elbo_se"].values) if post.has_density else ("log_joint", 0.0)
+        name = "elbo" if post.has_density else "log_joint"
         values = scores[name].values
         bound = clustered_mean(values, documents_of(scores))
         found = (
             bound.value,
-            float(np.sqrt(np.square(se).sum())) / len(values),
+            monte_carlo(scores, name) / len(values),
             bound.error,
             float(scores["kl"].mean()),
             float(values.sum() / scores["n_tokens"].sum()),
@@ -109,7 +109,9 @@ class EarlyStopping(Callback):
     def over(self, metrics: Iterable[Metrics]) -> bool:
         """Whether a fit with these metrics has been stopped."""
         bounds = held_out_bounds(metrics)
-        return bool(bounds) and len(bounds) - 1 - _best(list(bounds.values())) >= self.patience
+        return (
+            bool(bounds) and len(bounds) - 1 - int(np.argmax([*bounds.values()])) >= self.patience
+        )
 
 
 def held_out_columns(has_density: bool) -> tuple[str, ...]:
@@ -129,11 +131,7 @@ def held_out_bounds(metrics: Iterable[Metrics]) -> dict[int, float]:
 def best_step(metrics: Iterable[Metrics]) -> int | None:
     """The slow step with the highest held-out bound; `None` where none was scored."""
     bounds = held_out_bounds(metrics)
-    return list(bounds)[_best(list(bounds.values()))] if bounds else None
-
-
-def _best(values: list[float]) -> int:
-    return int(np.argmax(values))
+    return max(bounds, key=lambda step: bounds[step]) if bounds else None
 
 
 def spread(split: SequenceSet, count: int) -> Batch:

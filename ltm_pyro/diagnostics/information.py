@@ -25,12 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent
@@ -50,7 +51,7 @@ from ltm_pyro.models.full_normal import (
 from ltm_pyro.random import Stream, derive_seed, seeded
 
 Kind = Literal["exact", "monte carlo", "at least", "unknown"]
-_RANK: tuple[Kind, ...] = ("exact", "monte carlo", "at least", "unknown")
+_RANK: tuple[Kind, ...] = get_args(Kind)
 Densities = Callable[[Tensor], Tensor]
 """From z (S, 1, K, D) to log densities (S, N, C) of C parts of it under every q."""
 
@@ -71,23 +72,28 @@ def kl_by_block(post: Posterior, parts: list[slice]) -> tuple[Tensor, Kind]:
     columns, kinds, z = [], [], None
     for part in parts:
         q, p = marginal(post.distribution, part), marginal(post.prior, part)
-        kind: Kind = "unknown"
-        kl: Tensor | None = None
+        kind: Kind = "exact"
         if not post.has_density:
-            kl, kind = torch.full(post.ids.shape, torch.inf, device=post.ids.device), "exact"
+            kl = torch.full(post.ids.shape, torch.inf, device=post.ids.device)
         elif q is not None and p is not None:
-            kl, kind = _closed_form(q, p), "exact"
-            if kl is None:
+            closed = _closed_form(q, p)
+            if closed is not None:
+                kl = closed
+            else:
                 z = post.sample(KL_DRAWS) if z is None else z
                 drawn = z[..., part, :]
                 kl, kind = (q.log_prob(drawn) - p.log_prob(drawn)).mean(0), "monte carlo"
         elif p is not None and is_factorised_normal(p):
+            # Independent normals with q's moments: among all q with these they have the highest
+            # entropy, and the cross entropy to a factorised normal depends on moments alone.
             mean, variance = (value[:, part] for value in moments(post))
-            kl, kind = _kl_of_moments(mean, variance, p), "at least"
-        unknown = torch.full(post.ids.shape, torch.nan, device=post.ids.device)
-        columns.append(unknown if kl is None else kl)
+            ratio, shift = variance / p.variance, (mean - p.mean).square() / p.variance
+            kl, kind = 0.5 * (ratio + shift - 1.0 - ratio.log()).sum((1, 2)), "at least"
+        else:
+            kl, kind = torch.full(post.ids.shape, torch.nan, device=post.ids.device), "unknown"
+        columns.append(kl.double())
         kinds.append(kind)
-    return torch.stack([c.double() for c in columns], dim=1), max(kinds, key=_RANK.index)
+    return torch.stack(columns, dim=1), max(kinds, key=_RANK.index)
 
 
 def _closed_form(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
@@ -95,68 +101,39 @@ def _closed_form(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
     return gaussian_kl(q, p) if normal else None
 
 
-def _kl_of_moments(mean: Tensor, variance: Tensor, prior: TorchDistribution) -> Tensor:
-    """KL from independent normals with these moments to a factorised normal prior, (B,).
-
-    Among all q with given moments they have the highest entropy, and the cross entropy to a
-    factorised normal depends on moments alone: so this never exceeds KL(q || prior).
-    """
-    ratio = variance / prior.variance
-    shift = (mean - prior.mean).square() / prior.variance
-    return 0.5 * (ratio + shift - 1.0 - ratio.log()).sum((1, 2))
-
-
 @dataclass(frozen=True)
 class Information:
-    """Bounds on the mutual information between text and parts of z, nats.
+    """Bounds on the mutual information between text and z in nats, (1 + K + L,) each.
+
+    Of all thoughts, of each thought by itself, and of each layer's block.
 
     Attributes:
-        value: From below, in expectation over sequences; at most their entropy, log N for N texts.
+        value: From below, in expectation over sequences; at most `cap`.
         error: Its Monte Carlo standard error given these sequences and fits.
         upper: From above; `nan` where that is not known: for parts whose density is not, and where
             all sequences are of the same text.
         as_fitted: From below, of z and the fit that it comes from: what the fast loop's noise tells
             apart included, copies of a text too.
+        cap: Which no lower bound can exceed: the entropy of the texts, log N for N texts.
+        kind: How densities of parts are known; those of all thoughts always are.
     """
 
     value: Tensor
     error: Tensor
     upper: Tensor
     as_fitted: Tensor
-
-    def part(self, index: int | slice) -> Information:
-        """Of some parts."""
-        values = (self.value, self.error, self.upper, self.as_fitted)
-        return Information(*(value[index] for value in values))
-
-    @property
-    def at_least(self) -> Tensor:
-        """Whether `value` is a lower bound and no more: the upper one is far, or not known."""
-        return ~(self.upper - self.value <= TIGHT)
-
-
-@dataclass(frozen=True)
-class MutualInformation:
-    """Between text and z, in nats.
-
-    Attributes:
-        total: Of all thoughts, values of shape ().
-        thoughts: Of each thought by itself, (K,).
-        layers: Of each layer's block, (L,).
-        cap: Which no lower bound can exceed: the entropy of the texts, log N for N texts.
-        kind: How densities of `thoughts` and `layers` are known; those of `total` always are.
-    """
-
-    total: Information
-    thoughts: Information
-    layers: Information
     cap: float
     kind: Kind
+
+    @property
+    def strength(self) -> str:
+        """Of the total: `at least` where the upper bound is far or not known, or `estimate`."""
+        return "estimate" if bool(self.upper[0] - self.value[0] <= TIGHT) else "at least"
 
 
 def mutual_information(
     post: Posterior, layers: list[slice], draws: int, again: Posterior | None = None
-) -> MutualInformation:
+) -> Information:
     """I between text and z on `draws` draws per sequence, from torch's global generator.
 
     Costs S N N densities of z, and for families with correlated thoughts as many of every block;
@@ -171,14 +148,16 @@ def mutual_information(
     Raises:
         InputError: if the second inference is of other sequences, or a point mass.
     """
-    _check_again(post, again)
+    if again is not None:
+        refuse_other_sequences(again, post, ("again", "post"))
+        if again.has_density != post.has_density:
+            raise InputError("again and post must both have a density, or neither")
     n_thoughts, n, texts = post.prior.event_shape[0], len(post), _texts(post)
     share = torch.bincount(texts).double() / n
     cap = max(0.0, -float((share * share.log()).sum()))  # one text: 0, not -0
     if not post.has_density:
         unknown = torch.full((1 + n_thoughts + len(layers),), torch.nan)
-        found = Information(unknown, unknown, unknown, unknown)
-        return _by_part(found, n_thoughts, cap, "unknown")
+        return Information(unknown, unknown, unknown, unknown, cap, "unknown")
     parts = blocks(n_thoughts, n_thoughts)
     score, kind = _densities(post, parts, layers)
     second = score if again is None else _densities(again, parts, layers)[0]
@@ -199,14 +178,7 @@ def mutual_information(
     error = (gain[0].var(0).sum(0) / draws).sqrt().cpu() / n if draws > 1 else value * torch.nan
     # Without information a second inference agrees with the first on nothing: less than 0.
     value = value if again is None else value.clamp_min(0.0)
-    return _by_part(Information(value, error, upper, as_fitted), n_thoughts, cap, kind)
-
-
-def _by_part(found: Information, n_thoughts: int, cap: float, kind: Kind) -> MutualInformation:
-    thoughts, layers = slice(1, 1 + n_thoughts), slice(1 + n_thoughts, None)
-    return MutualInformation(
-        found.part(0), found.part(thoughts), found.part(layers), cap=cap, kind=kind
-    )
+    return Information(value, error, upper, as_fitted, cap, kind)
 
 
 def _gains(log_q: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,55 +208,36 @@ def _texts(post: Posterior) -> Tensor:
     return torch.unique(rows, dim=0, return_inverse=True)[1].to(post.ids.device)
 
 
-def _check_again(post: Posterior, again: Posterior | None) -> None:
-    if again is None:
-        return
-    refuse_other_sequences(again, post, ("again", "post"))
-    if again.has_density != post.has_density:
-        raise InputError("again and post must be of families that both have a density, or neither")
-
-
 def _densities(
     post: Posterior, thoughts: list[slice], layers: list[slice]
 ) -> tuple[Densities, Kind]:
     """Of all thoughts, each thought and each layer, C = 1 + K + L; and how they are known."""
     q: Any = post.distribution
-    first = [part.start for part in layers]
-
-    def by_layer(each: Tensor) -> Tensor:
-        """(S, N, K) of independent thoughts to (S, N, L)."""
-        size = each.shape[-1] // max(len(first), 1)
-        grouped: Tensor = each.unflatten(-1, (-1, size)).sum(-1)
-        return grouped if first else grouped[..., :0]
-
-    if is_factorised_normal(q):
-        apart = Independent(q.base_dist, 1)
-
-        def factorised(z: Tensor) -> Tensor:
-            each = apart.log_prob(z)
-            return torch.cat([each.sum(-1, keepdim=True), each, by_layer(each)], dim=-1)
-
-        return factorised, "monte carlo"
+    factorised = is_factorised_normal(q)
     parts = [marginal(q, part) for part in (*thoughts, *layers)]
-    if None not in parts:
+    known = [d for d in parts if d is not None]
+    if len(known) == len(parts) and not factorised:
 
         def of_marginals(z: Tensor) -> Tensor:
-            each = [
-                d.log_prob(z[..., part, :])
-                for d, part in zip(parts, (*thoughts, *layers), strict=True)
-                if d is not None
-            ]
+            places = zip(known, (*thoughts, *layers), strict=True)
+            each = [d.log_prob(z[..., part, :]) for d, part in places]
             return torch.stack([q.log_prob(z), *each], dim=-1)
 
         return of_marginals, "monte carlo"
-    mean, variance = moments(post)
-    normal = dist.Normal(mean, variance.sqrt()).to_event(1)
+    if factorised:
+        normal = q.base_dist
+    else:
+        mean, variance = moments(post)
+        normal = dist.Normal(mean, variance.sqrt())
+    apart = Independent(normal, 1)
 
-    def of_moments(z: Tensor) -> Tensor:
-        each = normal.log_prob(z)
-        return torch.cat([q.log_prob(z)[..., None], each, by_layer(each)], dim=-1)
+    def of_thoughts(z: Tensor) -> Tensor:
+        each = apart.log_prob(z)
+        whole = each.sum(-1, keepdim=True) if factorised else q.log_prob(z)[..., None]
+        by_layer = each.unflatten(-1, (max(len(layers), 1), -1)).sum(-1)
+        return torch.cat([whole, each, by_layer if layers else each[..., :0]], dim=-1)
 
-    return of_moments, "at least"
+    return of_thoughts, "monte carlo" if factorised else "at least"
 
 
 @door
@@ -332,32 +285,11 @@ def information_by_block(
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
         found = mutual_information(post, layers, draws, again)
         kl, kind = kl_by_block(post, parts)
-    values = kl.cpu().numpy()
-    data = xr.Dataset(
-        {
-            "kl_thought": (("sequence", "thought"), values[:, :n_thoughts]),
-            "kl_layer": (("sequence", "layer"), values[:, n_thoughts:]),
-        },
-        coords={
-            "sequence": post.ids.cpu().numpy(),
-            "thought": np.arange(n_thoughts),
-            "layer": np.arange(len(layers)),
-        },
-    )
-    for ending, dims, part in (
-        ("", (), found.total),
-        ("_thought", ("thought",), found.thoughts),
-        ("_layer", ("layer",), found.layers),
-    ):
-        name = f"mutual_information{ending}"
-        data[name], data[f"{name}_se"] = (dims, part.value.numpy()), (dims, part.error.numpy())
-        data[f"{name}_upper"] = (dims, part.upper.numpy())
-    for column in data.data_vars.values():
-        column.attrs["units"] = "nats"
+    data = by_block(post, found, kl)
     data.attrs = {
         "kl_kind": kind,
         "mutual_information_kind": found.kind,
-        "mutual_information_is": strength(found.total),
+        "mutual_information_is": found.strength,
         "mutual_information_cap": found.cap,
         "mutual_information_counts": counts(again),
         "reason": reason(post, kind),
@@ -368,9 +300,28 @@ def information_by_block(
     return data
 
 
-def strength(total: Information) -> str:
-    """`estimate` or `at least`."""
-    return "at least" if bool(total.at_least) else "estimate"
+def by_block(post: Posterior, found: Information, kl: Tensor) -> xr.Dataset:
+    """The columns of `information_by_block`; `kl` (N, K + L) of every thought and layer."""
+    K = post.prior.event_shape[0]
+    values = kl.cpu().numpy()
+    columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
+        "kl_thought": (("sequence", "thought"), values[:, :K]),
+        "kl_layer": (("sequence", "layer"), values[:, K:]),
+    }
+    for name, dims, part in (
+        ("", (), 0), ("_thought", ("thought",), slice(1, 1 + K)),
+        ("_layer", ("layer",), slice(1 + K, None)),
+    ):  # fmt: skip
+        for ending, bound in (("", found.value), ("_se", found.error), ("_upper", found.upper)):
+            columns[f"mutual_information{name}{ending}"] = (dims, bound[part].numpy())
+    return xr.Dataset(
+        {name: (*column, {"units": "nats"}) for name, column in columns.items()},
+        coords={
+            "sequence": post.ids.cpu().numpy(),
+            "thought": np.arange(K),
+            "layer": np.arange(values.shape[1] - K),
+        },
+    )
 
 
 def counts(again: Posterior | None) -> str:

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.full_normal import (
-    BlockNormal,
-    FullNormal,
-    LowRankNormal,
-    is_factorised_normal,
-)
+from ltm_pyro.models.full_normal import BlockNormal, FullNormal, LowRankNormal, is_factorised_normal
 from ltm_pyro.models.normal_mixture import NormalMixture
 from ltm_pyro.models.priors.autoregressive import StationaryAR1
 from ltm_pyro.models.priors.tree import NormalTree
@@ -34,11 +29,7 @@ def moments(post: Posterior) -> tuple[Tensor, Tensor]:
 
 
 def blocks(n_thoughts: int, n_blocks: int) -> list[slice]:
-    """Equal blocks of neighbouring thoughts, as layers have them.
-
-    Raises:
-        InputError: if they do not come out even.
-    """
+    """Equal blocks of neighbouring thoughts, as layers have them; refused if not even."""
     if n_blocks < 1 or n_thoughts % n_blocks:
         raise InputError(
             f"{n_thoughts} thoughts cannot belong to {n_blocks} layers in equal blocks"
@@ -48,14 +39,9 @@ def blocks(n_thoughts: int, n_blocks: int) -> list[slice]:
 
 
 def marginal(distribution: TorchDistribution, block: slice) -> TorchDistribution | None:
-    """The distribution of some neighbouring thoughts by themselves.
+    """The distribution of n neighbouring thoughts by themselves; `None` if of unknown density.
 
-    Args:
-        distribution: Batch shape (...), event shape (K, D).
-        block: Which thoughts, n of them.
-
-    Returns:
-        Batch shape (...), event shape (n, D); `None` where its density is not known.
+    Batch shape (...) as given, event shape (K, D) to (n, D).
     """
     d: Any = distribution
     n_thoughts, dim = d.event_shape

@@ -36,17 +36,14 @@ def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
     """Pareto k-hat of each sequence's importance weights.
 
     Args:
-        log_weights: log p(x, z) - log q(z) in nats, (S, B), unscaled; one column per sequence. A
-            constant added to a column changes nothing.
+        log_weights: log p(x, z) - log q(z) in nats, (S, B); a constant added to a column changes
+            nothing, and minus infinity is a draw like any other.
 
     Returns:
         (B,) estimates of k. Below 0.5 good, below `khat_threshold(S)` usable, otherwise unreliable.
-        - `nan`: not judged. Fewer than `MIN_DRAWS` draws, a weight that is not a number, or no
-          weight above zero (all log weights minus infinity).
-        - `inf`: a weight is infinite, or the largest weights are so few or so tied that no tail
-          can be fitted. Treat it as unreliable.
-        - 0: the weights are equal up to rounding, as they are when q is the exact posterior.
-        Weights of zero (minus infinity) are draws like any others.
+        `nan`: not judged, from fewer than `MIN_DRAWS` draws, with a weight that is not a number or
+        with none above zero. `inf`: a weight is infinite, or the largest are so few or so tied that
+        no tail can be fitted. 0: the weights are equal up to rounding, as of the exact posterior.
 
     Raises:
         InputError: if `log_weights` is not (S, B).
@@ -58,11 +55,10 @@ def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
     if len(weights) < MIN_DRAWS:
         return khat
     top, bottom = weights.max(0), weights.min(0)
-    known = ~np.isnan(top) & (top > -np.inf)
-    khat[known & (top == np.inf)] = np.inf
-    finite = known & (top < np.inf)
-    with np.errstate(invalid="ignore"):
-        equal = finite & (top - bottom <= _EQUAL)
+    khat[top == np.inf] = np.inf
+    finite = np.isfinite(top)  # not a number where any weight is none
+    equal = np.zeros_like(finite)
+    equal[finite] = top[finite] - bottom[finite] <= _EQUAL
     khat[equal] = 0.0
     fitted = finite & ~equal
     if fitted.any():
@@ -77,12 +73,7 @@ def khat_error(khat: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
 
 
 def judged_in_words(khat: ArrayLike, draws: int) -> str:
-    """How many sequences' weights S draws can be relied on for, in half a sentence.
-
-    Args:
-        khat: (B,) of `pareto_khat`.
-        draws: S.
-    """
+    """How many sequences' weights S draws can be relied on for, by their k-hats (B,), in words."""
     values = np.asarray(khat, dtype=np.float64)
     known = values[~np.isnan(values)]
     if not known.size:
@@ -101,12 +92,7 @@ def tail_error(log_weights: Floats, khat: Floats) -> Floats:
     Pareto distribution through their own median, which unlike them reaches beyond the largest; the
     spread of `_REPEATS` such log means is the error.
 
-    Args:
-        log_weights: (S, B) in nats, finite.
-        khat: (B,) shapes of the tails.
-
-    Returns:
-        (B,) nats; `nan` where k-hat is not finite.
+    Finite log weights (S, B) and shapes (B,) give (B,) nats, `nan` where k-hat is not finite.
     """
     S, B = log_weights.shape
     generator = np.random.default_rng(0)

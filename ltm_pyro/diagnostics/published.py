@@ -127,11 +127,7 @@ def _fitted(
 
 
 def across_documents(batch: Batch) -> Batch:
-    """The same tokens, one row after another, cut into windows of T whatever their documents.
-
-    Returns:
-        Batch of ceil(total tokens / T) windows with ids 0, 1, ...; the last may be shorter.
-    """
+    """The same tokens in windows of T whatever their documents, ids 0, 1, ...; the last shorter."""
     tokens, length = batch.observed[batch.mask], batch.mask.shape[1]
     rows = -(-len(tokens) // length)
     x = tokens.new_zeros(rows * length)

@@ -62,7 +62,7 @@ def token_scores(
     ids: Tensor,
     rows: Tensor,
 ) -> dict[str, Tensor]:
-    """Scores of each token, of the draws that `score_terms` takes for the same seed.
+    """Scores of each token, of the draws that `score_terms` takes for the same arguments.
 
     Args:
         likelihoods: Of the n sequences at `rows`.
@@ -74,7 +74,8 @@ def token_scores(
         rows: Of q, the sequences that are scored.
 
     Returns:
-        `log_score` and `log_score_iw` (n, T), NaN where nothing is scored, and `price` (n,).
+        `log_score` and `log_score_iw` (n, T), NaN where nothing is scored; `mask` (n, T), where
+        something is; and `price` (n,).
     """
     batch, parts = likelihoods.batch, likelihoods.parts
     sums = [_Sums(batch.mask[part]) for part in parts]
@@ -89,9 +90,7 @@ def token_scores(
                 few = slice(start, start + likelihoods.draws)
                 log_p = likelihoods.model.token_log_likelihood(z[few, part], some)
                 held.add(log_p.double(), ratio[few, part])
-    found = [held.scores(draws) for held in sums]
+    found = zip(*(held.scores(draws) for held in sums), strict=True)
     names = ("log_score", "log_score_iw", "price")
-    return {
-        name: likelihoods.gathered(torch.cat([part[number] for part in found]))
-        for number, name in enumerate(names)
-    }
+    out = {n: likelihoods.gathered(torch.cat(p)) for n, p in zip(names, found, strict=True)}
+    return {**out, "mask": batch.mask}

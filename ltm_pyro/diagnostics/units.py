@@ -21,8 +21,8 @@ from ltm_pyro.diagnostics.estimates import (
     PERPLEXITIES,
     clustered_ratio,
     exponential,
-    losses,
-    monte_carlo,
+    loss_rate,
+    scored,
     sequence_coords,
 )
 from ltm_pyro.doors import door
@@ -61,17 +61,13 @@ def score_table(
             f"scores do not tell how many {per}s there are: take the batch from a corpus of text, "
             "which knows its own"
         )
-    labels = None if by is None else coordinate(scores, by)
-    if cluster == "document" and "document" not in scores.coords:
-        clusters = np.arange(scores.sizes["sequence"])
-    else:
-        clusters = coordinate(scores, cluster)
-    if labels is None:
+    known = cluster != "document" or "document" in scores.coords
+    clusters = coordinate(scores, cluster if known else "sequence")
+    if by is None:
         return _frame(_rows(scores, clusters, per), ["score"])
-    rows = []
-    names, place = np.unique(labels, return_inverse=True)
-    for number, name in enumerate(names):
-        here = np.flatnonzero(place == number)
+    labels, rows = coordinate(scores, by), []
+    for name in np.unique(labels):
+        here = np.flatnonzero(labels == name)
         rows += [
             {by: name, **row} for row in _rows(scores[{"sequence": here}], clusters[here], per)
         ]
@@ -122,11 +118,7 @@ def loss_by_position(scores: xr.Dataset, *, doubling: bool = False) -> pd.DataFr
 
 
 def coordinate(scores: xr.Dataset, name: str) -> NDArray[Any]:
-    """The value (n,) of a coordinate for each sequence.
-
-    Raises:
-        InputError: if there is none of that name.
-    """
+    """The value (n,) of a coordinate for each sequence."""
     known = {str(k): v for k, v in scores.coords.items() if v.dims == ("sequence",)}
     if not isinstance(name, str) or name not in known:
         raise unknown_name("coordinate of the scores", name, known)
@@ -135,11 +127,7 @@ def coordinate(scores: xr.Dataset, name: str) -> NDArray[Any]:
 
 
 def refuse_unknown(split: SequenceSet, per: str, by: str | None) -> None:
-    """Refuses, before anything is scored, a unit or coordinate that the split does not have.
-
-    Raises:
-        InputError: as `score_table` does.
-    """
+    """Refuses before anything is scored what `score_table` would refuse afterwards."""
     batch = split.batch([0])
     sizes = [] if batch.text_sizes is None else ["n_bytes", "n_words"]
     empty = xr.Dataset({n: ("sequence", [1]) for n in ["n_tokens", *sizes]})
@@ -152,24 +140,20 @@ def _frame(rows: list[dict[str, Any]], index: list[str]) -> pd.DataFrame:
 
 def _rows(scores: xr.Dataset, clusters: NDArray[Any], per: str) -> list[dict[str, Any]]:
     """One row for each loss."""
-    column = f"n_{per}s"
-    sizes = scores[column].values
+    column, nats = f"n_{per}s", f"nats_per_{per}"
     rows = []
-    for name, (score, _) in PERPLEXITIES.items():
-        if score not in scores:
-            continue
-        rate = clustered_ratio(losses(scores, name), sizes, clusters)
-        nats = f"nats_per_{per}"
+    for name in scored(scores, PERPLEXITIES):
+        rate, mc = loss_rate(scores, name, per, clusters)
         rows.append(
             {
-                "score": score,
+                "score": PERPLEXITIES[name][0],
                 nats: rate.value,
-                f"{nats}_se": monte_carlo(scores, name) / float(sizes.sum()),
+                f"{nats}_se": mc,
                 f"{nats}_sampling_se": rate.error,
                 f"bits_per_{per}": rate.value / math.log(2),
                 f"ppl_per_{per}": exponential(rate.value),
-                column: int(sizes.sum()),
-                "n_sequences": len(sizes),
+                column: int(scores[column].sum()),
+                "n_sequences": scores.sizes["sequence"],
                 "n_clusters": rate.documents,
             }
         )

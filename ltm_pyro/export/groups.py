@@ -120,20 +120,12 @@ def _log_likelihoods(model: LatentModel, z: Tensor, batch: Batch) -> tuple[Tenso
 
 
 def predictive(
-    models: list[LatentModel],
-    post: Posterior,
-    z: list[Tensor] | None,
-    draws: int,
-    seeds: list[int],
+    models: list[LatentModel], post: Posterior, z: list[Tensor] | None, draws: int, seeds: list[int]
 ) -> Variables:
-    """New sequences by the model's own program, at the masks and covariates of `post`'s.
+    """New sequences by each chain's model, at the masks and covariates of `post`'s.
 
-    Args:
-        models: Run forward, one for each chain.
-        post: The sequences.
-        z: Thoughts (S, B, K, D) of each chain; without them the program draws its own.
-        draws: How many of the S, or how many to draw.
-        seeds: Of each chain.
+    At the first `draws` thoughts of z (S, B, K, D) of each chain; without them at as many that the
+    program draws.
     """
     unobserved = Batch(None, post.mask, post.ids, covariates=post.covariates)
     unobserved = unobserved.to(models[0].device)
@@ -145,15 +137,12 @@ def predictive(
                 x = torch.stack([model(unobserved) for _ in range(draws)])
             else:
                 parts = z[chain][:draws].split(at_once)
-                x = torch.cat([_written_at(model, unobserved, part) for part in parts])
+                x = torch.cat(
+                    [poutine.condition(model, data={SITE_Z: p})(unobserved) for p in parts]
+                )
         written.append(x if x.is_floating_point() else x.int())
     dims = ("chain", "draw", *_data_dims(post.mask))
     return {_data_name(models[0], written[0]): (dims, stack(written), {})}
-
-
-def _written_at(model: LatentModel, unobserved: Batch, z: Tensor) -> Tensor:
-    x: Tensor = poutine.condition(model, data={SITE_Z: z})(unobserved)
-    return x
 
 
 def metrics(rows: object) -> Variables:
@@ -166,23 +155,14 @@ def metrics(rows: object) -> Variables:
     if not known:
         raise InputError(f"fit_trace is {shown(rows)}: must be svi.metrics, or rows like its own")
     given = cast("Sequence[Mapping[str, float]]", rows)
-    names = dict.fromkeys(name for row in given for name in row if name != "step")
-    return {
-        name: (
-            ("slow_step",),
-            np.array([row.get(name, math.nan) for row in given]),
-            _metric_units(name),
-        )
-        for name in names
-    }
-
-
-def _metric_units(name: str) -> dict[str, Any]:
-    if name.endswith("_per_token"):
-        return {"units": "nats per token"}
-    terms = ("elbo", "nll", "kl", "log_joint", "log_prior")
-    nats = name in (*terms, "objective", "fast_gain")
-    return {"units": "nats per sequence"} if nats else {}
+    out: Variables = {}
+    for name in dict.fromkeys(name for row in given for name in row if name != "step"):
+        units = {"units": "nats per token"} if name.endswith("_per_token") else {}
+        if name in ("elbo", "nll", "kl", "log_joint", "log_prior", "objective", "fast_gain"):
+            units = {"units": "nats per sequence"}
+        values = np.array([row.get(name, math.nan) for row in given])
+        out[name] = (("slow_step",), values, units)
+    return out
 
 
 def fast_course(chains: list[Posterior]) -> Variables:

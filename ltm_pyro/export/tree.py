@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import torch
 import xarray as xr
+from torch import Tensor
 
 import ltm_pyro
 from ltm_pyro import compat_arviz
@@ -89,24 +90,18 @@ def to_datatree(
     Raises:
         InputError: if posteriors, batch and scores are not about the same sequences.
     """
-    given = [post] if isinstance(post, Posterior) else post
-    if not isinstance(given, list | tuple) or not all(isinstance(p, Posterior) for p in given):
-        raise InputError(f"post is {shown(post)}: must be svi.infer(batch), or a list of such")
-    chains = list(given)
-    _check(chains, batch, scores, draws, predictive_draws)
+    chains = _checked(post, batch, scores, draws, predictive_draws)
     first, n = chains[0], len(chains)
     models = _models(model, n)
     model = models[0] if models else None
-    z = []
-    for number, one in enumerate(chains):
-        with seeded(derive_seed(seed, Stream.SAMPLE, number), first.ids.device):
-            z.append(one.sample(draws))
+    prior = getattr(model, "thought_prior", None)
+    z = _draws(chains, draws, seed)
     tree: dict[str, Variables] = {
         "posterior": {"z": (("chain", "draw", "sequence", "thought", "dim"), groups.stack(z), {})},
         "prior": groups.prior_thoughts(first, draws, derive_seed(seed, Stream.SAMPLE, 2 * n)),
         "variational_params": groups.parameters(chains),
         "sample_stats": {},
-        "constant_data": {},
+        "constant_data": groups.learned_prior(prior),
         "fit_trace": {**groups.metrics(fit_trace), **groups.fast_course(chains)},
     }
     if batch is not None:
@@ -116,60 +111,71 @@ def to_datatree(
             tree["log_likelihood"], tree["sample_stats"] = groups.densities(
                 models, chains, z, batch
             )
-    prior = getattr(model, "thought_prior", None)
-    tree["constant_data"] |= groups.learned_prior(prior)
     if model is not None and predictive_draws:
-        # Of these sequences: blocks of a larger export are not to repeat each other's noise.
-        own = derive_seed(seed, Stream.TOKENS, int(first.ids[0]) if len(first) else 0)
-        seeds = [derive_seed(own, Stream.SAMPLE, number) for number in range(n + 1)]
-        size = min(predictive_draws, draws)
-        tree["posterior_predictive"] = groups.predictive(models, first, z, size, seeds[:n])
-        tree["prior_predictive"] = groups.predictive(models[:1], first, None, size, seeds[n:])
+        tree |= _predictive(models, first, z, min(predictive_draws, draws), seed)
     if scores is not None:
-        judged = {name: scores.attrs[name] for name in ("khat_limit", "draws")}
-        khat = scores["khat"].values
-        tree["sample_stats"]["khat"] = (("sequence",), khat, {"units": "1", **judged})
-    coords = _coordinates(first, n, model)
-    known = {} if batch is None else sequence_coords(batch)
-    attrs = _attributes(first, draws, seed)
-    if isinstance(prior, ThoughtPrior):
-        attrs["prior"] = prior.family
+        judged = {"units": "1", **{name: scores.attrs[name] for name in ("khat_limit", "draws")}}
+        tree["sample_stats"]["khat"] = (("sequence",), scores["khat"].values, judged)
+    attrs = _attributes(first, prior, draws, seed)
+    coords, known = _coordinates(first, n, model), {} if batch is None else sequence_coords(batch)
     datasets = {
-        f"/{name}": _dataset(variables, coords, known, attrs)
+        name: _dataset(variables, coords, known, attrs)
         for name, variables in tree.items()
         if variables
     }
     if scores is not None:
-        datasets["/scores"] = scores.assign_attrs(_plain(scores.attrs))
-    found: xr.DataTree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **datasets})
+        datasets["scores"] = scores.assign_attrs(_plain(scores.attrs))
     compat_arviz.teach_trees()
+    found: xr.DataTree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **datasets})
     return found
 
 
-def _check(
-    chains: list[Posterior],
-    batch: Batch | None,
-    scores: xr.Dataset | None,
-    draws: int,
-    predictive_draws: int,
-) -> None:
-    if not chains:
+def _draws(chains: list[Posterior], draws: int, seed: int) -> list[Tensor]:
+    """Draws (S, B, K, D) of each chain."""
+    z = []
+    for number, post in enumerate(chains):
+        with seeded(derive_seed(seed, Stream.SAMPLE, number), post.ids.device):
+            z.append(post.sample(draws))
+    return z
+
+
+def _predictive(
+    models: list[LatentModel], post: Posterior, z: list[Tensor], draws: int, seed: int
+) -> dict[str, Variables]:
+    """New sequences at q's thoughts, one model a chain, and at the first model's prior's."""
+    # Of these sequences: blocks of a larger export are not to repeat each other's noise.
+    own = derive_seed(seed, Stream.TOKENS, int(post.ids[0]) if len(post) else 0)
+    *seeds, last = (derive_seed(own, Stream.SAMPLE, number) for number in range(len(z) + 1))
+    return {
+        "posterior_predictive": groups.predictive(models, post, z, draws, seeds),
+        "prior_predictive": groups.predictive(models[:1], post, None, draws, [last]),
+    }
+
+
+def _checked(
+    post: object, batch: Batch | None, scores: xr.Dataset | None, draws: int, predictive_draws: int
+) -> list[Posterior]:
+    """The posterior of each chain, all about the same sequences."""
+    given = [post] if isinstance(post, Posterior) else post
+    if not isinstance(given, list | tuple) or not all(isinstance(p, Posterior) for p in given):
+        raise InputError(f"post is {shown(post)}: must be svi.infer(batch), or a list of such")
+    if not given:
         raise InputError("to_datatree needs at least one posterior")
-    first = chains[0]
-    each = 8 * len(chains) * len(first) * math.prod(first.prior.event_shape)
+    first: Posterior = given[0]
+    each = 8 * len(given) * len(first) * math.prod(first.prior.event_shape)
     whole_number("draws", draws, 1, bytes_each=each)
     whole_number("predictive_draws", predictive_draws, at_least=0)
-    for other in chains[1:]:
+    for other in given[1:]:
         if other.family != first.family:
             raise InputError(
                 f"restarts of {first.family!r} and {other.family!r}: export each alone"
             )
-    for restart in chains[1:]:
-        refuse_other_sequences(first, restart, ("the posterior", "a restart"))
+        refuse_other_sequences(first, other, ("the posterior", "a restart"))
     if batch is not None:
         first.refuse_other_batch(batch)
     if scores is not None:
         refuse_other_sequences(first, scores, ("the posterior", "scores"))
+    return list(given)
 
 
 def _models(given: object, chains: int) -> list[LatentModel]:
@@ -187,19 +193,15 @@ def _models(given: object, chains: int) -> list[LatentModel]:
 def _coordinates(post: Posterior, chains: int, model: LatentModel | None) -> dict[str, Any]:
     thoughts, _ = tuple(post.distribution.event_shape)
     layers = getattr(model, "n_layers", None)
-    if layers is None:
-        names = [f"thought {k}" for k in range(thoughts)]
-    else:
+    names = [f"thought {k}" for k in range(thoughts)]
+    if layers is not None:
         per_layer = thoughts // layers
         names = [f"layer {k // per_layer} thought {k % per_layer}" for k in range(thoughts)]
     return {"chain": np.arange(chains), "sequence": post.ids.cpu().numpy(), "thought": names}
 
 
 def _dataset(
-    variables: Variables,
-    coords: dict[str, Any],
-    sequences: dict[str, Any],
-    attrs: dict[str, Any],
+    variables: Variables, coords: dict[str, Any], sequences: dict[str, Any], attrs: dict[str, Any]
 ) -> xr.Dataset:
     """One group, with coordinates for each of its dimensions, and what is known of `sequences`."""
     data = xr.Dataset(variables, attrs=attrs)
@@ -217,7 +219,7 @@ def _dataset(
     return data
 
 
-def _attributes(post: Posterior, draws: int, seed: int) -> dict[str, Any]:
+def _attributes(post: Posterior, prior: object, draws: int, seed: int) -> dict[str, Any]:
     """No time of writing: the same arguments give the same tree."""
     return {
         "inference_library": "pyro",
@@ -232,6 +234,7 @@ def _attributes(post: Posterior, draws: int, seed: int) -> dict[str, Any]:
         "fast_optimizer": post.optimizer,
         "draws": draws,
         "seed": seed,
+        **({"prior": prior.family} if isinstance(prior, ThoughtPrior) else {}),
     }
 
 

@@ -7,16 +7,13 @@ figures are free-standing: nothing is registered with pyplot, and no style outli
 from __future__ import annotations
 
 from ltm_pyro.plots.calibration import contraction_plot, rank_plot
-from ltm_pyro.plots.collapse import collapse_bars
-from ltm_pyro.plots.comparison import guide_comparison
-from ltm_pyro.plots.documents import document_gains, khat_histogram
+from ltm_pyro.plots.collapse import collapse_bars, elbo_split, layer_reconstruction
+from ltm_pyro.plots.comparison import guide_comparison, run_comparison
 from ltm_pyro.plots.fit import fast_loop_traces, two_clock_curves
 from ltm_pyro.plots.gaps import convergence_curves, gap_bars
 from ltm_pyro.plots.live import LiveFigure
 from ltm_pyro.plots.map import thought_map
-from ltm_pyro.plots.parts import elbo_split, layer_reconstruction
-from ltm_pyro.plots.runs import run_comparison
-from ltm_pyro.plots.scores import score_panel
+from ltm_pyro.plots.scores import document_gains, khat_histogram, score_panel
 from ltm_pyro.plots.style import save_figure
 from ltm_pyro.plots.thoughts import posterior_against_prior, thought_intervals
 from ltm_pyro.plots.tokens import interpolation_strip, token_surprise

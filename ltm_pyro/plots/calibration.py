@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, INK, RED, Floats, house_figure, title_and_legend
+from ltm_pyro.plots import style
 
 _LEVEL = 0.99
 _MOST_PANELS = 12
@@ -35,21 +36,20 @@ def rank_plot(
     Raises:
         InputError: if a quantity is not in the dataset, or this is no dataset of `sbc`.
     """
-    if "rank" not in calibration:
-        raise InputError("rank_plot draws the dataset of sbc, which has ranks; this one has none")
+    style.require(calibration, "rank", "sbc")
     names = _chosen(calibration) if quantities is None else list(quantities)
     unknown = [name for name in names if name not in calibration["quantity"].values]
     if unknown or not names:
         raise InputError(f"quantities {unknown or names}: name some that the dataset has")
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    with house_figure(
-        (max(6.5, 2.9 * columns), 1.1 + 2.2 * rows), _caption(calibration, ecdf)
-    ) as f:
+    size = (max(6.5, 2.9 * columns), 1.1 + 2.2 * rows)
+    with style.house_figure(size, _caption(calibration, ecdf)) as f:
         grid = f.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         bands = _bands(calibration, ecdf)
+        draw = _curve if ecdf else _histogram
         for axes, name in zip(grid.flat, names, strict=False):
-            _panel(axes, calibration.sel(quantity=name), bands, ecdf)
+            draw(axes, calibration.sel(quantity=name), *bands)
             axes.set_title(f"{name}   p = {float(calibration['p_value'].sel(quantity=name)):.2g}")
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
@@ -57,8 +57,7 @@ def rank_plot(
             axes.set_ylabel("excess over uniform\n(share)" if ecdf else "replications\nper bin")
         for axes in grid[-1]:
             axes.set_xlabel(f"rank of the truth\n(0 to {calibration.attrs['draws']})")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        f.legend(handles, labels, loc="outside upper right", ncols=len(labels), borderaxespad=0.6)
+        style.common_legend(f, grid[0, 0])
     return f
 
 
@@ -70,7 +69,7 @@ def _chosen(calibration: xr.Dataset) -> list[str]:
     return [str(name) for name in (joint + rest)[:_MOST_PANELS]]
 
 
-def _bands(calibration: xr.Dataset, ecdf: bool) -> tuple[Floats, Floats]:
+def _bands(calibration: xr.Dataset, ecdf: bool) -> tuple[style.Floats, style.Floats]:
     """Lower and upper limits under uniform ranks, per bin or per rank."""
     n, draws = calibration.attrs["replications"], calibration.attrs["draws"]
     if not ecdf:
@@ -88,39 +87,35 @@ def _bands(calibration: xr.Dataset, ecdf: bool) -> tuple[Floats, Floats]:
     return low / n - cdf, high / n - cdf
 
 
-def _panel(axes: Axes, one: xr.Dataset, bands: tuple[Floats, Floats], ecdf: bool) -> None:
-    low, high = bands
+_BAND: dict[str, Any] = {
+    "color": style.GREY,
+    "alpha": 0.3,
+    "lw": 0,
+    "label": f"uniform, {_LEVEL:.0%}",
+}
+_CALIBRATED: dict[str, Any] = {"ls": "--", "label": "calibrated"}
+
+
+def _curve(axes: Axes, one: xr.Dataset, low: style.Floats, high: style.Floats) -> None:
     draws = one.attrs["draws"]
-    if ecdf:
-        rank = np.arange(draws)
-        share = np.bincount(one["rank"].values, minlength=draws + 1) / one.attrs["replications"]
-        curve = share.cumsum()[:-1] - (rank + 1) / (draws + 1)
-        axes.fill_between(
-            rank, low, high, step="mid", color=GREY, alpha=0.3, lw=0, label=f"uniform, {_LEVEL:.0%}"
-        )
-        axes.step(rank, curve, where="mid", color=BLUE, label="ranks")
-        axes.axhline(0, color=INK, lw=1.0, ls="--", label="calibrated")
-        return
-    bins = one.attrs["bins"]
-    edges = np.arange(bins + 1) * (draws + 1) / bins - 0.5
-    count = one["count"].values
+    rank = np.arange(draws)
+    share = np.bincount(one["rank"].values, minlength=draws + 1) / one.attrs["replications"]
+    axes.fill_between(rank, low, high, step="mid", **_BAND)
+    curve = share.cumsum()[:-1] - (rank + 1) / (draws + 1)
+    axes.step(rank, curve, where="mid", color=style.BLUE, label="ranks")
+    style.zero_line(axes, **_CALIBRATED)
+
+
+def _histogram(axes: Axes, one: xr.Dataset, low: style.Floats, high: style.Floats) -> None:
+    bins, count = one.attrs["bins"], one["count"].values
+    edges = np.arange(bins + 1) * (one.attrs["draws"] + 1) / bins - 0.5
+    axes.stairs(high, edges, baseline=low, fill=True, **_BAND)
+    width, centre = 0.92 * np.diff(edges), (edges[1:] + edges[:-1]) / 2
     out = (count < low) | (count > high)
-    axes.stairs(
-        high, edges, baseline=low, fill=True, color=GREY, alpha=0.3, label=f"uniform, {_LEVEL:.0%}"
-    )
-    width = 0.92 * np.diff(edges)
-    centre = (edges[1:] + edges[:-1]) / 2
-    for chosen, color, label in ((~out, BLUE, "ranks"), (out, RED, "outside the band")):
-        axes.bar(
-            centre,
-            np.where(chosen, count, 0),
-            width,
-            color=color,
-            alpha=0.75,
-            label=label,
-            zorder=1,
-        )
-    axes.axhline(float(one["expected"].mean()), color=INK, lw=1.0, ls="--", label="calibrated")
+    for chosen, color, label in ((~out, style.BLUE, "ranks"), (out, style.RED, "outside the band")):
+        height = np.where(chosen, count, 0)
+        axes.bar(centre, height, width, color=color, alpha=0.75, label=label, zorder=1)
+    style.zero_line(axes, float(one["expected"].mean()), **_CALIBRATED)
 
 
 def _caption(calibration: xr.Dataset, ecdf: bool) -> str:
@@ -145,25 +140,12 @@ def _caption(calibration: xr.Dataset, ecdf: bool) -> str:
 
 
 def contraction_plot(contraction: xr.Dataset) -> Figure:
-    """How far q has left its prior, and whether the truth lies where q says (Betancourt 2020).
-
-    Args:
-        contraction: Of `ltm_pyro.diagnostics.contraction.contraction`.
-
-    Raises:
-        InputError: if it is another dataset.
-    """
-    if "z_score" not in contraction:
-        raise InputError("no z-scores to draw: give the Dataset of contraction")
+    """How far q has left its prior, and whether the truth lies where q says: `contraction`."""
+    style.require(contraction, "z_score", "contraction")
     shrunk, score = (contraction[name].values.ravel() for name in ("contraction", "z_score"))
     spread = float(np.sqrt(np.mean(np.square(score))))
-    reading = (
-        "q is too narrow"
-        if spread > 1.2
-        else "q is too wide"
-        if spread < 0.8
-        else "as it should be"
-    )
+    reading = "q is too wide" if spread < 0.8 else "as it should be"
+    reading = "q is too narrow" if spread > 1.2 else reading
     caption = (
         f"Each dot is a dimension of z of one of {contraction.attrs['replications']} sequences "
         "from the model. Right: q is narrow beside its prior, so the data have told; at 0 they "
@@ -171,18 +153,18 @@ def contraction_plot(contraction: xr.Dataset) -> Figure:
         f"is {spread:.2f} where 1 is right: {reading}. Points to the right and far from 0 are "
         "overconfident."
     )
-    with house_figure((6.4, 3.8), caption) as figure:
+    with style.house_figure((6.4, 3.8), caption) as figure:
         axes = figure.subplots()
-        axes.axhspan(-2, 2, color=GREY, alpha=0.22, lw=0, label="95 % if q is right")
-        axes.axhline(0, color=INK, lw=1.0, ls="--")
+        axes.axhspan(-2, 2, color=style.GREY, alpha=0.22, lw=0, label="95 % if q is right")
+        style.zero_line(axes, ls="--")
         alpha = float(np.clip(400 / len(score), 0.08, 0.7))
-        axes.scatter(shrunk, np.clip(score, -6, 6), s=9, color=BLUE, alpha=alpha, lw=0)
-        axes.scatter([], [], s=16, color=[BLUE], label="dimension of z")
+        axes.scatter(shrunk, np.clip(score, -6, 6), s=9, color=style.BLUE, alpha=alpha, lw=0)
+        axes.scatter([], [], s=16, color=[style.BLUE], label="dimension of z")
         axes.set(
             xlabel="contraction: 1 - variance of q / variance of the prior",
             ylabel="z-score of the truth\n(scales of q; 6 at most)",
             xlim=(min(-0.05, float(shrunk.min())), 1.02),
             ylim=(-6.3, 6.3),
         )
-        title_and_legend(axes, "")
+        style.title_and_legend(axes, "")
     return figure

@@ -1,56 +1,48 @@
-"""Does the model use its thoughts? The collapse panel, drawn."""
+"""Does the model use its thoughts, and where? The collapse panel, and the ELBO by block."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import PercentFormatter
 
 from ltm_pyro.diagnostics.collapse import CollapsePanel
-from ltm_pyro.plots.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    RED,
-    Floats,
-    house_figure,
-    title_and_legend,
-)
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
+from ltm_pyro.errors import InputError
+from ltm_pyro.plots import style
 
 _MOST_NAMED = 24  # thoughts that get a tick each
 
 
 def collapse_bars(panel: CollapsePanel) -> Figure:
-    """What z costs, what of it tells texts apart, and what the decoder loses without it.
-
-    Args:
-        panel: Of `collapse_panel`.
-    """
-    with house_figure((9.6, 3.6), _caption(panel)) as figure:
+    """What z costs, what of it tells texts apart, and what is lost without it: `collapse_panel`."""
+    with style.house_figure((9.6, 3.6), _caption(panel)) as figure:
         total, parts = figure.subplots(1, 2, width_ratios=(1, 1.35))
         _totals(total, panel)
         _parts(parts, panel)
-        title_and_legend(total, "All thoughts")
-        title_and_legend(parts, "Thought by thought")
+        style.title_and_legend(total, "All thoughts")
+        style.title_and_legend(parts, "Thought by thought")
     return figure
 
 
 def _totals(axes: Axes, panel: CollapsePanel) -> None:
     rows = (
-        ("KL\n(q || prior)", panel.kl, panel.kl_se, ORANGE),
-        ("mutual\ninformation", panel.mutual_information, panel.mutual_information_se, GREEN),
-        ("loss at\nz = 0", panel.penalty_z0, panel.penalty_z0_se, BLUE),
-        ("loss at\nshuffled z", panel.penalty_shuffled, panel.penalty_shuffled_se, RED),
+        ("KL\n(q || prior)", panel.kl, panel.kl_se, style.ORANGE),
+        ("mutual\ninformation", panel.mutual_information, panel.mutual_information_se, style.GREEN),
+        ("loss at\nz = 0", panel.penalty_z0, panel.penalty_z0_se, style.BLUE),
+        ("loss at\nshuffled z", panel.penalty_shuffled, panel.penalty_shuffled_se, style.RED),
     )
     known = [row for row in rows if math.isfinite(row[1])]
     for place, (_, value, error, color) in enumerate(known):
         axes.bar(place, value, color=color, alpha=0.8, width=0.6)
-        axes.errorbar(place, value, yerr=2 * np.nan_to_num(error), color=INK, capsize=4, lw=1.2)
-    axes.axhline(0, color=INK, lw=1.0)
+        axes.errorbar(
+            place, value, yerr=2 * np.nan_to_num(error), color=style.INK, capsize=4, lw=1.2
+        )
+    style.zero_line(axes)
     axes.set_xticks(range(len(known)), [row[0] for row in known], fontsize=8)
     axes.set(ylabel="nats per sequence", xlabel="2 standard errors")
     axes.grid(visible=False, axis="x")
@@ -60,28 +52,23 @@ def _parts(axes: Axes, panel: CollapsePanel) -> None:
     """KL and mutual information of each thought, blocks of layers told apart by lines."""
     kl, told = panel.kl_per_thought, panel.mutual_information_per_thought
     place = np.arange(len(kl))
-    _bars(axes, place - 0.2, kl, ORANGE, "KL")
-    _bars(axes, place + 0.2, told, GREEN, "mutual information")
+    for shift, values, color, label in (
+        (-0.2, kl, style.ORANGE, "KL"), (0.2, told, style.GREEN, "mutual information"),
+    ):  # fmt: skip
+        if np.isfinite(values).all():
+            axes.bar(place + shift, values, width=0.38, color=color, alpha=0.8, label=label)
     layers = len(panel.kl_per_layer)
-    if layers > 1:
-        each = len(kl) // layers
-        for layer in range(1, layers):
-            axes.axvline(layer * each - 0.5, color=INK, lw=0.8, ls=":")
-    axes.set(
-        xlabel="thought" + (" (dotted: layers)" if layers > 1 else ""), ylabel="nats per sequence"
-    )
+    for layer in range(1, layers):
+        axes.axvline(layer * len(kl) // layers - 0.5, color=style.INK, lw=0.8, ls=":")
+    dotted = " (dotted: layers)" if layers > 1 else ""
+    axes.set(xlabel=f"thought{dotted}", ylabel="nats per sequence")
     axes.set_xlim(-0.7, len(kl) - 0.3)
     axes.set_ylim(bottom=min(0.0, float(np.nan_to_num(np.concatenate([kl, told])).min())))
     if len(kl) <= _MOST_NAMED:
         axes.set_xticks(place)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole_numbers(axes)
     axes.grid(visible=False, axis="x")
-
-
-def _bars(axes: Axes, place: Floats, values: Floats, color: object, label: str) -> None:
-    if np.isfinite(values).all():
-        axes.bar(place, values, width=0.38, color=color, alpha=0.8, label=label)
 
 
 def _caption(panel: CollapsePanel) -> str:
@@ -98,3 +85,89 @@ def _caption(panel: CollapsePanel) -> str:
         f"loss at shuffled z is not use. {panel.active_units} of {panel.n_units} dimensions are "
         f"active. {verdict}"
     )
+
+
+def elbo_split(*parts: xr.Dataset) -> Figure:
+    """What each layer or thought brings to the reconstruction, and what its KL costs.
+
+    Args:
+        parts: Of `reconstruction_by_block`, by layer, by thought, or one of each.
+
+    Raises:
+        InputError: if there is none, or another dataset.
+    """
+    if not parts:
+        raise InputError("no parts to draw: give the Dataset of reconstruction_by_block")
+    for part in parts:
+        style.require(part, "kept", "reconstruction_by_block")
+    first = parts[0]
+    gained = float((first["nll"][0] - first["nll"][-1]).mean())
+    whole = gained - float(first["kl"].mean("sequence").sum(skipna=False))
+    caption = (
+        "Green: nats per sequence by which the reconstruction gains when a block's thoughts join "
+        "those below it; orange: what its KL costs, each block by itself. A block pays where green "
+        f"is the higher. All together they add {whole:+.2f} nats per sequence to log p(x | z = 0)"
+        + (" (less what blocks say twice)." if whole == whole else ".")
+        + " Bars: 2 standard errors over documents."
+    )
+    with style.house_figure((8.6 if len(parts) > 1 else 5.6, 3.3), caption) as figure:
+        for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
+            _pair(axes, part)
+    return figure
+
+
+def _pair(axes: Axes, part: xr.Dataset) -> None:
+    documents, by = documents_of(part), part.attrs["by"]
+    place = np.arange(part.sizes["block"])
+    gains = [clustered_mean(g, documents) for g in -np.diff(part["nll"].values, axis=0)]
+    costs = [clustered_mean(kl, documents) for kl in part["kl"].values]
+    for shift, found, color, label in (
+        (-0.2, gains, style.GREEN, "reconstruction gained"),
+        (0.2, costs, style.ORANGE, "KL paid"),
+    ):
+        value = [each.value for each in found]
+        if np.isfinite(value).all():
+            axes.bar(place + shift, value, 0.38, color=color, alpha=0.8, label=label)
+            style.estimates(
+                axes, place + shift, found, "none", ecolor=style.INK, lw=1.0, capsize=2.5
+            )
+    style.zero_line(axes)
+    axes.set(xlabel=by, ylabel="nats per sequence")
+    style.whole_numbers(axes)
+    axes.set_xlim(-0.6, len(place) - 0.4)
+    axes.grid(visible=False, axis="x")
+    style.title_and_legend(axes, f"By {by}")
+
+
+def layer_reconstruction(part: xr.Dataset) -> Figure:
+    """Reconstruction as first thoughts are kept and others set to 0: `reconstruction_by_block`."""
+    style.require(part, "kept", "reconstruction_by_block")
+    by, kept, documents = part.attrs["by"], part["kept"].values, documents_of(part)
+    nll = part["nll"].values
+    gains = [clustered_mean(row, documents) for row in nll[0] - nll]
+    steps = np.diff([gain.value for gain in gains])
+    caption = (
+        f"Thoughts of the first {by}s are kept, the others set to 0 ({part.sizes['sequence']} "
+        f"sequences; bars: 2 errors over documents). Where the curve rises, that {by} says "
+        f"something of the text: most at {by} {int(np.argmax(steps))}, counted from 0. The KL is "
+        "not charged: this is no bound."
+    )
+    accurate = "accuracy" in part
+    with style.house_figure((8.2 if accurate else 5.0, 3.2), caption) as figure:
+        every = np.atleast_1d(figure.subplots(1, 1 + accurate))
+        style.estimates(
+            every[0], kept, gains, "-", marker="o", ms=5, color=style.BLUE, capsize=3, label="mean"
+        )  # fmt: skip
+        style.zero_line(every[0], ls="--", label="z = 0")
+        every[0].set(ylabel="log p(x | z) gained\n(nats per sequence)")
+        style.title_and_legend(every[0], "Likelihood")
+        if accurate:
+            accuracy = part["accuracy"]
+            every[1].plot(kept, accuracy, marker="o", ms=5, color=style.GREEN, label="at q's mean")
+            every[1].set(ylabel="tokens guessed right")
+            every[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+            style.title_and_legend(every[1], "Accuracy")
+        for axes in every:
+            axes.set_xlabel(f"{by}s kept")
+            style.whole_numbers(axes)
+    return figure

@@ -8,77 +8,70 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.diagnostics.convergence import CANNOT_TELL, ENOUGH, NOT_ENOUGH
 from ltm_pyro.diagnostics.gaps import gap_means
-from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    RED,
-    Floats,
-    house_figure,
-    title_and_legend,
-)
+from ltm_pyro.plots import style
 
-_COLORS = {"approximation": BLUE, "truncation": ORANGE, "amortisation": GREEN}
+_COLORS = {"approximation": style.BLUE, "truncation": style.ORANGE, "amortisation": style.GREEN}
 _CAUSE = {
     "approximation": "a richer family would win the approximation gap",
     "truncation": "more fast steps or a better rate would win the truncation gap",
     "amortisation": "local steps after the encoder would win the amortisation gap",
 }
-_VERDICTS = {ENOUGH: GREEN, NOT_ENOUGH: RED, CANNOT_TELL: GREY}
+_VERDICTS = {ENOUGH: style.GREEN, NOT_ENOUGH: style.RED, CANNOT_TELL: style.GREY}
 
 
 def gap_bars(gaps: xr.Dataset) -> Figure:
-    """The gaps between ELBO and evidence, stacked per sequence, and their means.
-
-    Args:
-        gaps: Of `gap_decomposition`.
-
-    Raises:
-        InputError: if it is another dataset.
-    """
-    if "components" not in gaps.attrs:
-        raise InputError("no gaps to draw: give the Dataset of gap_decomposition")
+    """The gaps of `gap_decomposition`, stacked per sequence, and their means."""
+    style.require(gaps, "components", "gap_decomposition")
     names = list(gaps.attrs["components"])
     order = np.argsort(-gaps["total"].values, kind="stable")
     means = gap_means(gaps)
-    with house_figure((10.5, 5.0), _gap_caption(gaps, means)) as figure:
+    with style.house_figure((10.5, 5.0), _gap_caption(gaps, means)) as figure:
         main, side = figure.subplots(1, 2, width_ratios=(2.4, 1))
         _stack(main, [gaps[name].values[order] for name in names], names)
         rank = np.arange(1, len(order) + 1)
         total, error = gaps["total"].values[order], gaps["total_se"].values[order]
         main.errorbar(
-            rank, total, yerr=2 * error, fmt="o", ms=3, color=INK, lw=0.8, label="total, 2 s.e."
+            rank,
+            total,
+            yerr=2 * error,
+            fmt="o",
+            ms=3,
+            color=style.INK,
+            lw=0.8,
+            label="total, 2 s.e.",
         )
         if "total_upper" in gaps:
-            main.plot(rank, gaps["total_upper"].values[order], "_", color=RED, label="at most")
+            main.plot(
+                rank, gaps["total_upper"].values[order], "_", color=style.RED, label="at most"
+            )
         main.set(
             xlabel="sequence, by rank of its total gap",
             ylabel="log p(x) - ELBO\n(nats per sequence)",
         )
-        main.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for place, name in enumerate((*names, "total")):
-            row = means.sel(component=name)
-            wide = np.hypot(float(row["mc_se"]), np.nan_to_num(float(row["sampling_se"])))
-            color: Any = _COLORS.get(name, INK)
-            side.bar(place, float(row["mean"]), color=color, alpha=0.8, width=0.6)
-            side.errorbar(place, float(row["mean"]), yerr=2 * wide, color=INK, capsize=4, lw=1.2)
-        side.set(title="Means", xlabel="gap", ylabel="nats per sequence")
-        side.set_xticks(range(len(names) + 1), [*names, "total"], fontsize=8)
-        side.grid(visible=False, axis="x")
+        style.whole_numbers(main)
+        _means(side, means)
         for axes in (main, side):
-            axes.axhline(0, color=INK, lw=1.0)
-        title_and_legend(main, "By sequence")
+            style.zero_line(axes)
+        style.title_and_legend(main, "By sequence")
     return figure
 
 
-def _stack(axes: Axes, values: list[Floats], names: list[str]) -> None:
+def _means(axes: Axes, means: xr.Dataset) -> None:
+    names = means["component"].values
+    wide = np.hypot(means["mc_se"].values, np.nan_to_num(means["sampling_se"].values))
+    for place, (name, mean) in enumerate(zip(names, means["mean"].values, strict=True)):
+        color: Any = _COLORS.get(name, style.INK)
+        axes.bar(place, mean, color=color, alpha=0.8, width=0.6)
+        axes.errorbar(place, mean, yerr=2 * wide[place], color=style.INK, capsize=4, lw=1.2)
+    axes.set(title="Means", xlabel="gap", ylabel="nats per sequence")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.grid(visible=False, axis="x")
+
+
+def _stack(axes: Axes, values: list[style.Floats], names: list[str]) -> None:
     """Bars on top of each other; what is below 0 hangs from 0."""
     rank = np.arange(1, len(values[0]) + 1)
     up, down = np.zeros(len(rank)), np.zeros(len(rank))
@@ -92,13 +85,12 @@ def _gap_caption(gaps: xr.Dataset, means: xr.Dataset) -> str:
     names = gaps.attrs["components"]
     largest = max(names, key=lambda name: float(means["mean"].sel(component=name)))
     row = means.sel(component=largest)
-    least = gaps.attrs["approximation_is"] == "at least"
     text = (
         f"{gaps.attrs['guide']} after {gaps.attrs['steps']} fast steps: what its ELBO lacks to "
         f"log p(x) ({gaps.attrs['evidence_kind']}), and why. Most is {largest}, "
         f"{float(row['mean']):.3g} +- {float(row['mc_se']):.2g} nats: {_CAUSE[largest]}. "
     )
-    if least:
+    if gaps.attrs["approximation_is"] == "at least":
         text += "The evidence is a lower bound, so approximation and total are at least this. "
     text += (
         "Gaps are estimates: one that is 0 may come out below 0, by its error. "
@@ -116,16 +108,8 @@ def _gap_caption(gaps: xr.Dataset, means: xr.Dataset) -> str:
 
 
 def convergence_curves(convergence: xr.Dataset) -> Figure:
-    """The course of the ELBO over fast steps with the verdict on each sequence.
-
-    Args:
-        convergence: Of `fast_convergence`.
-
-    Raises:
-        InputError: if it is another dataset.
-    """
-    if "behind" not in convergence:
-        raise InputError("no course to draw: give the Dataset of fast_convergence")
+    """The course of the ELBO over fast steps, with the verdicts of `fast_convergence`."""
+    style.require(convergence, "behind", "fast_convergence")
     tolerance, steps = convergence.attrs["tolerance"], convergence.attrs["steps"]
     caption = (
         f"{convergence.attrs['sentence']} Left: each line is one sequence, its ELBO on fresh draws "
@@ -135,37 +119,34 @@ def convergence_curves(convergence: xr.Dataset) -> Figure:
         f"errors: enough if all of it lies below the tolerance of {tolerance:g} nats."
     )
     verdict = convergence["verdict"].values
-    with house_figure((10.5, 5.0), caption) as figure:
+    with style.house_figure((10.5, 5.0), caption) as figure:
         main, side = figure.subplots(1, 2, width_ratios=(1.5, 1))
         done = convergence["checkpoint"].values
         place = np.arange(len(done))
-        behind = convergence["behind"].values
         for name, color in _VERDICTS.items():
             chosen = verdict == name
             if chosen.any():
-                main.plot(place, behind[:, chosen], color=color, lw=0.9, alpha=0.5)
-                label = f"{name} ({int(chosen.sum())})"
-                main.plot([], [], color=color, label=label)
-        main.axvline(place[done == steps][0], color=INK, lw=1.0, ls="--", label="T")
+                behind = convergence["behind"].values[:, chosen]
+                main.plot(place, behind, color=color, lw=0.9, alpha=0.5)
+                main.plot([], [], color=color, label=f"{name} ({int(chosen.sum())})")
+        main.axvline(place[done == steps][0], color=style.INK, lw=1.0, ls="--", label="T")
         main.set_yscale("symlog", linthresh=tolerance)
         main.set_xticks(place, [str(d) for d in done])
         main.set(
             xlabel="fast steps", ylabel=f"ELBO minus that at {steps} steps\n(nats per sequence)"
         )
         _still_to_be_had(side, convergence)
-        side.axhline(tolerance, color=INK, lw=1.2, ls="--", label="tolerance")
-        title_and_legend(main, "Course")
-        title_and_legend(side, "Still to be had")
+        style.zero_line(side, tolerance, lw=1.2, ls="--", label="tolerance")
+        style.title_and_legend(main, "Course")
+        style.title_and_legend(side, "Still to be had")
     return figure
 
 
 def _still_to_be_had(axes: Axes, convergence: xr.Dataset) -> None:
-    longer, other = (convergence[name].values for name in ("gain_doubling", "gain_other_rate"))
-    first = longer >= other
-    gain = np.where(first, longer, other)
-    error = np.where(
-        first, convergence["gain_doubling_se"].values, convergence["gain_other_rate_se"].values
-    )
+    names = ("gain_doubling", "gain_other_rate")
+    both, errors = (np.stack([convergence[n + e].values for n in names]) for e in ("", "_se"))
+    larger = both.argmax(0)[None]
+    gain, error = (np.take_along_axis(values, larger, 0)[0] for values in (both, errors))
     order = np.argsort(-gain, kind="stable")
     rank = np.arange(1, len(order) + 1)
     verdict = convergence["verdict"].values[order]
@@ -178,4 +159,4 @@ def _still_to_be_had(axes: Axes, convergence: xr.Dataset) -> None:
             )  # fmt: skip
     axes.set_yscale("symlog", linthresh=convergence.attrs["tolerance"])
     axes.set(xlabel="sequence, by rank", ylabel="gain (nats per sequence)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.whole_numbers(axes)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from ltm_pyro.checks import one_of
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.plots.style import BLUE, GREY, Floats, drawable, house_figure
+from ltm_pyro.plots import style
 
 _MOST_COLORS = 8  # categories that can be told apart; the rest is one more
 _LONGEST = 24  # characters of a name in the legend
@@ -49,21 +49,18 @@ def thought_map(
     if len(mean) < 3:
         raise InputError(f"{len(mean)} sequences make no map: give 3 or more")
     place, kept = _pca(mean) if method == "pca" else (_umap(mean), None)
-    with house_figure((6.6, 4.8), _caption(mean, kept, name)) as figure:
+    with style.house_figure((6.6, 4.8), _caption(mean, kept, name)) as figure:
         axes = figure.subplots()
+        x, y = place.T
         if by is None:
-            axes.scatter(place[:, 0], place[:, 1], s=26, color=BLUE, alpha=0.8, lw=0)
+            axes.scatter(x, y, s=26, color=style.BLUE, alpha=0.8, lw=0)
         elif by.dtype.kind in "if" and len(np.unique(by)) > _MOST_COLORS:
-            dots = axes.scatter(
-                place[:, 0], place[:, 1], s=26, c=by, cmap="cividis", alpha=0.9, lw=0
-            )
+            dots = axes.scatter(x, y, s=26, c=by, cmap="cividis", alpha=0.9, lw=0)
             figure.colorbar(dots, ax=axes, label=name)
         else:
             _by_category(axes, place, by, name)
         if kept is None:
-            axes.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", xticks=[], yticks=[])
         else:
             axes.set(
                 xlabel=f"component 1 of z ({kept[0]:.0%})",
@@ -75,7 +72,7 @@ def thought_map(
 
 def _points(
     source: xr.DataTree | Posterior, by: str | ArrayLike | None, name: str | None
-) -> tuple[Floats, NDArray[np.generic] | None, str]:
+) -> tuple[style.Floats, NDArray[np.generic] | None, str]:
     """Posterior means (B, K D), values to colour by (B,), and what these are called."""
     if isinstance(source, Posterior):
         mean = source.mean.detach().flatten(1).cpu().double().numpy()
@@ -92,7 +89,7 @@ def _points(
     if by is None:
         return mean, None, ""
     name = name or (str(by.name) if isinstance(by, pd.Series) else "value")
-    name = drawable(name.replace("$", ""))
+    name = style.drawable(name.replace("$", ""))
     values = np.asarray(by)
     if values.shape != (len(mean),):
         raise InputError(
@@ -103,7 +100,7 @@ def _points(
     return mean, values, name
 
 
-def _pca(mean: Floats) -> tuple[Floats, tuple[float, float]]:
+def _pca(mean: style.Floats) -> tuple[style.Floats, tuple[float, float]]:
     """First two principal components (B, 2), and their shares of the variance."""
     centred = mean - mean.mean(0)
     u, scale, _ = np.linalg.svd(centred, full_matrices=False)
@@ -116,60 +113,51 @@ def _pca(mean: Floats) -> tuple[Floats, tuple[float, float]]:
     return place, (first, second)
 
 
-def _umap(mean: Floats) -> Floats:
+def _umap(mean: style.Floats) -> style.Floats:
     try:
         umap = importlib.import_module("umap")
     except ImportError:
         raise InputError(
             "method 'umap' needs umap-learn: pip install umap-learn, or 'pca'"
         ) from None
-    place: Floats = umap.UMAP(random_state=0, n_neighbors=min(15, len(mean) - 1)).fit_transform(
-        mean
-    )
+    neighbours = min(15, len(mean) - 1)
+    place: style.Floats = umap.UMAP(random_state=0, n_neighbors=neighbours).fit_transform(mean)
     return place
 
 
-def _by_category(axes: Axes, place: Floats, by: NDArray[np.generic], name: str) -> None:
+def _by_category(axes: Axes, place: style.Floats, by: NDArray[np.generic], name: str) -> None:
     """The most frequent categories in colours, with markers of their own; the others grey."""
+    x, y = place.T
     values, counts = np.unique(by, return_counts=True)
     named = values[np.argsort(-counts, kind="stable")][:_MOST_COLORS]
     rest = ~np.isin(by, named)
     if rest.any():
-        axes.scatter(
-            place[rest, 0],
-            place[rest, 1],
-            s=18,
-            color=GREY,
-            alpha=0.6,
-            lw=0,
-            label=f"other ({rest.sum()})",
-        )
+        label = f"other ({rest.sum()})"
+        axes.scatter(x[rest], y[rest], s=18, color=style.GREY, alpha=0.6, lw=0, label=label)
     palette = sns.color_palette("colorblind", _MOST_COLORS)
     for value, color, marker in zip(named, palette, "osD^vPX*", strict=False):
         at = by == value
         label = " ".join(str(value).split()) or "(empty)"
-        label = drawable(label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…")
+        label = style.drawable(label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…")
         axes.scatter(
-            place[at, 0],
-            place[at, 1],
-            s=26,
-            color=color,
-            marker=marker,
-            alpha=0.85,
-            lw=0,
-            label=label,
-        )
+            x[at], y[at], s=26, color=color, marker=marker, alpha=0.85, lw=0, label=label
+        )  # fmt: skip
     axes.legend(title=name, loc="upper left", bbox_to_anchor=(1.01, 1.0), title_fontsize=9)
 
 
-def _caption(mean: Floats, kept: tuple[float, float] | None, name: str) -> str:
-    text = f"Each point is the posterior mean of one sequence's thoughts ({len(mean)} sequences, "
-    text += f"{mean.shape[1]} dimensions). "
-    if kept is None:
-        text += "UMAP keeps neighbours together: distances and sizes of groups mean nothing. "
-    else:
-        text += f"The two principal components hold {sum(kept):.0%} of the variance of the means. "
+def _caption(mean: style.Floats, kept: tuple[float, float] | None, name: str) -> str:
+    meaning = "UMAP keeps neighbours together: distances and sizes of groups mean nothing. "
+    if kept is not None:
+        meaning = (
+            f"The two principal components hold {sum(kept):.0%} of the variance of the means. "
+        )
+    groups = "Clusters are groups of texts that q tells apart."
     if name:
-        text += f"Colours that keep together say that thoughts know the {name}; mixed ones, that "
-        return text + "in these two dimensions they do not."
-    return text + "Clusters are groups of texts that q tells apart."
+        groups = (
+            f"Colours that keep together say that thoughts know the {name}; mixed ones, that in "
+            "these two dimensions they do not."
+        )
+    return (
+        f"Each point is the posterior mean of one sequence's thoughts ({len(mean)} sequences, "
+        f"{mean.shape[1]} dimensions). {meaning}{groups}"
+    )

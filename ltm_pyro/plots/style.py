@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
 
+from ltm_pyro.diagnostics.estimates import Estimate
+from ltm_pyro.errors import InputError
 from ltm_pyro.run.files import write_atomic
 
 Floats = NDArray[np.floating[Any]]
@@ -80,12 +84,42 @@ def drawable(text: str, family: str = "sans-serif") -> str:
     return "".join(known).replace("$", r"\$")
 
 
+def require(data: xr.Dataset, name: str, source: str) -> None:
+    """Refuses a Dataset without a column, dimension or attribute that those of `source` have."""
+    if name not in {*data.variables, *data.dims, *data.attrs}:
+        raise InputError(f"this Dataset has no {name} to draw: give the one of {source}")
+
+
+def estimates(
+    axes: Axes, x: ArrayLike, found: Sequence[Estimate], fmt: str = "o", **style: Any
+) -> None:
+    """Means, each with two errors on either side, which hold 95 %."""
+    errors = [2 * np.nan_to_num(each.error) for each in found]
+    axes.errorbar(x, [each.value for each in found], yerr=errors, fmt=fmt, **style)
+
+
+def whole_numbers(axes: Axes, of: str = "x") -> None:
+    """Ticks of an axis at whole numbers alone."""
+    getattr(axes, f"{of}axis").set_major_locator(MaxNLocator(integer=True))
+
+
+def zero_line(axes: Axes, value: float = 0.0, **style: Any) -> None:
+    """The horizontal line that values are read against."""
+    axes.axhline(value, **{"color": INK, "lw": 1.0, **style})
+
+
 def title_and_legend(axes: Axes, title: str) -> None:
     """Title and legend on one line above the axes, where they cover nothing."""
     axes.set_title(title)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels)
+    axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels))
+
+
+def common_legend(figure: Figure, axes: Axes) -> None:
+    """One legend above all panels, of what one of them holds."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper right", ncols=len(labels), borderaxespad=0.6
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.plots.style import BLUE, GREY, INK, Floats, house_figure, title_and_legend
+from ltm_pyro.plots import style
 from ltm_pyro.random import seeded
 
 _MOVED = 0.25  # scales of the prior
@@ -51,37 +51,23 @@ def thought_intervals(
         f"prior's middle 50 %: of a collapsed posterior none would.{_left_out(z, sizes)}"
     )
     size = (max(6.5, 1.2 + 1.9 * columns), 1.5 + 1.6 * rows)
-    with house_figure(size, caption) as figure:
+    with style.house_figure(size, caption) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for (row, column), axes in np.ndenumerate(grid):
+            one = z.isel(sequence=row, thought=column).values
+            _intervals(axes, one, prior.isel(thought=column).values.ravel())
         for row in range(rows):
-            for column in range(columns):
-                _intervals(
-                    grid[row, column],
-                    z.isel(sequence=row, thought=column).values,
-                    prior.isel(thought=column).values.ravel(),
-                )
-            name = f"sequence {z['sequence'].values[row]}"
-            grid[row, 0].set_ylabel(f"{name}\nz")
+            grid[row, 0].set_ylabel(f"sequence {z['sequence'].values[row]}\nz")
         for column in range(columns):
             grid[0, column].set_title(str(z["thought"].values[column]))
             grid[-1, column].set_xlabel("dimension")
             grid[-1, column].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper right", ncols=len(labels), borderaxespad=0.6
-        )
+        style.common_legend(figure, grid[0, 0])
     return figure
 
 
 def posterior_against_prior(source: xr.DataTree | Posterior) -> Figure:
-    """Which dimensions of z the data move and narrow: each a dot, over all sequences.
-
-    Args:
-        source: A posterior, or a tree of `to_datatree`.
-
-    Raises:
-        InputError: if there is nothing to draw.
-    """
+    """Which dimensions of z the data move and narrow, by a posterior or a tree of `to_datatree`."""
     everything = {"sequence": 512, "thought": 64, "dim": 64}
     z, prior, sizes = _shown(source, everything)
     mean, sd = z.mean("sample"), z.std("sample")
@@ -97,38 +83,44 @@ def posterior_against_prior(source: xr.DataTree | Posterior) -> Figure:
         "draws of all posteriors together; they should fill the prior, or it has holes that no "
         f"text lives in.{_left_out(z, sizes)}"
     )
-    with house_figure((8.6, 3.6), caption) as figure:
+    with style.house_figure((8.6, 3.6), caption) as figure:
         axes, side = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        colors = sns.color_palette("viridis", thoughts)
-        for k in range(thoughts):
+        for k, color in enumerate(sns.color_palette("viridis", thoughts)):
             label = f"thought {k}" if k in (0, thoughts - 1) else None
-            axes.scatter(
-                moved[k], narrowed[k], s=22, color=[colors[k]], alpha=0.85, lw=0, label=label
-            )
-        axes.plot(0, 1, "+", ms=12, mew=1.6, color=INK, label="collapsed")
+            axes.scatter(moved[k], narrowed[k], s=22, color=[color], alpha=0.85, lw=0, label=label)
+        axes.plot(0, 1, "+", ms=12, mew=1.6, color=style.INK, label="collapsed")
         axes.set(
             xlabel="distance of q's mean\n(scales of the prior)",
             ylabel="width of q\n(scales of the prior)",
+            ylim=(0.0, max(1.08, 1.08 * float(narrowed.max()))),
         )
-        axes.set_ylim(0.0, max(1.08, 1.08 * float(narrowed.max())))
-        title_and_legend(axes, "")
-        all_q = ((z - centre) / scale).values.ravel()
-        all_p = ((prior - centre) / scale).values.ravel()
-        edges = np.linspace(-4, 4, 49).tolist()
-        side.hist(all_p, edges, density=True, color=GREY, alpha=0.4, label="prior")
-        side.hist(all_q, edges, density=True, histtype="step", color=BLUE, lw=1.6, label="all q")
-        side.set(xlabel="z (scales of the prior)", ylabel="density")
-        title_and_legend(side, "Together")
+        style.title_and_legend(axes, "")
+        _together(side, ((z - centre) / scale).values, ((prior - centre) / scale).values)
     return figure
 
 
-def _intervals(axes: Axes, z: Floats, prior: Floats) -> None:
+def _together(axes: Axes, z: style.Floats, prior: style.Floats) -> None:
+    """All of z, and of the prior, in scales of the prior."""
+    edges = np.linspace(-4, 4, 49).tolist()
+    axes.hist(prior.ravel(), edges, density=True, color=style.GREY, alpha=0.4, label="prior")
+    axes.hist(
+        z.ravel(), edges, density=True, histtype="step", color=style.BLUE, lw=1.6, label="all q"
+    )  # fmt: skip
+    axes.set(xlabel="z (scales of the prior)", ylabel="density")
+    style.title_and_legend(axes, "Together")
+
+
+def _intervals(axes: Axes, z: style.Floats, prior: style.Floats) -> None:
     """One panel: z (S, D) and draws of the prior."""
     dims = np.arange(z.shape[1])
-    axes.axhspan(*np.quantile(prior, _WIDE), color=GREY, alpha=0.22, lw=0, label="prior, 90 %")
-    axes.vlines(dims, *np.quantile(z, _WIDE, axis=0), color=BLUE, lw=1.0, label="q(z), 90 %")
-    axes.vlines(dims, *np.quantile(z, _NARROW, axis=0), color=BLUE, lw=3.0, label="q(z), 50 %")
-    axes.plot(dims, np.median(z, axis=0), ".", color=INK, ms=4, label="median")
+    axes.axhspan(
+        *np.quantile(prior, _WIDE), color=style.GREY, alpha=0.22, lw=0, label="prior, 90 %"
+    )
+    axes.vlines(dims, *np.quantile(z, _WIDE, axis=0), color=style.BLUE, lw=1.0, label="q(z), 90 %")
+    axes.vlines(
+        dims, *np.quantile(z, _NARROW, axis=0), color=style.BLUE, lw=3.0, label="q(z), 50 %"
+    )
+    axes.plot(dims, np.median(z, axis=0), ".", color=style.INK, ms=4, label="median")
 
 
 Shown = tuple[xr.DataArray, xr.DataArray, Mapping[Any, int]]

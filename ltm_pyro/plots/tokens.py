@@ -14,11 +14,11 @@ from matplotlib.patches import Rectangle
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
-from ltm_pyro.plots.style import BLUE, GREY, INK, ORANGE, drawable, house_figure, title_and_legend
+from ltm_pyro.plots import style
 
 _TOKENS = 160  # that can be told apart at 800 pixels
 _LETTERS = 60  # tokens that get their text
-_LINES = 4
+_WIDTH, _LINES = 88, 4  # characters of a line; lines of each text
 _LARGEST = 10.5  # points, of a short text
 
 
@@ -36,8 +36,7 @@ def token_surprise(
     Raises:
         InputError: if there is no such sequence.
     """
-    if "nll_without" not in surprise:
-        raise InputError("no surprise to draw: give the Dataset of token_surprise")
+    style.require(surprise, "nll_without", "token_surprise")
     whole_number("row", row, at_least=0, at_most=surprise.sizes["sequence"] - 1)
     one = surprise.isel(sequence=row, token=slice(tokens)).dropna("token")
     nll, without = one["nll"].values, one["nll_without"].values
@@ -50,12 +49,16 @@ def token_surprise(
         f"orange: more. Together {gain.sum():+.1f} nats, most at token {best} ({gain[best]:+.1f}). "
         "The thoughts have seen the text: this shows where they say something, and is no score."
     )
-    with house_figure((8.6, 3.2), caption) as figure:
+    with style.house_figure((8.6, 3.2), caption) as figure:
         axes = figure.subplots()
-        axes.bar(place, np.maximum(gain, 0), 1.0, nll, color=BLUE, alpha=0.55, label="taken away")
-        axes.bar(place, np.maximum(-gain, 0), 1.0, without, color=ORANGE, alpha=0.6, label="added")
-        axes.step(place, without, where="mid", color=GREY, lw=1.1, label="without thoughts")
-        axes.step(place, nll, where="mid", color=INK, lw=1.2, label="with thoughts")
+        axes.bar(
+            place, np.maximum(gain, 0), 1.0, nll, color=style.BLUE, alpha=0.55, label="taken away"
+        )
+        axes.bar(
+            place, np.maximum(-gain, 0), 1.0, without, color=style.ORANGE, alpha=0.6, label="added"
+        )
+        axes.step(place, without, where="mid", color=style.GREY, lw=1.1, label="without thoughts")
+        axes.step(place, nll, where="mid", color=style.INK, lw=1.2, label="with thoughts")
         axes.set(ylabel="surprise (nats)", xlabel="token", xlim=(-0.6, len(nll) - 0.4))
         axes.set_ylim(0.0, 1.06 * max(float(nll.max()), float(without.max()), 0.1))
         tokenizer = batch.origin.tokenizer if batch is not None and batch.origin else None
@@ -64,33 +67,25 @@ def token_surprise(
             texts = [_letter(tokenizer.decode([i])) for i in ids]
             axes.set_xticks(place, texts, fontsize=8, family="monospace")
         axes.grid(visible=False, axis="x")
-        title_and_legend(axes, "")
+        style.title_and_legend(axes, "")
     return figure
 
 
 def _letter(text: str) -> str:
     """A token as a tick: what cannot be seen has a sign."""
     known = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"}
-    return drawable("".join(known.get(c, c) for c in text[:6]), "monospace")
+    return style.drawable("".join(known.get(c, c) for c in text[:6]), "monospace")
 
 
-def interpolation_strip(
-    texts: Sequence[str], distances: Sequence[float] | None = None, *, width: int = 88
-) -> Figure:
-    """Texts written along the line between the thoughts of two texts.
-
-    Args:
-        texts: Of `interpolate`, from one end to the other.
-        distances: How far each is from the first, for the bars; by default the share of characters
-            in which it differs.
-        width: Characters of a line; four lines of each text are shown.
+def interpolation_strip(texts: Sequence[str]) -> Figure:
+    """Texts of `interpolate`, from one end to the other, and how far each is from the first.
 
     Raises:
         InputError: if there are fewer than 2 texts.
     """
     if isinstance(texts, str) or len(texts) < 2:
         raise InputError("an interpolation has 2 texts or more: give those of interpolate")
-    distances = [_differs(texts[0], text) for text in texts] if distances is None else distances
+    distances = [_differs(texts[0], text) for text in texts]
     jumps = np.diff(distances)
     place = int(np.argmax(np.abs(jumps)))
     caption = (
@@ -99,26 +94,24 @@ def interpolation_strip(
         f"characters that differ from the first. The largest change is between {place + 1} and "
         f"{place + 2}; where all are alike, these thoughts do not steer the decoder."
     )
-    wrapped = [
-        textwrap.wrap(" ".join(text.split()), width)[:_LINES] or ["(empty)"] for text in texts
-    ]
+    plain = (" ".join(text.split()) for text in texts)
+    wrapped = [textwrap.wrap(text, _WIDTH)[:_LINES] or ["(empty)"] for text in plain]
+    weights = np.linspace(0, 1, len(texts))
     longest = max(len(line) for lines in wrapped for line in lines)
-    size = min(_LARGEST, 8 * width / longest)  # points; `width` characters fill the strip at 8
-    with house_figure((8.6, 0.5 + 0.72 * len(texts)), caption) as figure:
+    size = min(_LARGEST, 8 * _WIDTH / longest)  # points; `_WIDTH` characters fill the strip at 8
+    with style.house_figure((8.6, 0.5 + 0.72 * len(texts)), caption) as figure:
         axes = figure.subplots()
         for row, (lines, distance) in enumerate(zip(wrapped, distances, strict=True)):
-            weight = row / (len(texts) - 1)
-            color = np.array(BLUE) * (1 - weight) + np.array(ORANGE) * weight
+            weight = weights[row]
+            color = np.array(style.BLUE) * (1 - weight) + np.array(style.ORANGE) * weight
             axes.add_patch(Rectangle((-0.16, row - 0.38), 0.14 * distance, 0.76, color=color))
-            shown = drawable("\n".join(lines), "monospace")
+            shown = style.drawable("\n".join(lines), "monospace")
             axes.text(
                 0.01, row, shown, va="center", fontsize=size,
                 family="monospace", linespacing=1.15,
             )  # fmt: skip
         axes.set(xlim=(-0.17, 1.0), ylim=(len(texts) - 0.5, -0.5), ylabel="weight of the second")
-        axes.set_yticks(
-            range(len(texts)), [f"{i / (len(texts) - 1):.2f}" for i in range(len(texts))]
-        )
+        axes.set_yticks(range(len(texts)), [f"{weight:.2f}" for weight in weights])
         axes.set_xticks([-0.16, -0.02], ["0", "1"])
         axes.set_xlabel("share of characters that differ", loc="left")
         axes.grid(visible=False)

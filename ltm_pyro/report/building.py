@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -46,12 +47,7 @@ _NAMED = (20, 8)  # distinct values that are worth colours: of a field, of docum
 
 @dataclass(frozen=True)
 class Report:
-    """A page and its numbers.
-
-    Attributes:
-        numbers: JSON types; what `report.json` holds.
-        html: The page.
-    """
+    """A page, and its numbers in JSON types: what `report.json` holds."""
 
     numbers: dict[str, Any]
     html: str
@@ -125,9 +121,12 @@ def _numbers(
 ) -> dict[str, Any]:
     held_out = modes["oracle"]
     scores = summary(run, held_out)
-    rows = held_out_rows(modes, run.tokenizer.unit)
-    comparison = recorded_comparison(run.folder)
+    compared = recorded_comparison(run.folder)
+    comparison = None if compared is None else compared.as_dict()
     recorded = run.folder / "scores.json"
+    seeds = 1  # fits of these settings, each from a seed of its own
+    if runs is not None:
+        seeds = int((runs.dataset["group"] == runs.dataset.attrs["baseline"]).sum())
     numbers = {
         "format": FORMAT,
         "verdict": verdict(held_out, scores),
@@ -136,9 +135,7 @@ def _numbers(
         "course": _course(run),
         "held_out": {
             "scores": scores,
-            "unknown": [n for n in QUANTITIES if all(row[n] is None for row in rows)],
-            "modes_not_made": [mode for mode in MODES if mode not in modes],
-            "rows": rows,
+            **_table(modes, run.tokenizer.unit),
             "against": None if runs is None else runs.as_dict(),
         },
         "documents": _documents(held_out),
@@ -152,13 +149,23 @@ def _numbers(
             scores,
             recorded=read_json(recorded, run.label) if recorded.exists() else None,
             comparison=comparison,
-            seeds=1 if runs is None else _seeds(runs),
+            seeds=seeds,
         ),
         "files": identities.files(run.folder, (PAGE, NUMBERS)),
         "captions": {name: found.caption for name, found in pictures.items()},
     }
     plain: dict[str, Any] = json_value(numbers)
     return plain
+
+
+def _table(modes: dict[str, HeldOut], unit: str) -> dict[str, Any]:
+    """The rows of the table of scores, and what is not in it."""
+    rows = held_out_rows(modes, unit)
+    return {
+        "unknown": [n for n in QUANTITIES if all(row[n] is None for row in rows)],
+        "modes_not_made": [mode for mode in MODES if mode not in modes],
+        "rows": rows,
+    }
 
 
 def _against(
@@ -170,19 +177,13 @@ def _against(
     return compare_runs([run, *others], corpus=corpus if corpus.recipe is None else None, **given)
 
 
-def _seeds(runs: RunComparison) -> int:
-    """Fits of the first run's settings, each from a seed of its own."""
-    return int((runs.dataset["group"] == runs.dataset.attrs["baseline"]).sum())
-
-
 def _course(run: Run) -> dict[str, Any]:
     """How the fit began and ended: means over a few steps of every column."""
     rows = run.metrics
-    names = dict.fromkeys(name for row in rows for name in row)  # some are not of every step
-    some: dict[str, Any] = {"steps": len(rows), "averaged": min(_LAST_STEPS, len(rows))}
-    for end, part in (("first", rows[:_LAST_STEPS]), ("last", rows[-_LAST_STEPS:])):
-        known = {name: [row[name] for row in part if name in row] for name in names}
-        some[end] = {k: float(np.mean(values)) if values else None for k, values in known.items()}
+    course, n = pd.DataFrame(rows), min(_LAST_STEPS, len(rows))  # some are not of every step
+    some: dict[str, Any] = {"steps": len(rows), "averaged": n}
+    for end, part in (("first", course.head(n)), ("last", course.tail(n))):
+        some[end] = part.mean().to_dict()
     some["held_out"] = [
         {"step": step, "nats_per_sequence": bound} for step, bound in held_out_bounds(rows).items()
     ]
@@ -194,28 +195,28 @@ def _documents(held_out: HeldOut) -> dict[str, Any] | None:
     if held_out.control is None or "document" not in held_out.scores.coords:
         return None
     gains = gains_by_document(held_out.scores, held_out.control)
-    known = held_out.batch.metadata
-    rows = []
-    for document in gains["document"].values:
-        one = gains.sel(document=document)
-        row = {str(name): one[name].item() for name in one.data_vars}
-        place = known[known["document"] == document] if "document" in known else known[:0]
-        if len(place) and "file" in place:
-            first = place.iloc[0]
+    known, files = held_out.batch.metadata, None
+    if "document" in known and "file" in known:
+        files = known.groupby("document").first()
+    table = gains.to_dataframe().sort_values("iw_bound_gain", ascending=False, kind="stable")
+    rows: Any = table.reset_index().to_dict("records")
+    for row in rows:
+        if files is not None and row["document"] in files.index:
+            first = files.loc[row["document"]]
             row |= {"file": visible(str(first["file"])), "offset": int(first["offset"])}
-        rows.append({"document": int(document), **row})
-    rows.sort(key=lambda row: -row["iw_bound_gain"])
     return {"rows": rows, "above": sum(row["iw_bound_gain"] > 0 for row in rows)}
 
 
-def recorded_comparison(folder: Path) -> dict[str, Any] | None:
+def recorded_comparison(folder: Path) -> Comparison | None:
     """What `ltm-pyro compare` has left in the folder."""
     path = folder / "comparison.nc"
     if not path.exists():
         return None
     try:
         with xr.open_dataset(path, engine="h5netcdf") as data:
-            return Comparison(data.load()).as_dict()
+            found = Comparison(data.load())
+            found.as_dict()
+            return found
     except (OSError, ValueError, LookupError):
         raise InputError(
             f"cannot read {str(path)!r}: make it again with ltm-pyro compare, or remove it"
@@ -237,9 +238,8 @@ def _pictures(run: Run, held_out: HeldOut) -> dict[str, Picture]:
         figures["collapse"] = plots.collapse_bars(panel)
     if held_out.post is not None and len(held_out.post) > 2:
         figures["map"] = plots.thought_map(held_out.post, *_colour(held_out))
-    if (run.folder / "comparison.nc").exists():
-        with xr.open_dataset(run.folder / "comparison.nc", engine="h5netcdf") as data:
-            figures["comparison"] = plots.guide_comparison(Comparison(data.load()))
+    if (compared := recorded_comparison(run.folder)) is not None:
+        figures["comparison"] = plots.guide_comparison(compared)
     return {name: picture(f, name, whole=name == "map") for name, f in figures.items()}
 
 

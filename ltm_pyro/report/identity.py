@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 from collections.abc import Iterator, Mapping
@@ -94,10 +93,7 @@ def files(folder: Path, leave_out: tuple[str, ...]) -> list[dict[str, Any]]:
         name = path.relative_to(folder).as_posix()
         if name in leave_out or name.endswith(PARTIAL) or not path.is_file() or path.is_symlink():
             continue
-        out.append({"name": name, "bytes": os.path.getsize(path), "sha256": _sha256(path)})
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        out.append({"name": name, "bytes": path.stat().st_size, "sha256": digest})
     return out
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

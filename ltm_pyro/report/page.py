@@ -6,6 +6,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -25,23 +26,30 @@ def render(numbers: Mapping[str, Any], panels: Mapping[str, list[str]]) -> str:
         numbers: What the page shows; see `building`.
         panels: SVG elements of each picture, by name.
     """
-    loader = PackageLoader("ltm_pyro.report", "page")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(autoescape=True)
     environment.filters |= {"num": number, "tint": tint, "plain": plain, "label": label}
-    script = loader.get_source(environment, "script.js")[0]
+    style, script = (
+        Path(__file__).with_name("page").joinpath(name).read_text(encoding="utf-8")
+        for name in ("style.css", "script.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
         r=numbers,
         panels={name: [Markup(svg) for svg in each] for name, each in panels.items()},
-        style=Markup(loader.get_source(environment, "style.css")[0]),
+        style=Markup(style),
         script=Markup(script),
         policy=_POLICY.format(digest),
+    )
+
+
+def templates(*, autoescape: bool) -> Environment:
+    """What fills in the templates of this folder; a name that is missing is an error."""
+    return Environment(
+        loader=PackageLoader("ltm_pyro.report", "page"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -8,17 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ltm_pyro.diagnostics.estimates import (
-    COMPARED,
-    PERPLEXITIES,
-    clustered_mean,
-    documents_of,
-    losses,
-    per_token_perplexity,
-)
+from ltm_pyro.diagnostics.estimates import COMPARED, exponential, loss_rate
 from ltm_pyro.run.scoring import HeldOut
 
-UNITS = ("token", "byte", "word")
 QUANTITIES = ("nats_per_sequence", "ppl_per_token", "ppl_per_byte", "bits_per_byte", "ppl_per_word")
 """Columns of numbers, each with its two errors."""
 _SCORES = {
@@ -54,31 +46,20 @@ def held_out_rows(modes: dict[str, HeldOut], unit: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(scores: xr.Dataset, name: str, unit: str) -> dict[str, Any]:
-    column, sign = PERPLEXITIES[name]
-    documents = documents_of(scores)
-    nats, mean = losses(scores, name), clustered_mean(scores[column], documents)
-    se = scores[f"{column}_se"].values if f"{column}_se" in scores else np.zeros(len(nats))
-    mc = float(np.sqrt(np.square(se).sum())) / len(nats)
-    out = _numbers("nats_per_sequence", -sign * mean.value, mc, mean.error)
-    for each in UNITS:
-        counted = scores.get("n_tokens" if each == unit else f"n_{each}s")
-        if counted is None or not counted.values.sum():
-            out |= _numbers(f"ppl_per_{each}", None, None, None)
+def _row(scores: xr.Dataset, name: str, unit: str) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    for quantity in QUANTITIES:
+        per = quantity.rpartition("_")[2]
+        counted = "token" if per == unit else per
+        names = (quantity, f"{quantity}_mc_se", f"{quantity}_sampling_error")
+        if counted != "sequence" and not scores.get(f"n_{counted}s", np.zeros(1)).sum():
+            out |= dict.fromkeys(names)
             continue
-        found = per_token_perplexity("p", nats, counted.values, se, documents)
-        values = [found[key] for key in ("p", "p_se", "p_sampling_se")]
-        out |= _numbers(f"ppl_per_{each}", *values)
-        if each == "byte":
-            ppl, *errors = values
-            scale = ppl * math.log(2)  # the delta method, backwards
-            out |= _numbers("bits_per_byte", math.log2(ppl), *(e / scale for e in errors))
-    if "bits_per_byte" not in out:
-        out |= _numbers("bits_per_byte", None, None, None)
+        rate, mc = loss_rate(scores, name, counted)
+        value, nat = -rate.value, 1.0  # and what a nat is worth, for the errors
+        if quantity.startswith("ppl"):
+            value = nat = exponential(rate.value)
+        elif quantity.startswith("bits"):
+            value, nat = rate.value / math.log(2), 1.0 / math.log(2)
+        out |= dict(zip(names, (value, nat * mc, nat * rate.error), strict=True))
     return out
-
-
-def _numbers(
-    name: str, value: float | None, mc_se: float | None, sampling: float | None
-) -> dict[str, float | None]:
-    return {name: value, f"{name}_mc_se": mc_se, f"{name}_sampling_error": sampling}

@@ -6,10 +6,8 @@ import unicodedata
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from ltm_pyro.data.base import Corpus
-from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.diagnostics.decomposition import token_surprise
 from ltm_pyro.random import Stream, derive_seed
@@ -25,18 +23,18 @@ _BYTES = 4  # tokens that one character may need
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _ACTIVE = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 """Categories of characters that do something instead of being seen; marks of direction too."""
-_JOINERS = "\u200c\u200d"  # parts of words and of emoji
+_HARMLESS = "\n\t\u200c\u200d"  # the last two join parts of words and of emoji
 
 
 def visible(text: str) -> str:
     """`text` with what would act in a browser or terminal shown by its number."""
-    return "".join(_visible(c) for c in text)
-
-
-def _visible(c: str) -> str:
-    if c in "\n\t" or c in _JOINERS or unicodedata.category(c) not in _ACTIVE:
-        return c
-    return f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{ord(c):04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
+    left, right = "\N{MATHEMATICAL LEFT ANGLE BRACKET}", "\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
+    return "".join(
+        f"{left}U+{ord(c):04X}{right}"
+        if unicodedata.category(c) in _ACTIVE and c not in _HARMLESS
+        else c
+        for c in text
+    )
 
 
 def surprise(held_out: HeldOut, run: Run, seed: int) -> list[dict[str, Any]]:
@@ -62,22 +60,20 @@ def surprise(held_out: HeldOut, run: Run, seed: int) -> list[dict[str, Any]]:
     found = token_surprise(
         run.model, held_out.post[some.ids.tolist()], some, control=control, draws=_DRAWS, seed=seed
     )
-    return [_one(run.tokenizer, some, found, row) for row in range(len(rows))]
-
-
-def _one(tokenizer: Tokenizer, batch: Batch, found: xr.Dataset, row: int) -> dict[str, Any]:
-    """The first tokens of one sequence."""
-    ids = batch.observed[row][batch.mask[row]][:_TOKENS].cpu().numpy()
-    nats, without = (
-        found[name].values[row][batch.mask[row].cpu()][:_TOKENS] for name in ("nll", "nll_without")
-    )
-    return {
-        "sequence": int(batch.ids[row]),
-        "without": found.attrs["without"],
-        "nats": float(nats.sum()),
-        "nats_without": float(without.sum()),
-        "pieces": _pieces(tokenizer, ids, nats, without),
-    }
+    out = []
+    for row, mask in enumerate(some.mask.cpu()):
+        ids = some.observed[row].cpu()[mask][:_TOKENS].numpy()
+        nats, without = (found[n].values[row][mask][:_TOKENS] for n in ("nll", "nll_without"))
+        out.append(
+            {
+                "sequence": int(some.ids[row]),
+                "without": found.attrs["without"],
+                "nats": float(nats.sum()),
+                "nats_without": float(without.sum()),
+                "pieces": _pieces(run.tokenizer, ids, nats, without),
+            }
+        )
+    return out
 
 
 def _pieces(tokenizer: Tokenizer, ids: Any, nats: Any, without: Any) -> list[dict[str, Any]]:
@@ -88,14 +84,9 @@ def _pieces(tokenizer: Tokenizer, ids: Any, nats: Any, without: Any) -> list[dic
         text = tokenizer.decode(ids[start:stop])
         if _UNKNOWN in text and stop - start < _BYTES and stop < len(ids):
             continue
-        here = slice(start, stop)
-        out.append(
-            {
-                "text": visible(text),
-                "nats": float(nats[here].sum()),
-                "nats_without": float(without[here].sum()),
-            }
-        )
+        told = {"nats": nats, "nats_without": without}
+        sums = {name: float(values[start:stop].sum()) for name, values in told.items()}
+        out.append({"text": visible(text), **sums})
         start = stop
     return out
 

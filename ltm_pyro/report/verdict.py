@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
+from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, monte_carlo
 from ltm_pyro.run.scoring import HeldOut
 
 _LABELS = {"elbo": "the ELBO", "iw_bound": "the importance-weighted bound"}
@@ -32,11 +30,10 @@ def verdict(held_out: HeldOut, scores: dict[str, Any]) -> dict[str, Any]:
     """
     gains = _gains(held_out)
     answer, sentence = _answer(gains, scores)
-    used = _use(scores["collapse"])
     return {
         "answer": answer,
         "sentence": sentence,
-        "use": used,
+        "use": _use(scores["collapse"]),
         "gains": gains,
         "not_supported": _not_supported(gains, scores),
     }
@@ -52,7 +49,7 @@ def _gains(held_out: HeldOut) -> dict[str, dict[str, Any]]:
         gain = held_out.scores[name] + control["nll_z0"]
         found = clustered_mean(gain, documents_of(held_out.scores))
         # The draws' error can exceed the spread over a few documents by luck.
-        drawn = float(np.sqrt(np.square(held_out.scores[f"{name}_se"]).sum())) / len(gain)
+        drawn = monte_carlo(held_out.scores, name) / len(gain)
         error = max(found.error, drawn)
         out[name] = {
             "nats_per_sequence": found.value,
@@ -74,46 +71,38 @@ def _answer(gains: dict[str, dict[str, Any]], scores: dict[str, Any]) -> tuple[s
         return "not judged", (
             "The held-out sequences come from too few documents to trust any error: score more."
         )
-    above = [name for name, gain in gains.items() if gain["told_apart"] and _value(gain) > 0]
+    above = [
+        name for name, gain in gains.items() if gain["told_apart"] and gain["nats_per_sequence"] > 0
+    ]
     if above:
         chosen = gains[above[-1]]
-        other = [name for name in gains if name not in above]
-        rest = f" {_upper(_LABELS[other[0]])} alone would not show it." if other else ""
+        label = _LABELS[above[-1]]
+        other = [_LABELS[name] for name in gains if name not in above]
+        rest = f" {other[0][0].upper()}{other[0][1:]} alone would not show it." if other else ""
         panel = scores["collapse"]
         used = panel is not None and panel["uses_thoughts"]
         doubt = "" if used else " That its thoughts are the reason is not shown."
         return "yes, in this fit" if used else "not shown", (
             f"Held-out text is more probable under this model than under the same decoder without "
-            f"thoughts: {_LABELS[above[-1]]} lies {_with_error(chosen)} nats per sequence above "
+            f"thoughts: {label} lies {_with_error(chosen)} nats per sequence above "
             f"the control, paired over {chosen['documents']} {_documents(scores)}.{rest}{doubt}"
         )
     best = gains["iw_bound"]
-    apart = best["told_apart"]
+    verdict = ": the two are not told apart."
+    if best["told_apart"]:
+        verdict = ". It is below; whether the model itself is worse, a bound cannot say."
     return "not shown", (
         f"That thoughts help is not shown: {_LABELS['iw_bound']} lies {_with_error(best, '+')} "
         f"nats per sequence from the same decoder without thoughts, paired over "
-        f"{best['documents']} {_documents(scores)}"
-        + (
-            ". It is below; whether the model itself is worse, a bound cannot say."
-            if apart
-            else ": the two are not told apart."
-        )
+        f"{best['documents']} {_documents(scores)}{verdict}"
     )
-
-
-def _value(gain: dict[str, Any]) -> float:
-    return float(gain["nats_per_sequence"])
 
 
 def _with_error(gain: dict[str, Any], sign: str = "") -> str:
     """Both with two decimals, or as many as show the error."""
     error = gain["error"]
     digits = max(2, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 2
-    return f"{_value(gain):{sign}.{digits}f} ± {error:.{digits}f}"
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return f"{gain['nats_per_sequence']:{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def _documents(scores: dict[str, Any]) -> str:
@@ -155,7 +144,7 @@ def _not_supported(gains: dict[str, dict[str, Any]], scores: dict[str, Any]) -> 
     panel = scores["collapse"]
     if panel is not None and not panel["uses_thoughts"]:
         out.append("That what thoughts say is the reason for any difference to the control.")
-    if gains and all(_value(gain) < 0 for gain in gains.values()):
+    if gains and all(gain["nats_per_sequence"] < 0 for gain in gains.values()):
         out.append(
             "That the model is worse than the control: bounds lie below the log-likelihood that "
             "they bound."

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 import xarray as xr
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
-import ltm_pyro
 from ltm_pyro.checks import QUIET_SECONDS, whole_number
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
@@ -22,7 +21,7 @@ from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock
 from ltm_pyro.diagnostics.compare.reference import against_reference, check_reference
 from ltm_pyro.diagnostics.compare.summary import add_summary
 from ltm_pyro.diagnostics.compare.table import Comparison
-from ltm_pyro.diagnostics.estimates import corpus_attrs, sequence_coords
+from ltm_pyro.diagnostics.estimates import provenance, sequence_coords
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError, shown, unknown_name
 from ltm_pyro.inference.guides import LocalGuide, build_guide
@@ -110,23 +109,15 @@ def compare(
     objective = as_objective(elbo)
     _check(batch, guides, options, reference, reference_options)
     settings = Settings(
-        fast or Fast(),
-        slow or Slow(),
-        objective,
-        budget,
-        draws,
-        training_share,
-        train,
-        restarts,
-        gaps,
-        seed,
-    )
-    each = 8 * len(batch) * math.prod(model.thought_shape)
-    whole_number("draws", draws, bytes_each=each)
+        fast or Fast(), slow or Slow(), objective, budget, draws, training_share, train, restarts,
+        gaps, seed,
+    )  # fmt: skip
+    reals = math.prod(model.thought_shape)
+    whole_number("draws", draws, bytes_each=8 * len(batch) * reals)
     batch = batch.to(model.device)
     model.check(batch)
     sampled = _spread(batch, subset)
-    check_reference(reference_options or {}, len(sampled) * math.prod(model.thought_shape))
+    check_reference(reference_options or {}, len(sampled) * reals)
     candidates = _build(model, guides, options or {}, seed)
     fits: list[Fit] = []
     found: MCMCDraws | None = None
@@ -143,15 +134,8 @@ def compare(
             near = clock(model, start, settings, settings.budget, seed).infer(sampled)
             if compile_reference and isinstance(model, LatentThoughtModel):
                 model.compile_fast_loop()
-            found = sample_posterior(
-                model,
-                sampled,
-                reference,
-                start=near,
-                seed=seed,
-                progress=progress,
-                **(reference_options or {}),
-            )
+            given = {"start": near, "seed": seed, "progress": progress, **(reference_options or {})}
+            found = sample_posterior(model, sampled, reference, **given)
     except KeyboardInterrupt:
         if len(fits) < 2:
             raise
@@ -201,7 +185,6 @@ def _build(
             continue
         if given in out:
             raise InputError(f"guide {shown(given)} is named twice: give each once")
-
         another = partial(_start, given, model, options.get(given, {}))
         out[given] = Candidate(another(seed), another)
     return out
@@ -214,25 +197,18 @@ def _start(name: str, model: LatentModel, options: dict[str, Any], seed: int) ->
 
 def _free_label(guide: LocalGuide, taken: Mapping[str, object]) -> str:
     """What a given guide is called: its family, and a number where there are several."""
-    label, count = f"{guide.family} (given)", 1
-    while label in taken:
-        count += 1
-        label = f"{guide.family} (given, {count})"
-    return label
+    family = guide.family
+    labels = (f"{family} (given{f', {n}' if n > 1 else ''})" for n in itertools.count(1))
+    return next(label for label in labels if label not in taken)
 
 
 def _spread(batch: Batch, count: int | None) -> Batch:
-    """`count` of the sequences at even distances; all of them for `None`.
-
-    Raises:
-        InputError: if there are not as many.
-    """
+    """`count` of the sequences at even distances; all of them for `None`."""
     if count is None:
         return batch
     count = whole_number("subset", count, 1, len(batch))
-    return batch.select(
-        torch.linspace(0, len(batch) - 1, count, device=batch.device).round().long()
-    )
+    rows = torch.linspace(0, len(batch) - 1, count, device=batch.device)
+    return batch.select(rows.round().long())
 
 
 def _collect(
@@ -263,16 +239,13 @@ def _collect(
         "restarts": settings.restarts,
         "seed": settings.seed,
         "objective": describe(settings.elbo),
-        "particles": settings.particles,
+        "particles": settings.elbo.particles,
         "fast_optimizer": settings.fast.optimizer,
         "fast_lr": settings.fast.lr,
         "shared_parameters_trained_on": "other sequences"
         if settings.train is not None
         else "the compared sequences themselves",
         "reference": "none" if reference is None else reference.kernel,
-        **corpus_attrs(batch),
-        "ltm_pyro_version": ltm_pyro.__version__,
-        "torch_version": str(torch.__version__),
-        "pyro_version": pyro.__version__,
+        **provenance(batch),
     }
     return add_summary(data)

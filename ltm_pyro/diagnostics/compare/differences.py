@@ -99,14 +99,12 @@ def in_words(
         unit: Of the difference.
         sides: What it means to be above 0, and below.
     """
-    margin = found.margin(ERROR_RATE / max(comparisons, 1))
-    if not (math.isfinite(found.value) and math.isfinite(margin)):
+    value, margin = found.value, found.margin(ERROR_RATE / max(comparisons, 1))
+    if not math.isfinite(value + margin):
         return "no difference can be computed"
+    if abs(value) <= margin:
+        return f"not told apart (between {value - margin:+.2g} and {value + margin:+.2g} {unit})"
     subject = "" if guide is None else f"this fit of {guide} is "
     object_ = "" if base is None else f" than this fit of {base}"
-    if abs(found.value) > margin:
-        which = sides[0] if found.value > 0 else sides[1]
-        low, high = abs(found.value) - margin, abs(found.value) + margin
-        return f"{subject}{which}{object_}, by {low:.2g} to {high:.2g} {unit}"
-    low, high = found.value - margin, found.value + margin
-    return f"not told apart (between {low:+.2g} and {high:+.2g} {unit})"
+    which, size = sides[value < 0], abs(value)
+    return f"{subject}{which}{object_}, by {size - margin:.2g} to {size + margin:.2g} {unit}"

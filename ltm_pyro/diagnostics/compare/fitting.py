@@ -1,4 +1,8 @@
-"""One guide's answer for the compared sequences: trained, fitted and scored within its budget."""
+"""One guide's answer for the compared sequences: trained, fitted and scored within its budget.
+
+The budget counts decoder evaluations: one is log p(x_i | z_i) of one sequence at one draw, with its
+gradient. It is the unit in which families with unlike parameters can be given the same.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.diagnostics.bounds import evaluate
-from ltm_pyro.diagnostics.compare.budget import Plan, plan_budget
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import LocalGuide
@@ -37,7 +40,7 @@ TRAINING_FAST_STEPS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What all guides of one comparison share.
+    """What all guides of one comparison share; see `compare`.
 
     Raises:
         InputError: naming the setting that cannot be used.
@@ -63,11 +66,6 @@ class Settings:
             raise InputError(f"training_share is {shown(share)}: must be between 0 and 1")
         if not (train is None or isinstance(train, Batch) or hasattr(train, "training_batch")):
             raise InputError(f"train is {shown(train)}: give corpus.train, or a batch")
-
-    @property
-    def particles(self) -> int:
-        """Draws of the objective per step."""
-        return self.elbo.particles
 
     def seed_of(self, restart: int) -> int:
         """Of the start, the training and the fast loop of one independent fit."""
@@ -106,6 +104,21 @@ class Fit:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a guide spends its budget.
+
+    Attributes:
+        training_steps: Slow steps on the shared parameters, before the local fit.
+        training_fast_steps: T_fast within each of them.
+        local_steps: T_fast of the local fit on the compared sequences.
+    """
+
+    training_steps: int
+    training_fast_steps: int
+    local_steps: int
+
+
 def fit_and_score(
     label: str,
     candidate: Candidate,
@@ -113,80 +126,40 @@ def fit_and_score(
     batch: Batch,
     sampled: Batch,
     settings: Settings,
-    on_fit: Callable[[], object] = lambda: None,
 ) -> Fit:
-    """All fits of one guide, scored on the same fresh draws.
-
-    Args:
-        label: The guide's name in the comparison.
-        candidate: The guide.
-        model: Prior and decoder.
-        batch: The compared sequences.
-        sampled: Those of them that the longer loop is run for.
-        settings: Of the comparison.
-        on_fit: Called after each fit.
-    """
-    began = time.perf_counter()
-    shares = _shares_parameters(candidate.guide, batch)
-    count = settings.restarts if shares and candidate.another is not None else 1
-    posts, scores, gaps, spent = [], [], {}, np.zeros(2)
-    seconds = 0.0
-    for restart in range(count):
-        seed = settings.seed_of(restart)
-        guide = candidate.guide
-        if restart and candidate.another is not None:
-            guide = candidate.another(seed)
-        svi, post, plan, evaluations = _fit(guide, candidate, model, batch, seed, settings)
-        seconds += time.perf_counter() - began
-        spent += evaluations
-        posts.append(post)
-        scores.append(_scores(model, post, batch, settings))
-        if not restart and settings.gaps and post.has_density and guide.local_parameters():
-            gaps = _longer_run(svi, plan, sampled, scores[0], settings)
-        on_fit()
+    """All fits of one guide, scored on the same draws; the longer loop is for `sampled` alone."""
+    candidate.guide.reset(batch)
+    shares = bool(candidate.guide.shared_parameters())
+    another = candidate.another if shares else None
+    posts, scores, gaps, spent, seconds = [], [], {}, np.zeros(2), 0.0
+    for restart in range(1 if another is None else settings.restarts):
         began = time.perf_counter()
-    training, local = (spent / (count * len(batch))).tolist()
+        seed = settings.seed_of(restart)
+        guide = another(seed) if another is not None and restart else candidate.guide
+        start = settings.elbo.evaluations
+        plan = _train(guide, candidate.another is None, model, batch, seed, settings)
+        training = settings.elbo.evaluations - start
+        svi = clock(model, guide, settings, plan.local_steps, seed)
+        posts.append(svi.infer(batch))
+        seconds += time.perf_counter() - began
+        spent += training, settings.elbo.evaluations - start - training
+        scores.append(_scores(model, posts[-1], batch, settings))
+        if not restart and settings.gaps and posts[0].has_density and guide.local_parameters():
+            gaps = _longer_run(svi, plan, sampled, scores[0], settings)
+    training, local = (spent / (len(posts) * len(batch))).tolist()
     facts = {
         "family": candidate.guide.family,
         "kl_estimator": posts[0].kl_estimator,
-        "fits": count,
+        "fits": len(posts),
         "shares_parameters": shares,
         "decoder_evaluations": training + local,
         "training_evaluations": training,
         "local_evaluations": local,
         "local_steps": plan.local_steps,
         "training_steps": plan.training_steps,
-        "seconds": seconds / count,
+        "seconds": seconds / len(posts),
     }
-    columns = _over_fits(scores, settings.restarts).assign(gaps)
-    return Fit(label, posts[0], columns, facts)
-
-
-def _shares_parameters(guide: LocalGuide, batch: Batch) -> bool:
-    guide.reset(batch)
-    return bool(guide.shared_parameters())
-
-
-def _fit(
-    guide: LocalGuide,
-    candidate: Candidate,
-    model: LatentModel,
-    batch: Batch,
-    seed: int,
-    settings: Settings,
-) -> tuple[DualRateSVI, Posterior, Plan, tuple[int, int]]:
-    """Trains and fits within the budget; also says what that cost, in decoder evaluations."""
-    start = settings.elbo.evaluations
-    if candidate.another is not None:
-        plan = _train(guide, model, batch, seed, settings)
-    else:
-        guide.reset(batch)
-        steps = settings.budget // settings.particles if guide.local_parameters() else 0
-        plan = Plan(0, 0, steps)
-    training = settings.elbo.evaluations - start
-    svi = clock(model, guide, settings, plan.local_steps, seed)
-    post = svi.infer(batch)
-    return svi, post, plan, (training, settings.elbo.evaluations - start - training)
+    return Fit(label, posts[0], _over_fits(scores, settings.restarts).assign(gaps), facts)
 
 
 def clock(
@@ -198,25 +171,53 @@ def clock(
 
 
 def _train(
-    guide: LocalGuide, model: LatentModel, batch: Batch, seed: int, settings: Settings
+    guide: LocalGuide, given: bool, model: LatentModel, batch: Batch, seed: int, settings: Settings
 ) -> Plan:
-    """Trains the shared parameters; returns how the budget was divided."""
+    """Trains the shared parameters, unless given; returns how the budget was divided."""
     guide.reset(batch)
+    if given:
+        steps = settings.budget // settings.elbo.particles if guide.local_parameters() else 0
+        return Plan(0, 0, steps)
     source = batch if settings.train is None else settings.train
     size = min(TRAINING_BATCH, len(source) if isinstance(source, Batch) else TRAINING_BATCH)
-    plan = plan_budget(
-        guide,
-        per_sequence=settings.budget,
-        rows=len(batch),
-        batch_size=size,
-        training_fast_steps=TRAINING_FAST_STEPS,
-        training_share=settings.training_share,
-        particles=settings.particles,
-    )
+    plan = _plan(guide, len(batch), size, settings)
     if plan.training_steps:
         svi = clock(model, guide, settings, plan.training_fast_steps, seed)
         svi.fit_guide(source, plan.training_steps, size, progress=False)
     return plan
+
+
+def _plan(guide: LocalGuide, rows: int, batch_size: int, settings: Settings) -> Plan:
+    """Divides the budget for `rows` compared sequences between shared and local parameters.
+
+    A family without shared parameters spends all of it on its fast loop, one without local
+    parameters all of it on training; the others the `training_share` of it on training.
+
+    Raises:
+        InputError: if the budget does not suffice for one step of each kind.
+    """
+    local, shared = bool(guide.local_parameters()), bool(guide.shared_parameters())
+    total, particles = settings.budget * rows, settings.elbo.particles
+    steps, inner, spent = 0, 0, 0
+    if shared:
+        inner = TRAINING_FAST_STEPS if local else 0
+        passes = inner + 1 + (type(guide).shared_loss is not LocalGuide.shared_loss)
+        each = batch_size * particles * passes
+        steps = int((settings.training_share if local else 1.0) * total) // each
+        spent = steps * each
+        if not steps:
+            raise _too_small(guide, settings.budget, -(-each // rows))
+    local_steps = (total - spent) // (rows * particles) if local else 0
+    if local and not local_steps:
+        raise _too_small(guide, settings.budget, 2 * particles)
+    return Plan(steps, inner, local_steps)
+
+
+def _too_small(guide: LocalGuide, budget: int, least: int) -> InputError:
+    return InputError(
+        f"a budget of {budget} decoder evaluations per sequence does not pay for one step of "
+        f"{guide.family!r}: give at least {least}, or more sequences"
+    )
 
 
 def _scores(model: LatentModel, post: Posterior, batch: Batch, settings: Settings) -> xr.Dataset:
@@ -226,18 +227,13 @@ def _scores(model: LatentModel, post: Posterior, batch: Batch, settings: Setting
 
 def _over_fits(scores: list[xr.Dataset], most: int) -> xr.Dataset:
     """Means over the fits, and each fit's own bounds, `nan` up to `most` fits."""
-    columns: dict[str, Any] = {}
+    fits = xr.concat([each[list(SCORES)].drop_attrs() for each in scores], "fit", join="exact")
+    out = fits.mean("fit", skipna=False)
     for name in SCORES:
-        values = np.stack([score[name].values for score in scores])
         if name.endswith("_se"):
-            columns[name] = ("sequence", np.sqrt(np.square(values).sum(0)) / len(values))
-        else:
-            columns[name] = ("sequence", values.mean(0))
-    for name in BETWEEN_FITS:
-        values = np.full((most, scores[0].sizes["sequence"]), np.nan)
-        values[: len(scores)] = [score[name].values for score in scores]
-        columns[f"fit_{name}"] = (("fit", "sequence"), values)
-    return xr.Dataset(columns, coords={"sequence": scores[0]["sequence"]})
+            out[name] = np.sqrt((fits[name] ** 2).sum("fit", skipna=False)) / len(scores)
+    each = fits[list(BETWEEN_FITS)].rename({name: f"fit_{name}" for name in BETWEEN_FITS})
+    return out.assign(each.pad(fit=(0, most - len(scores)), constant_values=np.nan))
 
 
 def _longer_run(

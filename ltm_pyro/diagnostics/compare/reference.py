@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ltm_pyro.checks import MOST_COUNT, whole_number
@@ -18,7 +19,6 @@ from ltm_pyro.random import Stream, derive_seed, seeded
 MOMENT_DRAWS = 1000
 """Draws of q for its moments: their error, 3 % of a scale, is below what is worth telling."""
 
-
 OPTIONS = ("chains", "warmup", "draws", "mass", "step_size", "max_leapfrog")
 """Of `sample_posterior`, that a comparison does not set itself."""
 
@@ -26,12 +26,8 @@ OPTIONS = ("chains", "warmup", "draws", "mass", "step_size", "max_leapfrog")
 def check_reference(options: Mapping[str, Any], reals: int) -> None:
     """Refuses options that the chains would refuse after all guides were fitted.
 
-    Args:
-        options: For `sample_posterior`.
-        reals: Numbers in one draw of all sequences.
-
-    Raises:
-        InputError: for an unknown option, a count that is none, or draws beyond the memory.
+    That is an unknown option, a count that is none, or draws of so many `reals` each that do not
+    fit into the memory.
     """
     for name in options:
         if name not in OPTIONS:
@@ -57,43 +53,39 @@ def against_reference(
     Returns:
         `reference_mean_error` (guide, sequence): root mean square over dimensions of the difference
         of means, in units of the reference's scale, less in squares what the errors of both means
-        alone give, not below 0. `reference_mean_floor` (sequence): that floor, which the exact
-        posterior would score too. `reference_scale_ratio` (guide, sequence):
-        geometric mean over dimensions of q's scale over the reference's; below 1, q is too narrow.
-        `reference_rhat`, `reference_ess` (sequence). What was not sampled, and what belongs
-        to chains that disagree, is `nan`.
+        alone give, not below 0; `reference_mean_floor` (sequence) is these, which the exact
+        posterior would score too. `reference_scale_ratio` (guide, sequence): geometric mean over
+        dimensions of q's scale over the reference's; below 1, q is too narrow. `reference_rhat`,
+        `reference_ess` (sequence). `nan` for what was not sampled, or whose chains disagree.
     """
     ids = posts[0].ids
     place = {i: row for row, i in enumerate(ids.tolist())}
     rows = torch.tensor([place[i] for i in reference.ids.tolist()], device=ids.device)
     bad = torch.isin(reference.ids.cpu(), torch.tensor(reference.unreliable, dtype=torch.long))
-    shape = (len(posts), len(ids))
-    errors, ratios = np.full(shape, np.nan), np.full(shape, np.nan)
     relative = reference.mean_se / reference.scale
     floor = (relative.square() + 1.0 / MOMENT_DRAWS).flatten(1).mean(1).sqrt()
     floor[bad] = torch.nan
-    for guide, post in enumerate(posts):
-        mean, scale = _moments(post, seed)
-        shift = (mean[rows] - reference.mean) / reference.scale
-        ratio = (scale[rows] / reference.scale).log().flatten(1).mean(1).exp()
+
+    def column(values: Tensor) -> NDArray[Any]:
+        """(B,), of values for the sequences that were sampled."""
+        out = np.full(len(ids), np.nan)
+        out[rows.cpu()] = values.cpu()
+        return out
+
+    errors, ratios = [], []
+    for post in posts:
+        with seeded(derive_seed(seed, Stream.SCORE, 1), ids.device):
+            z = post.sample(MOMENT_DRAWS)[:, rows]
+        shift = (z.mean(0) - reference.mean) / reference.scale
         squared = shift.square().flatten(1).mean(1) - floor.square()
-        shift, ratio = squared.clamp_min(0.0).sqrt().cpu(), ratio.cpu()
-        shift[bad], ratio[bad] = torch.nan, torch.nan
-        errors[guide, rows.cpu()], ratios[guide, rows.cpu()] = shift, ratio
-    dims = ("guide", "sequence")
-    out: dict[str, Any] = {
-        "reference_mean_error": (dims, errors),
-        "reference_scale_ratio": (dims, ratios),
+        ratio = (z.std(0) / reference.scale).log().flatten(1).mean(1).exp()
+        ratio[bad] = torch.nan
+        errors.append(column(squared.clamp_min(0.0).sqrt()))
+        ratios.append(column(ratio))
+    return {
+        "reference_mean_error": (("guide", "sequence"), np.stack(errors)),
+        "reference_scale_ratio": (("guide", "sequence"), np.stack(ratios)),
+        "reference_rhat": ("sequence", column(reference.rhat)),
+        "reference_ess": ("sequence", column(reference.ess)),
+        "reference_mean_floor": ("sequence", column(floor)),
     }
-    for name, value in (("rhat", reference.rhat), ("ess", reference.ess), ("mean_floor", floor)):
-        column = np.full(len(ids), np.nan)
-        column[rows.cpu()] = value.cpu()
-        out[f"reference_{name}"] = ("sequence", column)
-    return out
-
-
-def _moments(post: Posterior, seed: int) -> tuple[Tensor, Tensor]:
-    """Means and scales of q, (B, K, D) each."""
-    with seeded(derive_seed(seed, Stream.SCORE, 1), post.ids.device):
-        z = post.sample(MOMENT_DRAWS)
-    return z.mean(0), z.std(0)

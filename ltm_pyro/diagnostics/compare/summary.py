@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,21 +29,14 @@ def add_summary(data: xr.Dataset) -> xr.Dataset:
     for score in ("elbo", "iw"):
         column = "iw_bound" if score == "iw" else score
         out[f"{score}_difference"] = data[column] - base[column]
+        against = fits_of(data, data.attrs["baseline"], column)
+        sides = [(fits_of(data, guide, column), against) for guide in data["guide"].values]
         for unit, sizes in (("sequence", np.ones_like(tokens)), ("token", tokens)):
-            found = [
-                paired_difference(
-                    fits_of(data, guide, column),
-                    fits_of(data, data.attrs["baseline"], column),
-                    sizes,
-                    documents_of(data),
-                )
-                for guide in data["guide"].values
-            ]
+            found = [paired_difference(*scores, sizes, documents_of(data)) for scores in sides]
             _add_estimates(out, f"{score}_difference_per_{unit}", found)
     out["elbo_per_sequence"] = data["elbo"].mean("sequence")
     out["kl_per_sequence"] = data["kl"].mean("sequence")
-    whole = clustered_mean(np.zeros(data.sizes["sequence"]), documents_of(data))
-    known = documents_of(data) is not None
+    whole, known = clustered_mean(tokens, documents_of(data)), documents_of(data) is not None
     out.attrs["n_documents"] = whole.documents if known else 0
     out.attrs["effective_documents"] = whole.effective
     _add_gaps(out)
@@ -78,10 +72,8 @@ def one_fit(data: xr.Dataset, guide: str) -> str | None:
 
 def _add_estimates(out: xr.Dataset, name: str, found: Sequence[Estimate]) -> None:
     """Value, standard error, its degrees of freedom, and the error that is printed behind +-."""
-    out[name] = ("guide", [each.value for each in found])
-    out[f"{name}_se"] = ("guide", [each.se for each in found])
-    out[f"{name}_df"] = ("guide", [each.df for each in found])
-    out[f"{name}_error"] = ("guide", [each.error for each in found])
+    for ending, part in (("", "value"), ("_se", "se"), ("_df", "df"), ("_error", "error")):
+        out[name + ending] = ("guide", [getattr(each, part) for each in found])
 
 
 def _add_gaps(out: xr.Dataset) -> None:
@@ -130,9 +122,9 @@ def _add_pairs(out: xr.Dataset) -> None:
     """Paired ELBO differences of every guide to every other."""
     names = out["guide"].values
     pairs = [[pair(out, guide, other) for other in names] for guide in names]
-    out["pair_difference"] = (("guide", "other"), [[p.value for p in row] for row in pairs])
-    out["pair_difference_se"] = (("guide", "other"), [[p.se for p in row] for row in pairs])
-    out["pair_difference_error"] = (("guide", "other"), [[p.error for p in row] for row in pairs])
+    for ending, part in (("", "value"), ("_se", "se"), ("_error", "error")):
+        values = [[getattr(found, part) for found in row] for row in pairs]
+        out[f"pair_difference{ending}"] = (("guide", "other"), values)
     out.coords["other"] = names
 
 
@@ -154,22 +146,19 @@ def _verdicts(out: xr.Dataset) -> list[str]:
     return verdicts
 
 
-_UNITS = {
-    "n_tokens": "tokens", "seconds": "s", "shares_parameters": "1", "fits": "1",
-    "training_steps": "1", "local_steps": "1",
-}  # fmt: skip
+_NATS = r"elbo|iw_|kl|gap|nll|evidence|^pair_|^log_"
 
 
 def _add_units(out: xr.Dataset) -> None:
-    for name in out.data_vars:
-        label = str(name)
-        nats = any(part in label for part in ("elbo", "iw_", "kl", "gap", "nll", "evidence"))
-        units = "nats" if nats or label.startswith(("pair_", "log_")) else "1"
-        if label.endswith("_evaluations"):
+    for name in map(str, out.data_vars):
+        units = "1"
+        if name.endswith("_evaluations"):
             units = "decoder evaluations per sequence"
-        if label.endswith("_df"):
-            units = "1"
-        out[name].attrs["units"] = _UNITS.get(label, units)
+        elif name in ("n_tokens", "seconds"):
+            units = {"n_tokens": "tokens", "seconds": "s"}[name]
+        elif not name.endswith("_df") and name != "kl_estimator" and re.search(_NATS, name):
+            units = "nats"
+        out[name].attrs["units"] = units
 
 
 def margin(data: xr.Dataset, name: str) -> Values:

@@ -68,7 +68,7 @@ class Comparison:
         return f"Comparison({shown(guides)[1:-1]}: {self.dataset.sizes['sequence']} sequences)"
 
     def __str__(self) -> str:
-        return format_comparison(self)
+        return _formatted(self)
 
     def _repr_html_(self) -> str:
         columns = [name for name in COLUMNS if name in self.frame]
@@ -76,39 +76,29 @@ class Comparison:
 
 
 COLUMNS = (
-    "elbo_per_sequence",
-    "elbo_difference_per_sequence",
-    "elbo_difference_per_sequence_error",
-    "elbo_difference_per_token",
-    "elbo_difference_per_token_error",
-    "iw_difference_per_sequence",
-    "iw_difference_per_sequence_error",
-    "kl_per_sequence",
-    "truncation_gap_per_sequence",
-    "truncation_gap_per_sequence_error",
-    "approximation_gap_per_sequence",
-    "approximation_gap_per_sequence_error",
-    "khat_median",
-    "khat_share_unreliable",
-    "reference_mean_error_median",
-    "reference_mean_floor_median",
-    "reference_scale_ratio_median",
-    "fits",
-    "decoder_evaluations",
-    "training_evaluations",
-    "seconds",
-    "verdict",
-)
+    "elbo_per_sequence", "elbo_difference_per_sequence", "elbo_difference_per_sequence_error",
+    "elbo_difference_per_token", "elbo_difference_per_token_error", "iw_difference_per_sequence",
+    "iw_difference_per_sequence_error", "kl_per_sequence", "truncation_gap_per_sequence",
+    "truncation_gap_per_sequence_error", "approximation_gap_per_sequence",
+    "approximation_gap_per_sequence_error", "khat_median", "khat_share_unreliable",
+    "reference_mean_error_median", "reference_mean_floor_median", "reference_scale_ratio_median",
+    "fits", "decoder_evaluations", "training_evaluations", "seconds", "verdict",
+)  # fmt: skip
+"""Of `Comparison.frame`, in this order before all others."""
 
 
 def _notes(data: xr.Dataset, interrupted: bool) -> list[str]:
     attrs, n = data.attrs, data.sizes["sequence"]
+    documents, sampled = f" of {attrs['n_documents']} documents", "documents"
+    if not attrs["n_documents"]:
+        documents, of = "", "which documents they are pieces of is not known"
+        sampled = f"sequences ({of}, and taken for one each)"
     notes = [
-        f"{n} sequences{_documents(data)}, {attrs['draws']} fresh draws each; every guide got "
+        f"{n} sequences{documents}, {attrs['draws']} fresh draws each; every guide got "
         f"{attrs['budget']} decoder evaluations per sequence, training included. A difference of "
         "ELBOs is a difference of KL(q || p(z | x)): log p(x) is the same for all.",
         f"Verdicts allow for {data.sizes['guide'] - 1} comparisons at {ERROR_RATE:.0%} in all; "
-        f"errors are of the mean over {_sampled(data)}, Monte Carlo error included.",
+        f"errors are of the mean over {sampled}, Monte Carlo error included.",
     ]
     few = few_documents_note(clustered_mean(data["n_tokens"].values, documents_of(data)))
     notes += [f"{few}."] if few else []
@@ -130,17 +120,6 @@ def _notes(data: xr.Dataset, interrupted: bool) -> list[str]:
     if interrupted:
         notes.append("Interrupted: guides or the reference that were still to come are missing.")
     return notes
-
-
-def _documents(data: xr.Dataset) -> str:
-    return f" of {data.attrs['n_documents']} documents" if data.attrs["n_documents"] else ""
-
-
-def _sampled(data: xr.Dataset) -> str:
-    """What the sampling error is of."""
-    if data.attrs["n_documents"]:
-        return "documents"
-    return "sequences (which documents they are pieces of is not known, and taken for one each)"
 
 
 def _fit_notes(data: xr.Dataset) -> list[str]:
@@ -166,17 +145,17 @@ def _reference_note(data: xr.Dataset) -> str:
     """Whether the reference's own chains agree."""
     rhat = data["reference_rhat"].dropna("sequence")
     bad = int((~(rhat <= RHAT_LIMIT)).sum())
-    text = (
-        f"Reference {data.attrs['reference']} for {len(rhat)} of the sequences: largest R-hat "
-        f"{float(rhat.max()):.3f}"
-    )
-    floor = data["reference_mean_floor"].median("sequence", skipna=True)
-    text += f"; its own error is {float(floor):.2f} scales of a mean, and is taken off"
-    if not bad:
-        return f"{text}; no sequence above {RHAT_LIMIT}."
+    floor = float(data["reference_mean_floor"].median("sequence", skipna=True))
+    verdict = f"no sequence above {RHAT_LIMIT}."
+    if bad:
+        verdict = (
+            f"{bad} above {RHAT_LIMIT}, whose chains do not agree: left out of the reference's "
+            "columns. Sample longer."
+        )
     return (
-        f"{text}; {bad} above {RHAT_LIMIT}, whose chains do not agree: left out of the reference's "
-        "columns. Sample longer."
+        f"Reference {data.attrs['reference']} for {len(rhat)} of the sequences: largest R-hat "
+        f"{float(rhat.max()):.3f}; its own error is {floor:.2f} scales of a mean, and is taken "
+        f"off; {verdict}"
     )
 
 
@@ -184,11 +163,11 @@ def _encoder_note(data: xr.Dataset) -> list[str]:
     """Whether local steps after the encoder paid, where both families are there."""
     if not {"amortized", "semi_amortized"} <= set(data["guide"].values):
         return []
-    guides = "semi_amortized", "amortized"
+    guides = ["semi_amortized", "amortized"]
     said = in_words(pair(data, *guides), 1, *(one_fit(data, guide) for guide in guides))
     why = ""
     if " worse" in f" {said}" or said.startswith("not"):
-        spent = data["training_evaluations"].sel(guide=["semi_amortized", "amortized"]).values
+        spent = data["training_evaluations"].sel(guide=guides).values
         steps = int(data["local_steps"].sel(guide="semi_amortized"))
         why = (
             f" Why: its encoder had {spent[0]:.0f} evaluations per sequence of training against "
@@ -197,44 +176,25 @@ def _encoder_note(data: xr.Dataset) -> list[str]:
     return [f"semi_amortized against amortized at equal cost: {said}.{why}"]
 
 
-def format_comparison(comparison: Comparison) -> str:
+def _formatted(comparison: Comparison) -> str:
     """The table for the terminal, with its notes."""
-    data = comparison.dataset
-    wide = max(14, *(len(str(guide)) for guide in data["guide"].values)) + 2
-    head = f"{'guide':<{wide}}{'ELBO':>10}{'difference':>18}{'per token':>20}"
-    head += f"{'truncation':>15}{'left':>15}{'k-hat':>14}"
-    reference = "reference_rhat" in data
-    head += f"{'mean err':>10}{'scale':>7}" if reference else ""
-    lines = [f"{head}{'evals':>7}{'s':>7}  verdict"]
-    for guide in data["guide"].values:
-        row = data.sel(guide=guide)
-        value = {
-            str(n): float(row[n])
-            for n in data.data_vars
-            if data[n].dims == ("guide",) and n not in _TEXT
-        }
-        text = f"{guide:<{wide}}{value['elbo_per_sequence']:>10.2f}"
-        base = guide == data.attrs["baseline"]
-        for unit, width, digits in (("sequence", 18, 2), ("token", 20, 4)):
-            name = f"elbo_difference_per_{unit}"
-            text += f"{'-' if base else _with_error(value, name, digits):>{width}}"
-        text += f"{_with_error(value, 'truncation_gap_per_sequence', 2):>15}"
-        text += f"{_with_error(value, 'approximation_gap_per_sequence', 2):>15}"
-        share = value["khat_share_unreliable"]
-        judged = math.isfinite(share)
-        text += f"{value['khat_median']:>7.2f}{f'({share:.0%})':>7}" if judged else f"{'-':>14}"
-        if reference:
-            text += f"{value['reference_mean_error_median']:>10.2f}"
-            text += f"{value['reference_scale_ratio_median']:>7.2f}"
-        text += f"{value['decoder_evaluations']:>7.0f}{value['seconds']:>7.1f}"
-        lines.append(f"{text}  {row['verdict'].item()}")
+    data, frame = comparison.dataset, comparison.frame
+    wide = max(14, *(len(str(guide)) for guide in frame.index)) + 2
+    rows = {
+        str(guide): _cells(row, guide == data.attrs["baseline"]) for guide, row in frame.iterrows()
+    }
+    titles = next(iter(rows.values()))
+    lines = [f"{'guide':<{wide}}{''.join(f'{t:>{w}}' for t, (w, _) in titles.items())}  verdict"]
+    for guide, cells in rows.items():
+        text = "".join(f"{cell:>{width}}" for width, cell in cells.values())
+        lines.append(f"{guide:<{wide}}{text}  {frame['verdict'][guide]}")
     legend = (
         "ELBO, difference to the baseline and gaps in nats per sequence, +- errors of which two "
         "hold 95 %; truncation: what a loop twice as long gains; left: log p(x) minus the ELBO "
         f"after that ({data.attrs.get('evidence', 'not known')}); k-hat: {_khat_meaning(data)}; "
         "evals: decoder evaluations per sequence, and s: seconds, of one fit"
     )
-    if reference:
+    if "reference_rhat" in data:
         legend += (
             "; mean err: distance of means in the reference's scales, less what the reference's "
             "own error gives; scale: q's over the reference's (medians)"
@@ -242,7 +202,29 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join([*lines, "", legend + ".", *comparison.notes])
 
 
-_TEXT = ("verdict", "family", "kl_estimator")
+def _cells(row: pd.Series[Any], is_baseline: bool) -> dict[str, tuple[int, str]]:
+    """Width and text of a guide's cells by their titles."""
+
+    def with_error(name: str, digits: int) -> str:
+        mean = row.get(name, math.nan)
+        known = math.isfinite(mean)
+        return f"{mean:+.{digits}f} ± {row[f'{name}_error']:.{digits}f}" if known else "-"
+
+    khat, share = row["khat_median"], row["khat_share_unreliable"]
+    of = "-" if is_baseline else None
+    cells = {
+        "ELBO": (10, f"{row['elbo_per_sequence']:.2f}"),
+        "difference": (18, of or with_error("elbo_difference_per_sequence", 2)),
+        "per token": (20, of or with_error("elbo_difference_per_token", 4)),
+        "truncation": (15, with_error("truncation_gap_per_sequence", 2)),
+        "left": (15, with_error("approximation_gap_per_sequence", 2)),
+        "k-hat": (14, f"{khat:.2f}{f'({share:.0%})':>7}" if math.isfinite(share) else "-"),
+    }
+    if "reference_mean_error_median" in row:
+        cells["mean err"] = (10, f"{row['reference_mean_error_median']:.2f}")
+        cells["scale"] = (7, f"{row['reference_scale_ratio_median']:.2f}")
+    cells["evals"] = (7, f"{row['decoder_evaluations']:.0f}")
+    return {**cells, "s": (7, f"{row['seconds']:.1f}")}
 
 
 def _khat_meaning(data: xr.Dataset) -> str:
@@ -252,10 +234,3 @@ def _khat_meaning(data: xr.Dataset) -> str:
         return f"not judged at S = {draws} (needs {MIN_DRAWS:,} draws)"
     limit = data.attrs["khat_limit"]
     return f"median (share of sequences above {limit:.2f}, the limit at S = {draws})"
-
-
-def _with_error(value: dict[str, float], name: str, digits: int) -> str:
-    mean, error = value.get(name, math.nan), value.get(f"{name}_error", math.nan)
-    if not math.isfinite(mean):
-        return "-"
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from ltm_pyro.html import show
 
 Floats = NDArray[np.float64]
+Columns = dict[str, tuple[str, Floats, dict[str, str]]]
+"""Variables over `sequence` for the dataset: dimension, values, units."""
 
 COVERAGE = 0.95
-"""Of the intervals that flags tell, all of one question at once."""
+"""Of the intervals that flags state, all of one question at once."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,26 @@ class Diagnosis:
         return f"Diagnosis({self.data.attrs['guide']}: {found})"
 
     def __str__(self) -> str:
-        return format_diagnosis(self)
+        attrs, n = self.data.attrs, self.data.sizes["sequence"]
+        lines = [
+            f"Can this {attrs['guide']} posterior be trusted?  "
+            f"({n} sequences, {attrs['draws']} draws each)"
+        ]
+        for flag in self.flags:
+            ids = [*map(str, flag.sequences[:4]), *(["..."] if len(flag.sequences) > 4 else [])]
+            source = "drift, of moved draws" if flag.diagnostic == "drift" else flag.diagnostic
+            lines.append(f"  {flag.problem} [{source}]: {flag.sentence}")
+            lines.append(f"    {len(flag.sequences)} of {n} sequences: ids {', '.join(ids)}")
+        lines += [f"  not asked [{name}]: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(
+            [
+                *lines,
+                "  nothing found against it; that is not a proof that it is right"
+                if self.passed
+                else "  intervals allow for the choice of the worst of all sequences and "
+                "dimensions (95 %)",
+            ]
+        )
 
     def _repr_html_(self) -> str:
         head, *lines = str(self).splitlines()
@@ -79,90 +101,73 @@ class Diagnosis:
         return show(head, tables=tables, notes=notes)
 
 
-def format_diagnosis(diagnosis: Diagnosis) -> str:
-    """The diagnosis as text for the terminal."""
-    attrs = diagnosis.data.attrs
-    n = diagnosis.data.sizes["sequence"]
-    lines = [
-        f"Can this {attrs['guide']} posterior be trusted?  "
-        f"({n} sequences, {attrs['draws']} draws each)"
-    ]
-    for flag in diagnosis.flags:
-        few = ", ".join(map(str, flag.sequences[:4])) + (", ..." if len(flag.sequences) > 4 else "")
-        source = "drift, of moved draws" if flag.diagnostic == "drift" else flag.diagnostic
-        lines.append(f"  {flag.problem} [{source}]: {flag.sentence}")
-        lines.append(f"    {len(flag.sequences)} of {n} sequences: ids {few}")
-    for name, reason in diagnosis.left_out.items():
-        lines.append(f"  not asked [{name}]: {reason}")
-    if diagnosis.flags:
-        lines.append(
-            "  intervals allow for the choice of the worst of all sequences and dimensions (95 %)"
-        )
-    if diagnosis.passed:
-        lines.append("  nothing found against it; that is not a proof that it is right")
-    return "\n".join(lines)
-
-
 @dataclass(frozen=True)
-class Court:
-    """The rules by which estimates are judged.
+class Bonferroni:
+    """The rule by which estimates are judged, for all sequences and dimensions at once.
 
     An estimate counts against q when it differs from what the exact posterior gives by more than
     `tolerance` and its error together. Without the tolerance enough draws would find fault with
-    every fit; without the error a few draws would find fault with the exact posterior.
+    every fit; without the error a few draws would find fault with the exact posterior. Effects and
+    their standard errors are (B, M), or (B,); one that is not finite could not be estimated, and is
+    passed over.
 
     Attributes:
         ids: (B,) stable ids.
-        level: Chance that one question, over all its sequences and dimensions, is wrongly answered
-            against q.
+        level: Chance that one question is wrongly answered against q.
+        shape: (K, D) of the dimensions that the M are.
     """
 
     ids: NDArray[np.int64]
     level: float
+    shape: tuple[int, int] = (1, 1)
+
+    def dimension(self, index: int | np.integer[Any]) -> str:
+        """`z[k,d]` for the index in row order."""
+        row, column = divmod(int(index), self.shape[1])
+        return f"z[{row},{column}]"
 
     def limit(self, tests: int, df: float) -> float:
-        """Standard errors allowed, one-sided, for each of `tests` estimates (Bonferroni)."""
+        """Standard errors allowed, one-sided, for each of `tests` estimates."""
         return float(stats.t.isf(self.level / max(1, tests), df))
 
-    def judge(self, effect: Floats, error: Floats, tolerance: float, df: float) -> Verdict | None:
-        """Whether an effect (B, M) that may have either sign is there; as `judge_above`."""
-        found = self.judge_above(
-            np.concatenate([effect, -effect], 1), np.concatenate([error, error], 1), tolerance, df
-        )
+    def test(
+        self, effect: Floats | Tensor, error: Floats | Tensor, tolerance: float, df: float
+    ) -> Finding | None:
+        """Whether an effect that may have either sign is there."""
+        effect, error = _matrix(effect), _matrix(error)
+        both = np.concatenate([effect, -effect], 1)
+        found = self.test_above(both, np.concatenate([error, error], 1), tolerance, df)
         if found is None or found.column < effect.shape[1]:
             return found
         return replace(found, column=found.column - effect.shape[1], effect=-found.effect)
 
-    def judge_above(
-        self, effect: Floats, error: Floats, tolerance: float, df: float
-    ) -> Verdict | None:
-        """Which of the effects (B, M) lie above `tolerance` beyond their errors; `None` if none do.
+    def test_above(
+        self, effect: Floats | Tensor, error: Floats | Tensor, tolerance: float, df: float
+    ) -> Finding | None:
+        """Which of the effects lie above `tolerance` beyond their errors; `None` if none do.
 
         The mean over sequences is judged too: a small error that all sequences share shows there.
-        An effect that is not a number is one that could not be estimated, and is passed over.
         """
+        effect, error = _matrix(effect), _matrix(error)
         known = np.isfinite(effect) & np.isfinite(error)
         effect, error = np.where(known, effect, 0.0), np.where(known, error, 0.0)
-        limit = self.limit(2 * known.size, df)
-        evidence = np.where(known, effect - tolerance - limit * error, -np.inf)
-        guilty = (evidence > 0).any(1)
-        if guilty.mean() < 0.5 and (shared := self._shared(known, effect, error, tolerance, df)):
+        evidence = effect - tolerance - self.limit(2 * known.size, df) * error
+        evidence = np.where(known, evidence, -np.inf)
+        found = (evidence > 0).any(1)
+        if found.mean() < 0.5 and (shared := self._shared(known, effect, error, tolerance, df)):
             return shared
-        if not guilty.any():
+        if not found.any():
             return None
-        worst = evidence.max(1)
-        order = np.argsort(-worst)[: guilty.sum()]
+        order = np.argsort(-evidence.max(1))[: found.sum()]
         row, column = int(order[0]), int(np.argmax(evidence[order[0]]))
-        return Verdict(
-            tuple(self.ids[order].tolist()),
-            int(self.ids[row]), column, float(effect[row, column]),
-            self._margin(known, df) * float(error[row, column]),
-        )  # fmt: skip
+        margin = self._margin(known, df) * float(error[row, column])
+        ids = tuple(self.ids[order].tolist())
+        return Finding(ids, ids[0], column, float(effect[row, column]), margin)
 
     def _shared(
         self, known: NDArray[np.bool_], effect: Floats, error: Floats, tolerance: float, df: float
-    ) -> Verdict | None:
-        """The verdict on the means over sequences."""
+    ) -> Finding | None:
+        """The finding on the means over sequences."""
         n = known.sum(0)
         if len(effect) < 2 or not n.any():
             return None
@@ -175,12 +180,12 @@ class Court:
             return None
         ids = tuple(self.ids[known[:, column]].tolist())
         margin = self._margin(known, df) * float(mean_error[column])
-        return Verdict(ids, -1, column, float(mean[column]), margin)
+        return Finding(ids, -1, column, float(mean[column]), margin)
 
     def _margin(self, known: NDArray[np.bool_], df: float) -> float:
         """Standard errors of intervals that hold for all estimates and their means at once.
 
-        What is told is the worst of many: an interval for one estimate would miss the truth most
+        What is stated is the worst of many: an interval for one estimate would miss the truth most
         of the time.
         """
         estimates = known.sum() + known.shape[1]
@@ -188,7 +193,7 @@ class Court:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """Evidence found.
 
     Attributes:
@@ -206,14 +211,9 @@ class Verdict:
     margin: float
 
     @property
-    def low(self) -> float:
-        """The interval's lower end."""
-        return self.effect - self.margin
-
-    @property
-    def high(self) -> float:
-        """The interval's upper end."""
-        return self.effect + self.margin
+    def interval(self) -> tuple[float, float]:
+        """The ends of the effect's interval."""
+        return self.effect - self.margin, self.effect + self.margin
 
     @property
     def size(self) -> tuple[float, float]:
@@ -226,11 +226,18 @@ class Verdict:
         return f"sequence {self.worst}" if self.worst >= 0 else "the mean over sequences"
 
 
-def column(values: Any, units: str) -> tuple[str, Floats, dict[str, str]]:
-    """A variable over `sequence` for the dataset."""
-    return "sequence", np.asarray(values, dtype=np.float64), {"units": units}
+def _matrix(values: Floats | Tensor) -> Floats:
+    """(B,) or (B, M) as an array (B, M)."""
+    array = as_array(values)
+    return array[:, None] if array.ndim == 1 else array
 
 
-def dimension_name(index: int, shape: Sequence[int]) -> str:
-    """`z[k,d]` for the index in row order."""
-    return f"z[{index // shape[1]},{index % shape[1]}]"
+def as_array(values: Floats | Tensor) -> Floats:
+    """In double precision, on the CPU."""
+    values = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+    return np.asarray(values, dtype=np.float64)
+
+
+def columns(units: str, **values: Floats | Tensor) -> Columns:
+    """Variables (B,) for the dataset, of common units."""
+    return {name: ("sequence", as_array(each), {"units": units}) for name, each in values.items()}

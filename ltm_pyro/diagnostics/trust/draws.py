@@ -23,12 +23,7 @@ _TARGET_ACCEPTANCE = 0.6
 
 
 class Joint(Target):
-    """log p(x, z) of each sequence of a batch, some draws at a time so that memory stays small.
-
-    Args:
-        model: Prior and likelihood; its weights are left alone.
-        batch: The sequences.
-    """
+    """log p(x, z) of each sequence of a batch, some draws at a time so that memory stays small."""
 
     def __init__(self, model: LatentModel, batch: Batch) -> None:
         super().__init__(self._log_joint, model.thought_shape)
@@ -57,17 +52,15 @@ class Joint(Target):
 
 @dataclass(frozen=True)
 class Draws:
-    """S draws of q for each of B sequences, M = K D dimensions in row order.
+    """S draws of q for each of B sequences, M = K D dimensions in row order, in float64.
 
     Attributes:
         state: The draws (S, B, M) with log p(x, z) and its gradient, in the model's dtype.
-        u: (S, B, M) float64, draws in q's own units: less their mean, over `scale`.
-        h: (S, B, M) float64, d log p(x, z) / d u.
-        centre: (B, M) float64, mean of the draws.
-        scale: (B, M) float64, their standard deviation, not below their rounding.
+        u: (S, B, M) in q's own units: less their mean `centre` (B, M), over `scale` (B, M), their
+            standard deviation, not below their rounding.
+        h: (S, B, M) d log p(x, z) / d u.
         frozen: (B, M) true where q's draws do not vary at all.
-        log_joint: (S, B) log p(x, z), nats.
-        log_q: (S, B) log q(z), nats.
+        log_joint: (S, B) log p(x, z), nats; `log_q` (S, B) log q(z).
         elbo: (B,) as `evaluate` gives it from these draws, with the KL in closed form where q has
             one.
     """

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-import ltm_pyro
 from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.estimates import corpus_attrs, sequence_coords
-from ltm_pyro.diagnostics.trust.diagnosis import Court, Diagnosis, Flag
-from ltm_pyro.diagnostics.trust.draws import Joint, draw
+from ltm_pyro.diagnostics.estimates import provenance, sequence_coords
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Columns, Diagnosis, Flag
+from ltm_pyro.diagnostics.trust.draws import Draws, Joint, draw
 from ltm_pyro.diagnostics.trust.drift import drift_flags
 from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row_flags
-from ltm_pyro.diagnostics.trust.score import score_flags, score_moments
+from ltm_pyro.diagnostics.trust.score import score_flags
 from ltm_pyro.diagnostics.trust.weights import weight_flags
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
@@ -110,57 +108,57 @@ def diagnose(
     batch = batch.to(model.device)
     model.check(batch)
     post.refuse_other_batch(batch)
-    ids, coords = batch.ids.cpu().numpy(), sequence_coords(batch)
-    attrs: dict[str, Any] = {
-        **corpus_attrs(batch),
-        "guide": post.family,
-        "draws": draws,
-        "steps": steps,
-        "seed": seed,
-        "ltm_pyro_version": ltm_pyro.__version__,
-    }
-    left_out = _left_out(len(batch), steps, chains)
+    ids = batch.ids.cpu().numpy()
+    known: dict[str, Any] = {
+        "coords": sequence_coords(batch),
+        "attrs": {
+            **provenance(batch), "guide": post.family, "draws": draws, "steps": steps, "seed": seed,
+        },
+    }  # fmt: skip
     if not post.has_density:
-        return Diagnosis(xr.Dataset(coords=coords, attrs=attrs), [_point_mass(ids)])
-    court = Court(ids, FALSE_ALARM_RATE / QUESTIONS)
-    shape = model.thought_shape
+        return Diagnosis(xr.Dataset(**known), [_point_mass(ids)])
+    rule = Bonferroni(ids, FALSE_ALARM_RATE / QUESTIONS, model.thought_shape)
     target = Joint(model, batch)
+    flags: list[Flag] = []
+    columns: Columns = {}
     bar = tqdm(total=5, disable=not progress, unit="part", desc="diagnose", delay=QUIET_SECONDS)
     with bar, seeded(derive_seed(seed, Stream.CALIBRATE), batch.device):
         drawn = draw(target, post, draws, seed)
-        unfit = _not_finite(drawn.log_joint, drawn.log_q, ids)
-        if unfit is not None:
-            return Diagnosis(xr.Dataset(coords=coords, attrs=attrs), [unfit])
-        start = drawn.state.z.unflatten(-1, shape)
-        answers = [weight_flags(drawn, court, shape)]
-        bar.update()
-        answers.append(score_flags(drawn, score_moments(drawn), court, shape))
-        bar.update()
-        if steps:
-            answers.append(drift_flags(target, post, drawn, steps, court, shape))
-        bar.update()
-        if len(batch) > 1:
-            answers.append(row_flags(target, start, drawn.log_q, court))
-        bar.update()
-        if chains:
-            weights = answers[0][1]
-            iw = weights["iw_bound"][1], weights["iw_bound_se"][1]
-            answers.append(annealing_flags(model, batch, iw, court, chains, rungs, seed))
-            left_out |= _silent(answers[-1][1]["annealed_bound_se"][1])
-        bar.update()
-    columns = {name: value for _, some in answers for name, value in some.items()}
-    data = xr.Dataset(columns, coords=coords, attrs=attrs)
-    return Diagnosis(data, [flag for flags, _ in answers for flag in flags], left_out)
+        if (unfit := _not_finite(drawn, ids)) is not None:
+            return Diagnosis(xr.Dataset(**known), [unfit])
+        for found, numbers in _answers(model, batch, post, target, drawn, rule, counts, seed):
+            flags += found
+            columns |= numbers
+            bar.update()
+    left_out = _left_out(len(batch), steps, chains, columns)
+    return Diagnosis(xr.Dataset(columns, **known), flags, left_out)
+
+
+def _answers(
+    model: LatentModel,
+    batch: Batch,
+    post: Posterior,
+    target: Joint,
+    drawn: Draws,
+    rule: Bonferroni,
+    counts: dict[str, int],
+    seed: int,
+) -> Iterator[tuple[list[Flag], Columns]]:
+    """What each source says, one after another."""
+    weights = weight_flags(drawn, rule)
+    yield weights
+    yield score_flags(drawn, rule)
+    if counts["steps"]:
+        yield drift_flags(target, post, drawn, counts["steps"], rule)
+    if len(batch) > 1:
+        yield row_flags(target, drawn, rule)
+    if counts["chains"]:
+        iw = weights[1]["iw_bound"][1], weights[1]["iw_bound_se"][1]
+        yield annealing_flags(model, batch, iw, rule, counts["chains"], counts["rungs"], seed)
 
 
 def _check(batch: Batch, counts: dict[str, int], reals: int) -> None:
-    """Refuses what is too few, or more than fits into the memory.
-
-    Args:
-        batch: The sequences.
-        counts: By the argument's name.
-        reals: Numbers in one draw of all sequences.
-    """
+    """Refuses what is too few, or more than the memory holds with so many `reals` in a draw."""
     if not len(batch):
         raise InputError("batch is empty: give at least one sequence")
     for name, least in (("draws", LEAST_DRAWS), ("steps", 0), ("chains", 0), ("rungs", 1)):
@@ -171,47 +169,39 @@ def _check(batch: Batch, counts: dict[str, int], reals: int) -> None:
         whole_number(name, counts[name], bytes_each=COPIES * 8 * reals)
 
 
-def _silent(errors: NDArray[np.float64]) -> dict[str, str]:
-    """What annealing could not tell, from the errors of its bounds, (B,)."""
-    count = int((errors > RELIABLE).sum())
-    if not count:
-        return {}
-    return {
-        "annealing": (
-            f"of {count} of {len(errors)} sequences: one chain carries their estimate; give more "
-            "rungs or chains"
-        )
-    }
-
-
-def _left_out(rows: int, steps: int, chains: int) -> dict[str, str]:
-    """Questions that are not asked in this call, with the reason."""
+def _left_out(rows: int, steps: int, chains: int, columns: Columns) -> dict[str, str]:
+    """Questions that were not asked, or not answered, with the reason."""
     out = {}
     if not steps:
         out["drift"] = "steps is 0"
     if not chains:
         out["annealing"] = "chains is 0, so a missed mode stays unseen"
+    elif unsure := int((columns["annealed_bound_se"][1] > RELIABLE).sum()):
+        out["annealing"] = (
+            f"of {unsure} of {rows} sequences: one chain carries their estimate; give more "
+            "rungs or chains"
+        )
     if rows < 2:
         out["rows"] = "there is one sequence only"
     return out
 
 
 def _point_mass(ids: np.ndarray) -> Flag:
-    return Flag(
-        "density", "point mass", tuple(ids.tolist()),
+    sentence = (
         "this posterior is a point mass: it has no density and no spread, so there is nothing to "
         "diagnose, and its draws are no draws from the posterior; use it as a mode, or fit "
-        "another family",
-    )  # fmt: skip
+        "another family"
+    )
+    return Flag("density", "point mass", tuple(ids.tolist()), sentence)
 
 
-def _not_finite(log_joint: torch.Tensor, log_q: torch.Tensor, ids: np.ndarray) -> Flag | None:
+def _not_finite(drawn: Draws, ids: np.ndarray) -> Flag | None:
     """A flag for sequences where a draw of q has no finite density."""
-    bad = ~(log_joint.isfinite() & log_q.isfinite()).all(0).cpu().numpy()
+    bad = ~(drawn.log_joint.isfinite() & drawn.log_q.isfinite()).all(0).cpu().numpy()
     if not bad.any():
         return None
-    return Flag(
-        "density", "not finite", tuple(ids[bad].tolist()),
+    sentence = (
         f"log p(x, z) or log q(z) of draws of sequence {ids[bad][0]} is not finite: q reaches "
-        "where the model has no density, or has diverged; look at its parameters",
-    )  # fmt: skip
+        "where the model has no density, or has diverged; look at its parameters"
+    )
+    return Flag("density", "not finite", tuple(ids[bad].tolist()), sentence)

@@ -6,14 +6,12 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import standard_error
 from ltm_pyro.diagnostics.evidence import annealed_bound
-from ltm_pyro.diagnostics.trust.diagnosis import Court, Flag, column
-from ltm_pyro.diagnostics.trust.draws import Joint
-from ltm_pyro.diagnostics.trust.score import Columns
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Columns, Flag, Floats, columns
+from ltm_pyro.diagnostics.trust.draws import Draws, Joint
 from ltm_pyro.models.base import LatentModel
 
 MISSED = 0.15
@@ -35,8 +33,8 @@ ROW_DRAWS, MOST_ROWS = 16, 32
 def annealing_flags(
     model: LatentModel,
     batch: Batch,
-    iw: tuple[np.ndarray, np.ndarray],
-    court: Court,
+    iw: tuple[Floats, Floats],
+    rule: Bonferroni,
     chains: int,
     rungs: int,
     seed: int,
@@ -45,82 +43,57 @@ def annealing_flags(
 
     Both are lower bounds of log p(x) up to their errors. Draws of q say nothing of a mode that q
     does not cover, however good their weights look; annealing starts everywhere that the prior is.
-
-    Args:
-        model: Prior and likelihood.
-        batch: The sequences.
-        iw: Importance-weighted bound from q and its standard error, (B,) each.
-        court: The judge.
-        chains: Per sequence.
-        rungs: Temperatures between prior and posterior.
-        seed: Of the annealing.
+    `iw` is q's importance-weighted bound and its standard error, (B,) each.
     """
-    found = annealed_bound(
+    bound = annealed_bound(
         model, batch, chains=chains, rungs=rungs, max_leapfrog=LEAPFROG, seed=seed
     )
-    lower, error = found["lower"].values, found["lower_se"].values
-    sure = error <= RELIABLE
-    missed = lower - iw[0]
-    verdict = court.judge_above(
-        np.where(sure, missed, np.nan)[:, None],
-        np.hypot(error, iw[1])[:, None],
-        MISSED,
-        chains - 1,
+    lower, error = bound["lower"].values, bound["lower_se"].values
+    sure, missed = error <= RELIABLE, lower - iw[0]
+    found = rule.test_above(
+        np.where(sure, missed, np.nan), np.hypot(error, iw[1]), MISSED, chains - 1
     )
-    if verdict is None:
+    if found is None:
         # Where one chain carries the estimate its error means nothing, but E[exp lower] = p(x)
         # still holds, and by Markov's inequality such an excess has a chance of exp(-excess).
-        chance = math.log(len(batch) / court.level)
+        chance = math.log(len(batch) / rule.level)
         wild = np.where(sure, np.nan, missed)
-        verdict = court.judge_above(wild[:, None], np.zeros_like(wild)[:, None], chance, chains - 1)
+        found = rule.test_above(wild, np.zeros_like(wild), chance, chains - 1)
     flags = []
-    if verdict is not None:
-        share = -math.expm1(-verdict.effect)
-        flags.append(
-            Flag(
-                "annealing", "missed mass", verdict.sequences,
-                f"annealing from the prior finds log p(x) {verdict.low:.2f} to "
-                f"{verdict.high:.2f} nats above q's importance-weighted bound ({verdict.whose}): "
-                f"q's draws miss about {share:.0%} of the posterior: another mode where k-hat is "
-                "small, else what the other flags name; fit from several starts, or use a mixture",
-            )
-        )  # fmt: skip
-    return flags, {
-        "annealed_bound": column(lower, "nats"),
-        "annealed_bound_se": column(error, "nats"),
-    }
+    if found is not None:
+        low, high = found.interval
+        sentence = (
+            f"annealing from the prior finds log p(x) {low:.2f} to {high:.2f} nats above q's "
+            f"importance-weighted bound ({found.whose}): q's draws miss about "
+            f"{-math.expm1(-found.effect):.0%} of the posterior: another mode where k-hat is "
+            "small, else what the other flags name; fit from several starts, or use a mixture"
+        )
+        flags.append(Flag("annealing", "missed mass", found.sequences, sentence))
+    return flags, columns("nats", annealed_bound=lower, annealed_bound_se=error)
 
 
-def row_flags(
-    target: Joint, start: Tensor, log_q: Tensor, court: Court
-) -> tuple[list[Flag], Columns]:
+def row_flags(target: Joint, draws: Draws, rule: Bonferroni) -> tuple[list[Flag], Columns]:
     """Whether another sequence's posterior has a higher ELBO here than the sequence's own.
 
-    It cannot if q is right: ELBO_i(q_i) - ELBO_i(q_j) = KL(q_j || p(z | x_i)) then. `start`
-    (S, B, K, D) are draws of q and `log_q` (S, B) their densities.
+    It cannot if q is right: ELBO_i(q_i) - ELBO_i(q_j) = KL(q_j || p(z | x_i)) then.
     """
-    start, log_q = start[:ROW_DRAWS], log_q[:ROW_DRAWS]
+    start = draws.state.z[:ROW_DRAWS].unflatten(-1, rule.shape)
+    log_q = draws.log_q[:ROW_DRAWS]
     own = target.value(start) - log_q
     B = start.shape[1]
     offsets = [k for k in range(1, B) if min(k, B - k) <= MOST_ROWS // 2]
-    advantage = torch.full((B, len(offsets)), -math.inf, dtype=own.dtype, device=own.device)
-    error = torch.zeros_like(advantage)
-    for place, k in enumerate(offsets):
-        gain = target.value(start.roll(k, 1)) - log_q.roll(k, 1) - own
-        advantage[:, place] = gain.mean(0)
-        error[:, place] = standard_error(gain)
+    gains = [target.value(start.roll(k, 1)) - log_q.roll(k, 1) - own for k in offsets]
+    advantage = torch.stack([gain.mean(0) for gain in gains], 1)
+    error = torch.stack([standard_error(gain) for gain in gains], 1)
     flags = []
-    found = court.judge_above(advantage.cpu().numpy(), error.cpu().numpy(), BETTER, len(start) - 1)
-    if found is not None:
-        where = court.ids.tolist().index(found.worst) if found.worst >= 0 else 0
-        other = int(court.ids[(where - offsets[found.column]) % B])
-        flags.append(
-            Flag(
-                "rows", "other sequence", found.sequences,
-                f"the posterior of sequence {other} explains sequence {court.ids[where]} better "
-                f"than its own does, by {found.low:.1f} to {found.high:.1f} nats: posteriors "
-                "and sequences are out of order; check how ids were matched",
-            )
-        )  # fmt: skip
-    best = advantage.amax(1) if offsets else torch.full((B,), math.nan)
-    return flags, {"best_other_advantage": column(best.cpu().numpy(), "nats")}
+    if found := rule.test_above(advantage, error, BETTER, len(start) - 1):
+        where = rule.ids.tolist().index(found.worst) if found.worst >= 0 else 0
+        other = int(rule.ids[(where - offsets[found.column]) % B])
+        low, high = found.interval
+        sentence = (
+            f"the posterior of sequence {other} explains sequence {rule.ids[where]} better than "
+            f"its own does, by {low:.1f} to {high:.1f} nats: posteriors and sequences are out of "
+            "order; check how ids were matched"
+        )
+        flags.append(Flag("rows", "other sequence", found.sequences, sentence))
+    return flags, columns("nats", best_other_advantage=advantage.amax(1))

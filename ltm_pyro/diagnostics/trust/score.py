@@ -13,19 +13,22 @@ have to be asked about in other ways.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltm_pyro.diagnostics.estimates import jackknife
 from ltm_pyro.diagnostics.trust.diagnosis import (
-    Court,
+    Bonferroni,
+    Columns,
+    Finding,
     Flag,
     Floats,
-    Verdict,
-    column,
-    dimension_name,
+    as_array,
+    columns,
 )
 from ltm_pyro.diagnostics.trust.draws import Draws
 
@@ -42,8 +45,6 @@ SHIFT, VARIANCE, CORRELATION = 0.15, 0.2, 0.2
 
 FROZEN = 0.05
 """A scale below this share of the posterior's is called frozen."""
-
-Columns = dict[str, tuple[str, Floats, dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,44 @@ class Moments:
     df: float
 
 
+def moments_against(
+    before: Tensor,
+    after: Tensor,
+    weight: Tensor,
+    unknown: Tensor,
+    correlation: tuple[Floats, Floats] | None,
+    df: float,
+) -> Moments:
+    """Mean and variance of weighted draws against those of q's own, pair by pair.
+
+    Standard errors are those of the difference: where the two agree draw by draw it is 0, and so is
+    its error.
+
+    Args:
+        before: (S, B, M) q's draws in its own units, mean 0.
+        after: (S, B, M) where they are now, in the same units.
+        weight: (S, B, 1) that sum to 1 over draws.
+        unknown: (B, M) what is not to be judged.
+        correlation: As in `Moments`.
+        df: As there.
+    """
+    S = len(before)
+    mean = (weight * after).sum(0)
+    centred = after - mean
+    own, variance = before.square().mean(0), (weight * centred.square()).sum(0)
+    ratio = own / variance.clamp_min(1e-12)
+    shifts = S * weight * centred - before
+    ratios = ratio * (
+        (before.square() - own) / own.clamp_min(1e-12)
+        - S * weight * (centred.square() - variance) / variance.clamp_min(1e-12)
+    )
+    known = [
+        as_array(value.masked_fill(unknown, torch.nan))
+        for value in (mean, shifts.std(0) / math.sqrt(S), ratio - 1.0, ratios.std(0) / math.sqrt(S))
+    ]
+    return Moments((known[0], known[1]), (known[2], known[3]), correlation, df)
+
+
 def score_moments(draws: Draws) -> Moments:
     """The moments of the posterior that the gradients imply."""
     S, _, M = draws.u.shape
@@ -73,18 +112,13 @@ def score_moments(draws: Draws) -> Moments:
     ]
     stacked = [torch.stack(some) for some in zip(*parts, strict=True)]
     totals = [some.sum(0) for some in stacked]
-    whole = _implied(*totals, joint=joint)
     left_out = [
-        _implied(
-            *(total - some[g] for total, some in zip(totals, stacked, strict=True)), joint=joint
-        )
+        _implied(*(t - some[g] for t, some in zip(totals, stacked, strict=True)), joint=joint)
         for g in range(len(edges))
     ]
     answers = []
-    for name, value in enumerate(whole):
-        without = torch.stack([each[name] for each in left_out])
-        spread = (without - without.mean(0)).square().mean(0) * (len(edges) - 1)
-        answers.append((value.cpu().numpy(), spread.sqrt().cpu().numpy()))
+    for value, *without in zip(_implied(*totals, joint=joint), *left_out, strict=True):
+        answers.append((as_array(value), as_array(jackknife(torch.stack(without)))))
     return Moments(
         answers[0], answers[1], answers[2] if len(answers) > 2 else None, df=len(edges) - 1
     )
@@ -146,29 +180,27 @@ def _correlation(covariance: Tensor) -> Tensor:
     return covariance / (scale[..., :, None] * scale[..., None, :])
 
 
-def score_flags(
-    draws: Draws, moments: Moments, court: Court, shape: tuple[int, int]
-) -> tuple[list[Flag], Columns]:
+def score_flags(draws: Draws, rule: Bonferroni) -> tuple[list[Flag], Columns]:
     """What the implied moments say against q."""
-    flags = moment_flags("score", moments, court, shape)
+    moments = score_moments(draws)
+    flags = moment_flags("score", moments, rule)
     stuck = draws.frozen.cpu().numpy()
     if stuck.any():
-        rows = np.flatnonzero(stuck.any(1))
-        name = dimension_name(int(np.argmax(stuck[rows[0]])), shape)
-        flags.append(
-            Flag(
-                "score", "frozen", tuple(court.ids[rows].tolist()),
-                f"q does not vary at all in {name} of sequence {court.ids[rows[0]]}: a dimension "
-                "was never fitted, or its scale underflowed; fit it again from the prior's scale",
-            )
-        )  # fmt: skip
+        ids = rule.ids[stuck.any(1)].tolist()
+        name = rule.dimension(np.argmax(stuck[stuck.any(1)][0]))
+        sentence = (
+            f"q does not vary at all in {name} of sequence {ids[0]}: a dimension was never fitted, "
+            "or its scale underflowed; fit it again from the prior's scale"
+        )
+        flags.append(Flag("score", "frozen", tuple(ids), sentence))
     shift, variance = moments.shift[0], moments.variance[0]
     worst = np.take_along_axis(shift, np.abs(shift).argmax(1)[:, None], 1)[:, 0]
     ratio = np.sqrt(np.maximum(variance + 1.0, 0.0))
     return flags, {
-        "score_shift": column(worst, "scales of q"),
-        "score_scale_least": column(ratio.min(1), "posterior scales"),
-        "score_scale_most": column(ratio.max(1), "posterior scales"),
+        **columns("scales of q", score_shift=worst),
+        **columns(
+            "posterior scales", score_scale_least=ratio.min(1), score_scale_most=ratio.max(1)
+        ),
     }
 
 
@@ -177,32 +209,33 @@ PART_OF_THE_WAY = (
 )
 
 
-def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, int]) -> list[Flag]:
+def moment_flags(source: str, moments: Moments, rule: Bonferroni) -> list[Flag]:
     """Flags for shifts, scales and correlations that are off."""
     flags = []
-    if found := court.judge(*moments.shift, SHIFT, moments.df):
-        where = dimension_name(found.column, shape)
+    if found := rule.test(*moments.shift, SHIFT, moments.df):
         side = "below" if found.effect > 0 else "above"
         low, high = found.size
         by = f"at least {low:.2f}" if source == "weights" else f"{low:.2f} to {high:.2f}"
         sentence = (
-            f"q's mean of {where} lies {by} of its scales "
+            f"q's mean of {rule.dimension(found.column)} lies {by} of its scales "
             f"{side} {_what(source)} ({found.whose}): the fit has not converged, or q belongs "
             "to something else; run more fast steps and check the order of the sequences"
         )
         flags.append(Flag(source, "shift", found.sequences, sentence))
-    if found := court.judge_above(-moments.variance[0], moments.variance[1], VARIANCE, moments.df):
-        flags.append(_scale_flag(source, found, (-found.high, -found.low), shape))
-    if found := court.judge_above(*moments.variance, VARIANCE, moments.df):
-        flags.append(_scale_flag(source, found, (found.low, found.high), shape))
+    ratio, error = moments.variance
+    if found := rule.test_above(-ratio, error, VARIANCE, moments.df):
+        flags.append(_scale_flag(source, replace(found, effect=-found.effect), rule))
+    if found := rule.test_above(ratio, error, VARIANCE, moments.df):
+        flags.append(_scale_flag(source, found, rule))
     if moments.correlation is not None and (
-        found := court.judge(*moments.correlation, CORRELATION, moments.df)
+        found := rule.test(*moments.correlation, CORRELATION, moments.df)
     ):
-        upper = np.triu_indices(shape[0] * shape[1], 1)
-        pair = [dimension_name(int(index[found.column]), shape) for index in upper]
+        upper = np.triu_indices(math.prod(rule.shape), 1)
+        pair = " and ".join(rule.dimension(index[found.column]) for index in upper)
+        low, high = found.interval
         sentence = (
-            f"{_what(source)} correlation of {pair[0]} and {pair[1]} less q's is "
-            f"{found.low:+.2f} to {found.high:+.2f} ({found.whose}): q ignores or misstates a "
+            f"{_what(source)} correlation of {pair} less q's is {low:+.2f} to {high:+.2f} "
+            f"({found.whose}): q ignores or misstates a "
             "correlation; use a family that has one (low_rank, full_rank, flow)"
         )
         flags.append(Flag(source, "correlation", found.sequences, sentence))
@@ -211,17 +244,14 @@ def moment_flags(source: str, moments: Moments, court: Court, shape: tuple[int, 
     return flags
 
 
-def _scale_flag(
-    source: str, found: Verdict, variance: tuple[float, float], shape: tuple[int, int]
-) -> Flag:
-    """What is wrong with a scale, from the interval of q's variance over the posterior's, less 1.
+def _scale_flag(source: str, found: Finding, rule: Bonferroni) -> Flag:
+    """What is wrong with a scale, from q's variance over the posterior's, less 1.
 
-    Weights are told as a limit. They are those of q's own draws: of what lies beyond them they know
+    Weights give a limit. They are those of q's own draws: of what lies beyond them they know
     nothing, so that they make q look nearer to the posterior than it is.
     """
-    where = dimension_name(found.column, shape)
-    low, high = (float(np.sqrt(max(edge + 1.0, 0.0))) for edge in variance)
-    wide = sum(variance) > 0
+    low, high = (math.sqrt(max(edge + 1.0, 0.0)) for edge in found.interval)
+    wide = found.effect > 0
     if wide:
         problem, remedy = "wide", "fit longer, from a smaller starting variance"
     elif high < FROZEN:
@@ -231,12 +261,11 @@ def _scale_flag(
             "narrow",
             "intervals from q are too short; fit longer or in a richer family",
         )
+    ratio = f"{low:.2f} to {high:.2f}"
     if source == "weights":
         ratio = f"at least {low:.2f}" if wide else f"at most {high:.2f}"
-    else:
-        ratio = f"{low:.2f} to {high:.2f}"
     sentence = (
-        f"q's scale of {where} is {ratio} times {_what(source)} "
+        f"q's scale of {rule.dimension(found.column)} is {ratio} times {_what(source)} "
         f"({found.whose}): {'too large' if wide else 'too small'}; {remedy}"
     )
     return Flag(source, problem, found.sequences, sentence)
