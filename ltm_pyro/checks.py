@@ -65,9 +65,6 @@ def refuse_too_large(what: str, n_bytes: float, remedy: str, most: float | None 
         n_bytes: The least memory that it takes.
         remedy: What to do.
         most: Memory that there is; the machine's by default.
-
-    Raises:
-        InputError: if it is more than there is.
     """
     most = memory_bytes() if most is None else most
     if n_bytes > most:
@@ -86,18 +83,15 @@ def whole_number(
     limit: str = "",
     bytes_each: float = 0,
 ) -> int:
-    """`value` as an `int`, known to be a whole number in its range.
+    """`value` as an `int`; `InputError` where it is no whole number in its range.
 
     Args:
-        name: Of what was given.
+        name: Of what was given, for the message.
         value: What was given.
         at_least: Smallest.
         at_most: Largest.
         limit: What sets the limits, for the message.
         bytes_each: The least memory that one takes; all of them may take `MEMORY_SHARE`.
-
-    Raises:
-        InputError: if it is not, naming `name` and what would do.
     """
     if bytes_each:
         fit = min(MOST, MEMORY_SHARE * memory_bytes() / bytes_each)
@@ -118,11 +112,7 @@ def whole_number(
 
 
 def log_variance(value: object) -> float:
-    """`value`, known to be a log variance that a fit can start from.
-
-    Raises:
-        InputError: naming the range.
-    """
+    """`value`, known to be a log variance that a fit can start from; `InputError` else."""
     widest = WIDEST_LOG_VARIANCE
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and -widest <= value <= widest:  # type: ignore[operator]
@@ -134,44 +124,28 @@ def log_variance(value: object) -> float:
 
 
 def switch(name: str, value: object) -> bool:
-    """`value` as a `bool`, known to be True or False.
-
-    Raises:
-        InputError: if it is neither, naming `name`.
-    """
+    """`value` as a `bool`; `InputError`, naming `name`, if it is neither True nor False."""
     if not isinstance(value, bool | np.bool_):
         raise InputError(f"{name} is {shown(value)}: must be True or False")
     return bool(value)
 
 
 def one_of(kind: str, value: object, known: Iterable[str]) -> str:
-    """`value`, known to be one of some names.
-
-    Raises:
-        InputError: if it is not, with the nearest name.
-    """
+    """`value`, known to be one of some names; `InputError` if it is not, with the nearest name."""
     if not isinstance(value, str) or value not in known:
         raise unknown_name(kind, value, known)
     return value
 
 
 def real_number(name: str, value: object) -> float:
-    """`value` as a `float`; infinity is one, NaN is none.
-
-    Raises:
-        InputError: if it is no number, naming `name`.
-    """
+    """`value` as a `float`; infinity is one, NaN is none, and `InputError` names `name`."""
     if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
         raise InputError(f"{name} is {shown(value)}: must be a number")
     return float(value)
 
 
 def finite_number(name: str, value: object) -> float:
-    """`value` as a `float`, known to be finite.
-
-    Raises:
-        InputError: if it is not, naming `name`.
-    """
+    """`value` as a `float`, known to be finite; `InputError` if it is not, naming `name`."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise InputError(f"{name} is {shown(value)}: must be a finite number")
     return float(value)
@@ -212,16 +186,9 @@ def refuse_other_sequences(
 ) -> None:
     """Refuses two things that are not about the same sequences in the same order.
 
-    Ids are counted within a corpus, so those of two corpora may coincide: where both fingerprints
-    are known they must be equal too.
-
-    Args:
-        first: A batch, a posterior or scores: a Dataset over `sequence` of `evaluate`.
-        second: Another.
-        names: How to call them.
-
-    Raises:
-        InputError: if they are of other corpora, other sequences, or in another order.
+    Each is a batch, a posterior or scores: a Dataset over `sequence` of `evaluate`. Ids are counted
+    within a corpus, so those of two corpora may coincide: where both fingerprints are known they
+    must be equal too.
     """
     (ids, corpus), (others, other_corpus) = _identity(first), _identity(second)
     both = f"{names[0]} and {names[1]}"

@@ -83,11 +83,7 @@ def ess(data: xr.Dataset, method: str) -> xr.Dataset:
 
 
 def for_arviz(tree: xr.DataTree) -> Any:
-    """The tree as the installed ArviZ keeps such data.
-
-    Returns:
-        An `arviz.InferenceData` with 0.23, the tree itself with 1.x.
-    """
+    """The tree as the installed ArviZ keeps such data: `arviz.InferenceData` with 0.23."""
     if is_modern():
         return tree
     with warnings.catch_warnings():

@@ -336,11 +336,7 @@ PRESETS["ltm-large"] = _paper_preset("ltm-large", 12, 96, 64)
 
 
 def preset(name: str) -> FitConfig:
-    """The preset called `name`.
-
-    Raises:
-        InputError: if there is none; the nearest name is offered.
-    """
+    """The preset called `name`; `InputError` if there is none; the nearest name is offered."""
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
@@ -350,11 +346,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types.
-
-    Raises:
-        InputError: if it holds a schedule that is a Python function, which cannot be written down.
-    """
+    """A configuration as plain JSON types; `InputError` where a schedule is a function."""
     plain = dataclasses.asdict(config)
     for clock in ("fast", "slow"):
         if clock in plain and callable(plain[clock]["schedule"]):
@@ -362,19 +354,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Builds a configuration from plain types, refusing keys that it does not know.
-
-    Args:
-        cls: One of the dataclasses above.
-        values: Field values; nested mappings for nested dataclasses; fields left out keep their
-            defaults.
-        where: What stands before a name in messages, e.g. `"fast"`.
-
-    Raises:
-        InputError: on an unknown key (the nearest one is offered) or a value out of range.
-    """
-    return validated(cls, values, where)
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """What `to_dict` gave, as the dataclass `cls` again; see `schema.validated`."""
+    return validated(cls, values)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,11 +191,7 @@ MEMBERS = (
 
 
 def require_model(model: Any) -> Any:
-    """`model`, known to be one.
-
-    Raises:
-        InputError: with what is missing.
-    """
+    """`model`, known to be one."""
     how = "derive it from ltm_pyro.LatentModel, which asks for prior() and likelihood(z, batch)"
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {shown(model)}: {how}")
@@ -216,12 +212,7 @@ FIRST_USE: list[Callable[[Any, Any], None]] = []
 
 
 def meet(model: Any, batch: Any) -> None:
-    """Checks a batch against a model, and a model against its contract where it is new.
-
-    Args:
-        model: The model.
-        batch: A `Batch`.
-    """
+    """Checks a batch against a model, and a model against its contract where it is new."""
     batch = batch.to(model.device)
     model.check(batch)
     if batch.holds_numbers and not bool(batch.mask.any()):

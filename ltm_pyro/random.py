@@ -137,18 +137,6 @@ def fresh_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def reseed(seed: int, device: torch.device) -> None:
-    """Seeds torch's global generators, as far as `seeded` puts them back.
-
-    `torch.manual_seed` would seed an accelerator's too, which a program on the CPU has no business
-    with, and is slow where there is none: it notes down who asked, for when one appears.
-    """
-    if device.type in ("cpu", "meta"):
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generators seeded inside the block and put back afterwards.
@@ -159,12 +147,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         RuntimeError: if something else seeded the generator meanwhile, e.g. `torch.manual_seed` in
             another thread: the numbers drawn are not those of `seed` then.
     """
+    # `torch.manual_seed` would seed an accelerator's generator too, which a program on the CPU has
+    # no business with, and is slow where there is none: it notes down who asked, for later.
     if device.type in ("cpu", "meta"):
-        fork = torch.random.fork_rng(devices=[])
+        fork, seeding = torch.random.fork_rng(devices=[]), torch.default_generator.manual_seed
     else:
         fork = torch.random.fork_rng(devices=[device], device_type=device.type)
+        seeding = torch.manual_seed
     with exclusively(), fork:
-        reseed(seed, device)
+        seeding(seed)
         yield
         # The C++ generator wraps negative seeds round.
         if torch.default_generator.initial_seed() != seed % 2**64:
@@ -207,8 +198,7 @@ def noise_size(q: Distribution) -> int | None:
 def from_noise(q: Distribution, noise: Tensor) -> Tensor:
     """A draw of each row, with a path to q's parameters: (..., B, N) to (..., B, *event).
 
-    Raises:
-        TypeError: for a distribution without a `noise_size`.
+    `TypeError` for a distribution without a `noise_size`.
     """
     if hasattr(q, "from_noise"):
         return cast("TakesNoise", q).from_noise(noise)
@@ -299,13 +289,7 @@ class Drawing:
 
 
 def draw(q: TorchDistribution, noise: Noise, draws: int) -> Tensor:
-    """S draws from q, (S, B, *event_shape), S as many as asked for.
-
-    Args:
-        q: Batch shape (B,).
-        noise: That of the B sequences.
-        draws: S.
-    """
+    """S = `draws` draws (S, B, *event_shape) from q of batch shape (B,), by the noise of B rows."""
     return Drawing(noise)(q, draws)
 
 

@@ -17,15 +17,7 @@ DEEPEST_JSON = 50
 
 
 def as_path(what: str, name: str | Path) -> Path:
-    """The path `name`, known to be one that this system can hold.
-
-    Args:
-        what: Names it in messages, e.g. `"out"`.
-        name: What was given.
-
-    Raises:
-        InputError: if no file can have that name.
-    """
+    """The path `name`, which messages call `what`; `InputError` if no file can have that name."""
     path = Path(name)
     try:
         os.lstat(path)
@@ -40,14 +32,9 @@ def as_path(what: str, name: str | Path) -> Path:
 
 
 def open_regular(path: Path, *, links: bool = False) -> BinaryIO:
-    """Opens `path` for reading, if it is a regular file; never waits for anyone.
+    """Opens the regular file `path` for reading, and never waits for anyone.
 
-    Args:
-        path: The file.
-        links: Whether a link may lead to it.
-
-    Raises:
-        OSError: if it cannot be opened, or is a pipe, a device, a folder or a link.
+    `OSError` if it is a pipe, a device, a folder or, without `links`, a link.
     """
     found = os.stat(path) if links else os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
@@ -64,16 +51,13 @@ def open_regular(path: Path, *, links: bool = False) -> BinaryIO:
 
 
 def read_bytes(path: Path, owner: str, *, most: int | None = None, cut: bool = False) -> bytes:
-    """The bytes in `path`.
+    """The bytes in `path`; `InputError` about its `owner` where they cannot be read.
 
     Args:
         path: The file.
-        owner: What it belongs to, for messages.
+        owner: What it belongs to.
         most: Largest number of bytes; that of the machine's memory by default.
         cut: Read no more than that of a larger file, instead of refusing it.
-
-    Raises:
-        InputError: if it is absent, too large or cannot be read.
     """
     try:
         with open_regular(path) as stream:
@@ -91,11 +75,7 @@ def read_bytes(path: Path, owner: str, *, most: int | None = None, cut: bool = F
 
 
 def read_json(path: Path, owner: str) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        InputError: if it is absent, cut short, too large, too deep or no JSON object.
-    """
+    """The JSON object in `path`; `InputError` about its `owner` where it cannot be read as one."""
     data = read_bytes(path, owner, most=LARGEST_JSON)
     try:
         value = json.loads(data)

@@ -102,11 +102,7 @@ class Registry(Generic[T]):
             )
 
     def __getitem__(self, name: str) -> T:
-        """What is known under `name`.
-
-        Raises:
-            InputError: if nothing is, with the nearest name.
-        """
+        """What is known under `name`; `InputError` if nothing is, with the nearest name."""
         if not isinstance(name, str):
             raise InputError(f"{self.kind} is {shown(name)}: must be one of {', '.join(self)}")
         if name not in self._known:
@@ -129,14 +125,8 @@ class Registry(Generic[T]):
     def build(self, name: str, *given: Any, options: Mapping[str, Any]) -> Any:
         """What `name` makes of the arguments `given` and of options checked by their names.
 
-        Args:
-            name: A known name.
-            *given: Its first arguments, which are no options.
-            options: The rest, by name.
-
-        Raises:
-            InputError: for an unknown name or option (the nearest is offered), one that is missing,
-                or a value that the family refuses.
+        `InputError` for an unknown name or option (the nearest is offered), one that is missing, or
+        a value that the family refuses.
         """
         made = self[name]
         known, needed = option_names(made, len(given), self.needs)
@@ -190,16 +180,10 @@ def option_names(
 
 
 def load_plugins(modules: tuple[str, ...] = ()) -> None:
-    """Imports what registers families of one's own.
-
-    Args:
-        modules: Names of modules; those of the entry-point group `ltm_pyro.plugins` of installed
-            packages are imported too.
-
-    Raises:
-        InputError: if one cannot be imported, with the reason.
-    """
-    named = [(entry.value.partition(":")[0], entry.name) for entry in _installed()]
+    """Imports `modules`, and those of installed packages' entry points, which register families."""
+    named = [
+        (entry.value.partition(":")[0], entry.name) for entry in entry_points(group=ENTRY_POINTS)
+    ]
     for module, source in [*named, *((name, "--import") for name in modules)]:
         try:
             importlib.import_module(module)
@@ -211,10 +195,6 @@ def load_plugins(modules: tuple[str, ...] = ()) -> None:
                 f"module {shown(module)} ({source}) cannot be imported: {why[:200]}; put its "
                 "folder on PYTHONPATH or mend it"
             ) from error
-
-
-def _installed() -> Iterator[Any]:
-    yield from entry_points(group=ENTRY_POINTS)
 
 
 def _called(value: object) -> str:

@@ -60,8 +60,7 @@ T = TypeVar("T")
 def settings(name: str) -> Callable[[C], C]:
     """Class decorator: a frozen dataclass that checks its fields whenever it is made.
 
-    Args:
-        name: What stands before a field's name in messages, e.g. `"fast"`; may be empty.
+    In messages `name`, e.g. `"fast"`, stands before a field's.
     """
 
     def decorate(cls: C) -> C:
@@ -97,8 +96,8 @@ def _changed(self: Any) -> str:
 
 def _all(self: Any) -> str:
     """Every setting, for a notebook."""
-    return show(type(self).__name__, {f.name: getattr(self, f.name) for f in
-                                      dataclasses.fields(self)})  # fmt: skip
+    facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return show(type(self).__name__, facts)
 
 
 def validated(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
@@ -106,7 +105,7 @@ def validated(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
 
     Args:
         cls: The dataclass.
-        values: Field values; those left out keep their defaults.
+        values: By field; those left out keep their defaults.
         name: What stands before a field's name in messages.
 
     Raises:
@@ -146,7 +145,8 @@ def _input_error(error: ValidationError, cls: type[Any], name: str) -> InputErro
     names = _names(spec.annotation)
     if names and isinstance(value, str):
         return unknown_name(path, shown(value).strip("'"), names)
-    return InputError(f"{path} is {shown(value)}: must be {_expected(spec)}")
+    expected = f"{_kind(spec.annotation)}{_range(list(spec.metadata))}"
+    return InputError(f"{path} is {shown(value)}: must be {expected}")
 
 
 def _place(
@@ -183,11 +183,6 @@ def _model(hint: Any) -> type[Any] | None:
 def _is_group(hint: Any) -> bool:
     """Whether a field holds names with values."""
     return any(option in (dict, Mapping) for option in (hint, get_origin(hint)))
-
-
-def _expected(spec: FieldInfo) -> str:
-    """What a field must hold, in words."""
-    return f"{_kind(spec.annotation)}{_range(list(spec.metadata))}"
 
 
 def _kind(hint: Any) -> str:

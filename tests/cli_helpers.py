@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+
 MICRO = [
     *("--model.seq_len", "16", "--model.n_layers", "1", "--model.width", "16"),
     *("--model.n_heads", "2", "--model.mlp_hidden", "16", "--model.thought_dim", "4"),
@@ -25,6 +27,19 @@ def write_text(path: Path, blocks: int = 12) -> Path:
     rng = random.Random(0)
     path.write_text("\n\n".join(" ".join(rng.choices(words, k=30)) for _ in range(blocks)))
     return path
+
+
+def micro_fit(text: Path, seq_len: int = 16, **changes) -> FitConfig:
+    """A fit of a second on `text`."""
+    small = {"n_layers": 1, "width": 16, "n_heads": 2, "mlp_hidden": 16, "thought_dim": 4}
+    usual = {
+        "corpus": CorpusConfig(name=str(text)),
+        "model": ModelConfig(seq_len=seq_len, window=4, **small),
+        "fast": Fast(steps=2),
+        **{"steps": 4, "batch_size": 4, "compile": False, "checkpoint_every": 2},
+        **{"eval_sequences": 5, "eval_draws": 4},
+    }
+    return FitConfig(**{**usual, **changes})
 
 
 def program(*arguments: str) -> list[str]:

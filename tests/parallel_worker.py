@@ -16,12 +16,11 @@ from known_models import TINY, LearnedOracle, make_language_model, make_oracle, 
 from torch import Tensor
 
 import ltm_pyro as ltm
-from ltm_pyro.data.training_data import RowsOf
 from ltm_pyro.diagnostics.control import control as control_of
 from ltm_pyro.engine.processes import Parallel, join, leave
 from ltm_pyro.errors import NonFiniteError, ProcessLostError
 from ltm_pyro.inference.objectives import build_objective
-from ltm_pyro.run.checkpoint import moments_of
+from ltm_pyro.run.checkpoint import take, tensors_of
 
 Answer = dict[str, Any]
 ROWS, BATCH = 12, 4
@@ -58,11 +57,11 @@ class Fit:
             persistent=self.persistent,
             execution=ltm.Execution(parallel=parallel),
         )
-        svi.fit(RowsOf(make_tokens(ROWS)), self.steps, BATCH, progress=False)
+        svi.fit(make_tokens(ROWS), self.steps, BATCH, progress=False)
         shared = [p.detach() for p in guide.shared_parameters()]
         return {
             "weights": flat([*model.state_dict().values(), *shared]),
-            "moments": moments_of(svi),
+            "moments": take(tensors_of(svi), "adamw."),
             "metrics": metrics(svi.metrics),
             "stored": -1 if svi.store is None else len(svi.store),
         }
@@ -84,7 +83,7 @@ def control(parallel: Parallel) -> Answer:
     """Ten slow steps of the control."""
     model = make_language_model()
     fit = control_of(model, ltm.Slow(), 10, execution=ltm.Execution(parallel=parallel))
-    rows = fit.fit(RowsOf(make_tokens(ROWS)), 10, BATCH, progress=False)
+    rows = fit.fit(make_tokens(ROWS), 10, BATCH, progress=False)
     return {"weights": flat(list(model.state_dict().values())), "metrics": metrics(rows)}
 
 
@@ -137,7 +136,7 @@ def stop_in_one(parallel: Parallel) -> Answer:
     parallel.asks_to_stop = lambda: last and svi.slow_step == 2
     stopped = []
     for step in range(4):
-        svi.step(RowsOf(make_tokens(ROWS)).training_batch(step, BATCH, rows=parallel.rows(BATCH)))
+        svi.step(make_tokens(ROWS).training_batch(step, BATCH, rows=parallel.rows(BATCH)))
         stopped.append(parallel.stopping)
     parallel.asks_to_stop = bool
     return {"stopped": stopped}

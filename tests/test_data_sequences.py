@@ -12,7 +12,6 @@ import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
-from ltm_pyro.data.training_data import RowsOf
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 
@@ -253,7 +252,7 @@ def test_an_epoch_costs_few_bytes_per_sequence() -> None:
 
 @pytest.mark.parametrize("lanes", [False, True])
 def test_rows_of_a_batch_are_drawn_anew(lanes: bool) -> None:
-    source = RowsOf(sequence_set(*range(6)).batch(range(10)))
+    source = sequence_set(*range(6)).batch(range(10))
     seen = set()
     for step in range(60):
         batch = source.training_batch(step, 4, lanes=lanes)

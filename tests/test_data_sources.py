@@ -15,7 +15,7 @@ import pytest
 from ltm_pyro.data import files, reference
 from ltm_pyro.data.blocks import blocks
 from ltm_pyro.data.hub import HubSource
-from ltm_pyro.data.records import Source
+from ltm_pyro.data.records import Reading, Source
 from ltm_pyro.data.reference import PydocSource
 from ltm_pyro.data.sources import FileSource
 from ltm_pyro.errors import InputError
@@ -63,7 +63,7 @@ def test_a_text_file_is_kept_to_the_character(
     text = random_prose(0, 400)
     file = tmp_path / "some.TXT"
     file.write_bytes(text.encode(encoding))
-    documents = texts(FileSource(file, encoding=encoding))
+    documents = texts(FileSource(file, reading=Reading(encoding)))
     assert len(documents) > 3
     assert "".join(documents) == text
 
@@ -90,7 +90,7 @@ def test_the_offending_byte_is_named(
     file.write_bytes(("é" * 50).encode() + b"caf\xe9 \n")
     with pytest.raises(InputError, match=r"byte 103 is 0xe9 .* --encoding latin-1"):
         texts(FileSource(file))
-    assert "".join(texts(FileSource(file, encoding="latin-1"))).endswith("café \n")
+    assert "".join(texts(FileSource(file, reading=Reading("latin-1")))).endswith("café \n")
 
 
 def test_a_file_that_ends_in_mid_character(tmp_path: Path) -> None:
@@ -104,15 +104,15 @@ def test_utf16_without_its_mark(tmp_path: Path) -> None:
     file = tmp_path / "plain.txt"
     file.write_bytes(b"plain ascii")
     with pytest.raises(InputError, match=r"not utf-16: .*--encoding utf-8"):
-        texts(FileSource(file, encoding="utf-16"))
+        texts(FileSource(file, reading=Reading("utf-16")))
 
 
 def test_an_encoding_goes_by_any_of_its_names(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"text")
     assert (
-        FileSource(file, encoding="latin").encoding
-        == FileSource(file, encoding="L1").encoding
+        FileSource(file, reading=Reading("latin")).reading.encoding
+        == FileSource(file, reading=Reading("L1")).reading.encoding
         == "iso8859-1"
     )
 
@@ -122,7 +122,7 @@ def test_encodings_that_are_none(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"text")
     with pytest.raises(InputError, match=f"unknown encoding '{encoding}'.* try utf-8"):
-        FileSource(file, encoding=encoding)
+        FileSource(file, reading=Reading(encoding))
 
 
 def write_lines(file: Path, *lines: str) -> Path:
@@ -180,7 +180,7 @@ def test_identity_follows_the_files(tmp_path: Path) -> None:
     file.write_text("some text")
     before = FileSource(file).identity()
     assert FileSource(file).identity() == before == json.loads(json.dumps(before))
-    assert FileSource(file, encoding="latin-1").identity() != before
+    assert FileSource(file, reading=Reading("latin-1")).identity() != before
     os.utime(file, ns=(1, 1))
     assert FileSource(file).identity() != before
 

@@ -26,7 +26,7 @@ from ltm_pyro.inference.clocks.schedules import slow_kl_weight
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.run.checkpoint import load_moments, moments_of
+from ltm_pyro.run.checkpoint import restore, tensors_of
 
 FAST = Fast(steps=4)
 SLOW = Slow(lr=0.01, kl_start=0.1)
@@ -290,10 +290,9 @@ def test_resuming_from_saved_state_gives_the_same_weights_bit_for_bit(persistent
     first.horizon = 6
     first.fit(Data(), steps=3, batch_size=8, progress=False)
     resumed = oracle_svi(persistent=persistent)
-    resumed.model.load_state_dict(first.model.state_dict())  # type: ignore[attr-defined]
-    load_moments(resumed, {k: v.clone() for k, v in moments_of(first).items()})
-    resumed.store = copy.deepcopy(first.store)
-    resumed.slow_step, resumed.horizon = first.slow_step, first.horizon
+    saved = {name: value.clone() for name, value in tensors_of(first).items()}
+    restore(resumed, saved, first.slow_step, "the fit")
+    resumed.store, resumed.horizon = copy.deepcopy(first.store), first.horizon
     torch.manual_seed(99)  # global random numbers play no part
     rows = resumed.fit(Data(), steps=3, batch_size=8, progress=False)
     assert_same(weights(resumed), weights(straight))

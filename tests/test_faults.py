@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import MICRO, environment, program, write_text
+from cli_helpers import MICRO, environment, micro_fit, program, write_text
 
 from ltm_pyro.cli import main
-from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.config import Fast, FitConfig
 from ltm_pyro.errors import InputError, NonFiniteError
 from ltm_pyro.export import load_datatree
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -32,19 +32,7 @@ from ltm_pyro.run.replacing import undo_new
 
 def micro(text: Path) -> FitConfig:
     """A fit of a second, with one checkpoint at its end."""
-    return FitConfig(
-        corpus=CorpusConfig(name=str(text)),
-        model=ModelConfig(
-            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-        ),
-        fast=Fast(steps=2),
-        steps=4,
-        batch_size=4,
-        compile=False,
-        checkpoint_every=100,
-        eval_sequences=5,
-        eval_draws=4,
-    )
+    return micro_fit(text, checkpoint_every=100)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import MICRO, write_text
+from cli_helpers import MICRO, micro_fit, write_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,14 +42,8 @@ MANY = settings(FEW, max_examples=1500, derandomize=False)
 def place(tmp_path_factory) -> Path:
     """A folder with a run of two steps, `good`; not to be changed."""
     folder = tmp_path_factory.mktemp("fuzz")
-    config = FitConfig(
-        corpus=CorpusConfig(name=str(write_text(folder / "text.txt"))),
-        model=ModelConfig(
-            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-        ),
-        fast=Fast(steps=2), steps=2, batch_size=4, compile=False, control=False,
-        eval_sequences=5, eval_draws=4, eval_fast_steps=2,
-    )  # fmt: skip
+    text = write_text(folder / "text.txt")
+    config = micro_fit(text, steps=2, control=False, eval_fast_steps=2)
     for name, text in FILES.items():
         (folder / name).write_text(text)
     os.mkfifo(folder / "pipe")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import environment, write_text
+from cli_helpers import environment, micro_fit, write_text
 
-from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.config import FitConfig
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.engine.rows.file import RowFile
 from ltm_pyro.errors import InputError
@@ -31,18 +31,8 @@ STEPS = 6
 @pytest.fixture
 def config(tmp_path: Path) -> FitConfig:
     """A fit of a second, that sees every sequence more than once."""
-    return FitConfig(
-        corpus=CorpusConfig(name=str(write_text(tmp_path / "text.txt", blocks=14))),
-        model=ModelConfig(
-            seq_len=64, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-        ),
-        fast=Fast(steps=2),
-        steps=STEPS,
-        batch_size=8,
-        compile=False,
-        checkpoint_every=2,
-        persistent=True,
-    )
+    text = write_text(tmp_path / "text.txt", blocks=14)
+    return micro_fit(text, 64, steps=STEPS, batch_size=8, persistent=True)
 
 
 def result(folder: Path) -> dict[str, object]:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from cli_helpers import write_text
+from cli_helpers import micro_fit, write_text
 
-from ltm_pyro.config import CorpusConfig, Fast, FitConfig, ModelConfig
+from ltm_pyro.config import CorpusConfig, FitConfig
 from ltm_pyro.data.corpus import load_corpus
 from ltm_pyro.data.mixture import MixtureCorpus
 from ltm_pyro.data.tokenizer import ByteTokenizer
@@ -40,19 +40,7 @@ STEPS = 4
 @pytest.fixture
 def config(tmp_path):
     """A fit of a second."""
-    return FitConfig(
-        corpus=CorpusConfig(name=str(write_text(tmp_path / "text.txt"))),
-        model=ModelConfig(
-            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-        ),
-        fast=Fast(steps=2),
-        steps=STEPS,
-        batch_size=4,
-        compile=False,
-        checkpoint_every=2,
-        eval_sequences=5,
-        eval_draws=4,
-    )
+    return micro_fit(write_text(tmp_path / "text.txt"))
 
 
 def finish(run: Run) -> Run:

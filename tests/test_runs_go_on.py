@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import MICRO, environment, program, run_program, write_text
+from cli_helpers import MICRO, environment, micro_fit, program, run_program, write_text
 from known_models import make_oracle
 from pyro.infer import Trace_ELBO
 
@@ -47,21 +47,13 @@ STEPS = 6
 @pytest.fixture
 def config(tmp_path) -> FitConfig:
     """A fit of a second that follows a held-out bound."""
-    return FitConfig(
-        corpus=CorpusConfig(name=str(write_text(tmp_path / "text.txt"))),
-        model=ModelConfig(
-            seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-        ),
-        fast=Fast(steps=2),
+    return micro_fit(
+        write_text(tmp_path / "text.txt"),
         slow=Slow(kl_start=0.2, thoughts_start=0.4),
         held_out=HeldOut(every=2, sequences=5, draws=2, fast_steps=2),
         steps=STEPS,
-        batch_size=4,
-        compile=False,
         control=False,
         checkpoint_every=3,
-        eval_sequences=5,
-        eval_draws=4,
     )
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cli_helpers import environment, program, run_program, write_text
+from cli_helpers import environment, micro_fit, program, run_program, write_text
 
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
-from ltm_pyro.config import CorpusConfig, FitConfig, ModelConfig
+from ltm_pyro.config import CorpusConfig, FitConfig
 from ltm_pyro.errors import InputError
 from ltm_pyro.run.sweeping import points
 
@@ -56,15 +56,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(text: Path, **changes) -> FitConfig:
-    model = ModelConfig(
-        seq_len=16, n_layers=1, width=16, n_heads=2, mlp_hidden=16, thought_dim=4, window=4
-    )
     corpus = CorpusConfig(name=str(text), options={"fractions": [0.5, 0.4, 0.1]})
-    settings = {
-        "steps": 2, "batch_size": 4, "compile": False, "eval_draws": 4, "fast": ltm.Fast(steps=2),
-        "eval_fast_steps": 2, "control": False, **changes,
-    }  # fmt: skip
-    return FitConfig(corpus=corpus, model=model, **settings)
+    few = {"steps": 2, "eval_fast_steps": 2, "control": False}
+    return micro_fit(text, **{"corpus": corpus, **few, **changes})
 
 
 @pytest.mark.usefixtures("no_figures")

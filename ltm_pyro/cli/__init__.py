@@ -63,14 +63,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv: Arguments after the program's name; the process's own by default.
-
-    Returns:
-        The exit status.
-    """
+    """Runs one command with `argv`, the process's own by default; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         streams.refuse_closed()

@@ -44,11 +44,7 @@ FILES = {
 
 
 def write_artefacts(run: Run, held_out: HeldOut, scores: Mapping[str, Any]) -> None:
-    """Writes scores, posteriors and figures into the run folder.
-
-    Raises:
-        InputError: if something cannot be written.
-    """
+    """Writes scores, posteriors and figures into the run folder."""
     write_atomic(run.folder / "scores.csv", per_sequence_csv(held_out).encode())
     write_posterior(run.folder / POSTERIOR, run, held_out)
     _write_figures(run, held_out)
@@ -60,9 +56,6 @@ def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:
 
     Restarts of the fit are the chains, each with its own decoder; scores are the first one's. As
     many draws are kept as were scored: each costs a pass through the decoder per sequence.
-
-    Raises:
-        InputError: if it cannot be written.
     """
     if held_out.post is None:
         raise InputError("there is no posterior to write in mode 'prior'")
@@ -115,14 +108,7 @@ def _write_figures(run: Run, held_out: HeldOut) -> None:
 def write_page(
     run: Run, corpus: Corpus, held_out: HeldOut, texts: Sequence[Mapping[str, str]]
 ) -> str:
-    """Writes the report; prefix and prior scores, which take as long as these, are left to it.
-
-    Returns:
-        Its verdict: whether thoughts help, in a few sentences.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
+    """Writes the report, but for prefix and prior scores, which take long; returns its verdict."""
     from ltm_pyro.report import make_report, write_report
 
     report = make_report(run, corpus, held_out=held_out, texts=texts, modes=("oracle",))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import Namespace
 
-from ltm_pyro.checks import whole_number
-from ltm_pyro.cli.options import add_device, add_scoring, open_run, writing_to
+from ltm_pyro.checks import one_of
+from ltm_pyro.cli.options import add_device, add_scoring, open_run, scoring, writing_to
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro compare`; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    whole_number("seed", options.seed, at_least=0)
     several = len(options.run) > 1 or _holds_runs(options.run[0])
     for name in _OF_ONE if several else _OF_SEVERAL:
         if options[name] != parser.get_default(name):
@@ -67,8 +66,7 @@ def run(arguments: list[str]) -> int:
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.run.scoring import json_value
 
-    if options.split not in SPLITS:
-        raise unknown_name("split", options.split, SPLITS)
+    one_of("split", options.split, SPLITS)
     with writing_to(options.run):
         comparison, files = _compare(options, guides)
     if options.json:
@@ -94,16 +92,8 @@ def _compare_runs(options: Namespace) -> int:
     for name in ("csv", "figure"):  # before the work
         if options[name] is not None:
             refuse_irregular(as_path(name, options[name]))
-    found = compare_runs(
-        options.run,
-        split=options.split,
-        sequences=options.sequences,
-        draws=options.draws,
-        per=options.per,
-        seed=options.seed,
-        device=options.device,
-        progress=sys.stderr.isatty(),
-    )
+    asked = {**scoring(options), "per": options.per, "device": options.device}
+    found = compare_runs(options.run, **asked, progress=sys.stderr.isatty())
     if options.csv is not None:
         write_atomic(Path(options.csv), found.frame().to_csv().encode())
     if options.figure is not None:
@@ -147,11 +137,7 @@ def _compare(options: Namespace, guides: Mapping[str, dict[str, Any]]) -> tuple[
 
 
 def parse_guides(text: str) -> dict[str, dict[str, Any]]:
-    """Families with their options: `low_rank:rank=4:init_log_variance=-1,flow` by family.
-
-    Raises:
-        InputError: for what is not of this form, or a family named twice.
-    """
+    """Families with their options: `low_rank:rank=4:init_log_variance=-1,flow` by family."""
     out: dict[str, dict[str, Any]] = {}
     for part in text.split(","):
         name, *options = (piece.strip() for piece in part.split(":"))
@@ -177,8 +163,7 @@ def parse_guides(text: str) -> dict[str, dict[str, Any]]:
 def _scalar(key: str, text: str) -> str | int | float | bool | None:
     """One YAML scalar: options of families are numbers, words and truth values.
 
-    Raises:
-        InputError: for anything else, e.g. `[`, `{a: b}`, `&x`, `!!python/name:os`, a date.
+    Anything else is refused, e.g. `[`, `{a: b}`, `&x`, `!!python/name:os`, a date.
     """
     try:
         # The parser takes minutes for many brackets, and no option is that long.
@@ -200,38 +185,39 @@ def _parser() -> Parser:
     parser = Parser("compare", "RUN [RUN ...] [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", type=str, nargs="+", metavar="RUN", help="run folders")
     add_device(parser)
-    parser.add_argument("--per", type=str, help="token, byte or word, for several runs")
-    parser.add_argument("--csv", type=str, help="where to write the table of several runs")
-    parser.add_argument("--figure", type=str, help="where to draw several runs, as a PNG")
-    parser.add_argument(
-        "--guides", type=str, default="mean_field,low_rank,full_rank",
-        help="families, the first is the baseline; options as low_rank:rank=4",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reference", type=str, help="hmc or mala: posterior draws to hold q against"
+    parser.option("per", str, "token, byte or word, for several runs")
+    parser.option("csv", str, "where to write the table of several runs")
+    parser.option("figure", str, "where to draw several runs, as a PNG")
+    parser.option(
+        "guides",
+        str,
+        "families, the first is the baseline; options as low_rank:rank=4",
+        default="mean_field,low_rank,full_rank",
     )
-    parser.add_argument(
-        "--reference_draws", type=int, default=100, help="draws per chain, after as many of warmup"
+    parser.option("reference", str, "hmc or mala: posterior draws to hold q against")
+    parser.option("reference_draws", int, "draws per chain, after as many of warmup", default=100)
+    parser.option(
+        "subset",
+        int,
+        "sequences for the costly parts: the reference, and the fits of twice the length",
+        default=4,
     )
-    parser.add_argument(
-        "--subset", type=int, default=4,
-        help="sequences for the costly parts: the reference, and the fits of twice the length",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budget", type=int,
-        help="decoder evaluations per sequence for each guide (default: the run's eval_fast_steps)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--restarts", type=int, default=1,
-        help="independent fits of each family with shared parameters, to judge the family",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-gaps",
-        action="store_true",
-        help="leave out the second fits, twice as long, that tell the truncation gap",
+    parser.option(
+        "budget",
+        int,
+        "decoder evaluations per sequence for each guide (default: the run's eval_fast_steps)",
+    )
+    parser.option(
+        "restarts",
+        int,
+        "independent fits of each family with shared parameters, to judge the family",
+        default=1,
+    )
+    parser.switch(
+        "no-gaps", "leave out the second fits, twice as long, that tell the truncation gap"
     )
     add_scoring(parser, split=None)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.switch("json", "print one JSON object")
     return parser
 
 

@@ -34,10 +34,8 @@ def run(arguments: list[str]) -> int:
     shown = next((a for a in arguments if a in PRESETS), "nano")
     parser = Parser("cost", "PRESET [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("PRESET", type=str, help="its name")
-    parser.add_argument(
-        "--measure", action="store_true", help="take a real training step, for its peak memory"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.switch("measure", "take a real training step, for its peak memory")
+    parser.switch("json", "print one JSON object")
     add_settings(parser, PRESETS[shown])
     given: Settings = parser.parse_args(arguments, defaults=False).as_dict()
     name, as_json = given.pop("PRESET"), given.pop("json", False)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from ltm_pyro.checks import whole_number
-from ltm_pyro.cli.options import add_run, add_scoring, open_run
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, scoring
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
 from ltm_pyro.cli.settings import add_group, expand_shortcuts
@@ -53,6 +52,7 @@ ltm-pyro evaluate runs/demo --as_published
 if TYPE_CHECKING:
     from ltm_pyro.data.base import Corpus
     from ltm_pyro.run import Run
+    from ltm_pyro.run.scoring import HeldOut
 
 
 def run(arguments: list[str]) -> int:
@@ -60,95 +60,81 @@ def run(arguments: list[str]) -> int:
     arguments = expand_shortcuts(arguments)
     parser = _parser()
     options = parser.parse_args(arguments)
-    whole_number("seed", options.seed, at_least=0)
     asked = parser.parse_args(arguments, defaults=False).as_dict().get("corpus", {})
     if asked and not asked.get("name"):
         raise InputError("corpus has settings and no name: say which one, as --corpus book.txt")
-
     if options.as_published and (options.mode != "oracle" or options.prefix is not None or asked):
         raise InputError(
             "as_published scores the run's own text, which q saw: leave out --mode, --prefix and "
             "--corpus, or --as_published"
         )
-
-    from ltm_pyro.cli import printing
-    from ltm_pyro.data.split import SPLITS
-    from ltm_pyro.diagnostics.collapse import format_panel
-    from ltm_pyro.diagnostics.units import loss_by_position, refuse_unknown, score_table
-    from ltm_pyro.run.scoring import json_value, score_run, sequences_of, summary
-
-    per = options.per or ("byte" if asked else "token")
-
+    options.per = options.per or ("byte" if asked else "token")
     # See `fit`: with many processes, SIGTERM may mean that another one is gone.
     with StopSignals() if many() else contextlib.nullcontext():
         fitted = open_run(options.run, options.device, options.checkpoint)
         if options.as_published:
             _print_published(fitted, options)
             return 0
-        corpus = _other(fitted, asked) if asked else fitted.corpus()
-        own = corpus.sha256 == fitted.facts["corpus"]["sha256"]
-        split = options.split or ("val" if own else "all")
-        if split in (*SPLITS, "all") and len(sequences_of(corpus, split)):
-            refuse_unknown(sequences_of(corpus, split), per, options.by)
-        held_out = score_run(
-            fitted,
-            corpus,
-            split=split,
-            mode=options.mode,
-            prefix=options.prefix,
-            sequences=options.sequences,
-            draws=options.draws,
-            seed=options.seed,
-            per_token=options.by_position,
-        )
-    if not fitted.parallel.is_rank_0:
-        return 0
-    scores = summary(fitted, held_out)
-    groups = None
+        held_out = _scored(fitted, _other(fitted, asked) if asked else fitted.corpus(), options)
+    if fitted.parallel.is_rank_0:
+        _print_scores(fitted, held_out, options)
+    return 0
+
+
+def _scored(fitted: Run, corpus: Corpus, options: Namespace) -> HeldOut:
+    """The scores, after what is asked of them is known to be there."""
+    from ltm_pyro.data.split import SPLITS
+    from ltm_pyro.diagnostics.units import refuse_unknown
+    from ltm_pyro.run.scoring import score_run, sequences_of
+
+    own = corpus.sha256 == fitted.facts["corpus"]["sha256"]
+    split = options.split or ("val" if own else "all")
+    if split in (*SPLITS, "all") and len(sequences_of(corpus, split)):
+        refuse_unknown(sequences_of(corpus, split), options.per, options.by)
+    asked = {**scoring(options), "split": split, "mode": options.mode, "prefix": options.prefix}
+    return score_run(fitted, corpus, **asked, per_token=options.by_position)
+
+
+def _print_scores(fitted: Run, held_out: HeldOut, options: Namespace) -> None:
+    """Scores, then the tables that were asked for and the panel; or all but that as JSON."""
+    from ltm_pyro.cli.printing import format_positions, format_scores, format_table
+    from ltm_pyro.diagnostics.collapse import format_panel
+    from ltm_pyro.diagnostics.units import loss_by_position, score_table
+    from ltm_pyro.run.scoring import json_value, summary
+
+    scores, tables = summary(fitted, held_out), []
     if options.by is not None:
-        groups = score_table(held_out.scores, per, by=options.by)
+        groups = score_table(held_out.scores, options.per, by=options.by)
         scores["by"] = json_value(groups.reset_index().to_dict("records"))
-    positions = None
+        tables.append(format_table(groups))
     if options.by_position:
         positions = loss_by_position(held_out.scores, doubling=True)
         scores["by_position"] = json_value(positions.reset_index().to_dict("records"))
+        tables.append(format_positions(positions))
     if options.json:
         print(json.dumps(scores, allow_nan=False))
-        return 0
+        return
     panel = held_out.panel(fitted.config.model.n_layers)
-    print(printing.format_scores(scores, per))
-    if groups is not None:
-        print(f"\n{printing.format_table(groups)}")
-    if positions is not None:
-        print(f"\n{printing.format_positions(positions)}")
-    if panel is not None:
-        print(f"\n{format_panel(panel)}")
-    return 0
+    tables += [] if panel is None else [format_panel(panel)]
+    print("\n\n".join([format_scores(scores, options.per), *tables]))
 
 
 def _parser() -> Parser:
     parser = Parser("evaluate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument("--mode", type=str, default="oracle", help="oracle, prefix or prior")
-    parser.add_argument(
-        "--prefix", type=int, help="tokens that q sees in mode prefix (default: half)"
-    )
+    parser.option("mode", str, "oracle, prefix or prior", default="oracle")
+    parser.option("prefix", int, "tokens that q sees in mode prefix (default: half)")
     add_scoring(parser, split=None)
-    parser.add_argument(
-        "--as_published",
-        action="store_true",
-        help="what the released procedure would print of this model, corrected step by step",
+    parser.switch(
+        "as_published",
+        "what the released procedure would print of this model, corrected step by step",
     )
-    parser.add_argument(
-        "--per",
-        type=str,
-        help="unit of the scores: token, byte or word (default: token, of --corpus byte)",
+    parser.option(
+        "per", str, "unit of the scores: token, byte or word (default: token, of --corpus byte)"
     )
-    parser.add_argument("--by", type=str, help="also a table by document, file, group or a field")
-    parser.add_argument(
-        "--by_position", action="store_true", help="also the loss by position in the sequence"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.option("by", str, "also a table by document, file, group or a field")
+    parser.switch("by_position", "also the loss by position in the sequence")
+    parser.switch("json", "print one JSON object")
     add_group(parser, "corpus", FitConfig(corpus=CorpusConfig(name="")), ["corpus.tokenizer"])
     return parser
 
@@ -158,14 +144,8 @@ def _print_published(fitted: Run, options: Namespace) -> None:
     from ltm_pyro.cli.printing import format_published
     from ltm_pyro.run.scoring import published_table
 
-    table = published_table(
-        fitted,
-        fitted.corpus(),
-        split=options.split or "val",
-        sequences=options.sequences,
-        draws=options.draws,
-        seed=options.seed,
-    )
+    asked = {**scoring(options), "split": options.split or "val"}
+    table = published_table(fitted, fitted.corpus(), **asked)
     if fitted.parallel.is_rank_0:
         rows = {"as_published": table.to_dict("records")}
         print(json.dumps(rows) if options.json else format_published(table))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from ltm_pyro.checks import whole_number
-from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_file
+from ltm_pyro.checks import one_of
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, scoring, writing_file
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.reading import as_path
 
@@ -30,15 +30,10 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro export`; returns the exit status."""
     parser = Parser("export", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument(
-        "--out", type=str, help="the file (default: RUN/posterior.nc, or RUN/embedding.csv)"
-    )
-    parser.add_argument(
-        "--embed", action="store_true", help="means, sds and metadata of each sequence as CSV"
-    )
+    parser.option("out", str, "the file (default: RUN/posterior.nc, or RUN/embedding.csv)")
+    parser.switch("embed", "means, sds and metadata of each sequence as CSV")
     add_scoring(parser)
     options = parser.parse_args(arguments)
-    whole_number("seed", options.seed, at_least=0)
 
     from ltm_pyro.cli.artefacts import EMBEDDING, POSTERIOR
     from ltm_pyro.cli.printing import printable
@@ -57,26 +52,16 @@ def _export(options: Namespace, target: Path) -> None:
     from ltm_pyro.run.scoring import score_run
 
     fitted = open_run(options.run, options.device, options.checkpoint)
-    held_out = score_run(
-        fitted,
-        fitted.corpus(),
-        split=options.split,
-        sequences=options.sequences,
-        draws=options.draws,
-        seed=options.seed,
-    )
-    write_posterior(target, fitted, held_out)
+    write_posterior(target, fitted, score_run(fitted, fitted.corpus(), **scoring(options)))
 
 
 def _embed(options: Namespace, target: Path) -> None:
     from ltm_pyro.data.split import SPLITS
     from ltm_pyro.diagnostics.held_out import spread
-    from ltm_pyro.errors import unknown_name
     from ltm_pyro.run.files import write_atomic
     from ltm_pyro.tasks.embedding import embed
 
-    if options.split not in SPLITS:
-        raise unknown_name("split", options.split, SPLITS)
+    one_of("split", options.split, SPLITS)
     fitted = open_run(options.run, options.device, options.checkpoint)
     split = getattr(fitted.corpus(), options.split)
     batch = spread(split, len(split) if options.sequences is None else options.sequences)

@@ -119,16 +119,12 @@ def _share(
 
 def _parser(arguments: list[str]) -> Parser:
     parser = Parser("fit", "[OPTIONS]", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("--out", type=str, help="the run folder (default: runs/PRESET-CORPUS)")
-    parser.add_argument("--config", type=str, help="a YAML file with settings")
-    parser.add_argument(
-        "--sweep", type=str, help="a YAML file with lists of values: a fit for each of all points"
-    )
-    parser.add_argument(
-        "--tensorboard", action="store_true", help="write metrics for TensorBoard too (an extra)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.option("out", str, "the run folder (default: runs/PRESET-CORPUS)")
+    parser.option("config", str, "a YAML file with settings")
+    parser.option("sweep", str, "a YAML file with lists of values: a fit for each of all points")
+    parser.switch("tensorboard", "write metrics for TensorBoard too (an extra)")
+    parser.switch("resume", "go on with the run in --out")
+    parser.switch("overwrite", "replace the run in --out")
     # The help shows the defaults of the preset that stands beside it.
     shown = next((b for a, b in itertools.pairwise(arguments) if a == "--preset"), "nano")
     add_settings(parser, PRESETS.get(shown, PRESETS["nano"]))
@@ -150,9 +146,6 @@ def _open(
 
     folder = as_path("out", default_folder(config) if out is None else out)
     from ltm_pyro.run import create_run
-    from ltm_pyro.run.building import absolute_name
-    from ltm_pyro.run.changes import changes_in
-    from ltm_pyro.run.extending import extend
     from ltm_pyro.run.files import followed, refuse_protected
     from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
     from ltm_pyro.run.lock import sole_writer
@@ -167,14 +160,7 @@ def _open(
     recover_replaced(folder)
     if resume and (folder.exists() or not given):
         fitted = read_run(folder, parallel=parallel)
-        corpus_given = given.get("corpus", {})
-        for name in ("name", "tokenizer"):
-            if name in corpus_given:
-                corpus_given[name] = absolute_name(corpus_given[name])
-        if given.get("init_from"):
-            given["init_from"] = str(Path(given["init_from"]).absolute())
-        for line in extend(fitted, changes_in(fitted.config, given, fitted.label)):
-            print(line)
+        _take_over(fitted, given)
         return fitted, fitted.corpus(), False
     if resume:
         tell(f"no run in {str(folder)!r} yet: starting it")
@@ -189,19 +175,26 @@ def _open(
     return fitted, corpus, True
 
 
-def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = False) -> int:
-    """Trains model and control, then reports; stops cleanly when asked to.
+def _take_over(fitted: Run, given: Settings) -> None:
+    """Gives a run that goes on the settings asked for, and tells what that restates."""
+    from ltm_pyro.run.building import absolute_name
+    from ltm_pyro.run.changes import changes_in
+    from ltm_pyro.run.extending import extend
 
-    Args:
-        fitted: The run.
-        corpus: Its corpus.
-        new: Whether it was made just now.
-        board: Write its metrics for TensorBoard too.
-    """
-    from ltm_pyro.cli.printing import describe_fit, printable, resume_line, stopped_early
-    from ltm_pyro.run import Interrupted, train, train_control
-    from ltm_pyro.run.fitting import fit_restarts
-    from ltm_pyro.run.tensorboard import TensorBoard
+    corpus = given.get("corpus", {})
+    for name in ("name", "tokenizer"):
+        if name in corpus:
+            corpus[name] = absolute_name(corpus[name])
+    if given.get("init_from"):
+        given["init_from"] = str(Path(given["init_from"]).absolute())
+    for line in extend(fitted, changes_in(fitted.config, given, fitted.label)):
+        print(line)
+
+
+def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = False) -> int:
+    """Trains model and control, then reports; stops cleanly when asked to. The exit status."""
+    from ltm_pyro.cli.printing import describe_fit, printable, resume_line
+    from ltm_pyro.run import Interrupted
 
     watch = _Watch(fitted)
     try:
@@ -210,14 +203,7 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = Fals
             print(f"Resumed  at slow step {fitted.svi.slow_step}")
         print(f"Folder   {printable(str(fitted.folder))}", flush=True)
         with watch.signals:
-            boards = [TensorBoard(fitted.folder / "tensorboard")] if board else []
-            train(fitted, corpus, progress=watch.bars, callbacks=boards, after_step=watch)
-            if fitted.svi.slow_step < fitted.config.steps:
-                print(stopped_early(fitted), flush=True)
-            if fitted.config.control:
-                watch.begin("control")
-                train_control(fitted, corpus, progress=watch.bars, after_step=watch)
-            fit_restarts(fitted, corpus, progress=watch.bars, after_step=watch, begin=watch.begin)
+            _fit_all(fitted, corpus, watch, board)
             # When one of many is gone `torchrun` sends SIGTERM to those that can tell of it.
             if many():
                 _report(fitted, corpus)
@@ -238,6 +224,23 @@ def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = Fals
                 error.add_note(note)
         raise
     return 0
+
+
+def _fit_all(fitted: Run, corpus: Corpus, watch: _Watch, board: bool) -> None:
+    """The run, its control and its restarts, to their ends."""
+    from ltm_pyro.cli.printing import stopped_early
+    from ltm_pyro.run import train, train_control
+    from ltm_pyro.run.fitting import fit_restarts
+    from ltm_pyro.run.tensorboard import TensorBoard
+
+    boards = [TensorBoard(fitted.folder / "tensorboard")] if board else []
+    train(fitted, corpus, progress=watch.bars, callbacks=boards, after_step=watch)
+    if fitted.svi.slow_step < fitted.config.steps:
+        print(stopped_early(fitted), flush=True)
+    if fitted.config.control:
+        watch.begin("control")
+        train_control(fitted, corpus, progress=watch.bars, after_step=watch)
+    fit_restarts(fitted, corpus, progress=watch.bars, after_step=watch, begin=watch.begin)
 
 
 def _what_is_left(error: Exception, fitted: Run, stage: str, new: bool) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ltm_pyro.checks import whole_number
 from ltm_pyro.cli.options import add_run, open_run
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
@@ -28,11 +27,7 @@ ltm-pyro generate runs/demo --z thoughts.npy --max_new_tokens 64
 
 
 def _thoughts(path: str) -> NDArray[Any]:
-    """The numbers in a file of NumPy's. Nothing in it is executed.
-
-    Raises:
-        InputError: if there are none.
-    """
+    """The numbers in a file of NumPy's. Nothing in it is executed."""
     import numpy as np
 
     file = as_path("z", path)
@@ -51,35 +46,32 @@ def _thoughts(path: str) -> NDArray[Any]:
     return array
 
 
-def run(arguments: list[str]) -> int:
-    """Runs `ltm-pyro generate`; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser("generate", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument("--prompt", type=str, help="text to go on from")
-    parser.add_argument(
-        "--z", type=str, metavar="FILE.npy", help="thoughts (K, D) or (n, K, D), e.g. of post.mean"
+    parser.option("prompt", str, "text to go on from")
+    parser.option("z", str, "thoughts (K, D) or (n, K, D), e.g. of post.mean", metavar="FILE.npy")
+    parser.option(
+        "between",
+        str,
+        "texts on the line between the thoughts of two texts",
+        nargs=2,
+        metavar=("A", "B"),
     )
-    parser.add_argument(
-        "--between", type=str, nargs=2, metavar=("A", "B"),
-        help="texts on the line between the thoughts of two texts",
-    )  # fmt: skip
-    parser.add_argument(
-        "--n", type=int, help="how many texts (default: 1, all of --z, 5 of --between)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of thoughts and tokens")
-    parser.add_argument(
-        "--length", type=int, help="tokens per text, prompt included (default: all it can)"
-    )
-    parser.add_argument("--max_new_tokens", type=int, help="instead: tokens after the prompt")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier text")
-    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="choose among the likeliest with this probability"
-    )
-    options = parser.parse_args(arguments)
-    whole_number("seed", options.seed, at_least=0)
+    parser.option("n", int, "how many texts (default: 1, all of --z, 5 of --between)")
+    parser.option("seed", int, "seed of thoughts and tokens", default=0)
+    parser.option("length", int, "tokens per text, prompt included (default: all it can)")
+    parser.option("max_new_tokens", int, "instead: tokens after the prompt")
+    parser.switch("greedy", "always the likeliest token")
+    parser.option("temperature", float, "below 1: likelier text", default=1.0)
+    parser.option("top-k", int, "choose among the k likeliest tokens")
+    parser.option("top-p", float, "choose among the likeliest with this probability")
+    return parser
 
+
+def run(arguments: list[str]) -> int:
+    """Runs `ltm-pyro generate`; returns the exit status."""
+    options = _parser().parse_args(arguments)
     if options.z is not None and options.between is not None:
         raise InputError("--z and --between both say where thoughts come from: give one of them")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
 
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.cli.processes import many
@@ -17,30 +19,26 @@ if TYPE_CHECKING:
 def add_run(parser: Parser) -> None:
     """Which run, and where to compute."""
     parser.add_argument("run", type=str, metavar="RUN", help="a run folder, as fit leaves it")
-    parser.add_argument(
-        "--checkpoint",
-        type=str,
-        default="last",
-        help="last, or best: of the highest held-out bound",
-    )
+    parser.option("checkpoint", str, "last, or best: of the highest held-out bound", default="last")
     add_device(parser)
 
 
 def add_device(parser: Parser) -> None:
     """Where to compute."""
-    parser.add_argument("--device", type=str, help="where to compute (default: as fitted)")
+    parser.option("device", str, "where to compute (default: as fitted)")
 
 
 def add_scoring(parser: Parser, split: str | None = "val") -> None:
     """Which sequences, and how many draws."""
-    parser.add_argument("--split", type=str, default=split, help="val, test or train")
-    parser.add_argument(
-        "--sequences", type=int, help="how many (default: the run's eval_sequences)"
-    )
-    parser.add_argument(
-        "--draws", type=int, help="S, fresh draws per sequence (default: eval_draws)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.option("split", str, "val, test or train", default=split)
+    parser.option("sequences", int, "how many (default: the run's eval_sequences)")
+    parser.option("draws", int, "S, fresh draws per sequence (default: eval_draws)")
+    parser.option("seed", int, "seed of the draws", default=0)
+
+
+def scoring(options: Namespace) -> dict[str, Any]:
+    """The answers to `add_scoring`, as functions that score take them."""
+    return {name: options[name] for name in ("split", "sequences", "draws", "seed")}
 
 
 def open_run(folder: str, device: str | None, checkpoint: str = "last") -> Run:
@@ -57,11 +55,7 @@ def open_run(folder: str, device: str | None, checkpoint: str = "last") -> Run:
 
 @contextmanager
 def writing_to(run: str) -> Iterator[None]:
-    """Inside the block no other command writes into this run's folder.
-
-    Raises:
-        InputError: if there is no run, its folder is read-only, or another command writes to it.
-    """
+    """Inside the block no other command writes into this run's folder, which is there."""
     from ltm_pyro.run.files import refuse_protected
     from ltm_pyro.run.lock import sole_writer
     from ltm_pyro.run.opening import recorded_config
@@ -74,11 +68,7 @@ def writing_to(run: str) -> Iterator[None]:
 
 @contextmanager
 def writing_file(run: str, target: Path) -> Iterator[None]:
-    """Inside the block no other command writes `target`, in the run's folder or elsewhere.
-
-    Raises:
-        InputError: if it cannot be written, or another command writes there.
-    """
+    """Inside the block no other command writes `target`, in the run's folder or elsewhere."""
     from ltm_pyro.run.files import refuse_irregular, refuse_protected
     from ltm_pyro.run.lock import sole_writer
 

@@ -31,7 +31,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(error: BaseException, command: str) -> str:
     """The one line for `error`, met by a command."""
     asked, told = _ASKED.search(str(error)), _FREE.search(str(error))
-    free = _amount(float(told[1]), told[2]) if told else _free()
+    limits = list(_limits())
+    free = _amount(max(0.0, min(limits)), "bytes") if limits else ""
+    if told:
+        free = _amount(float(told[1]), told[2])
     what = _amount(float(asked[1].rstrip(".")), asked[2]) if asked else "more"
     has = f"and {free} are free" if free else "than there is" if what == "more" else ""
     smaller = _SMALLER.get(command, "smaller settings")
@@ -44,12 +47,6 @@ def _amount(value: float, unit: str) -> str:
     while value >= 1024 and power < len(_UNITS) - 1:
         value, power = value / 1024, power + 1
     return f"{value:.3g} {_UNITS[power]}"
-
-
-def _free() -> str:
-    """Memory that this process could still get; empty where the system does not say."""
-    found = list(_limits())
-    return _amount(max(0.0, min(found)), "bytes") if found else ""
 
 
 def _limits() -> Iterator[float]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
+from ltm_pyro.checks import whole_number
 from ltm_pyro.cli import yaml_text
 from ltm_pyro.errors import InputError, nearest, shown
 
@@ -49,12 +50,16 @@ class Parser(jsonargparse.ArgumentParser):
             parser_mode=_MODE,
         )
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse does.
+    def option(self, name: str, kind: type, told: str, **more: Any) -> None:
+        """An option with a value; `more` as `argparse` takes it."""
+        self.add_argument(f"--{name}", type=kind, help=told, **more)
 
-        Raises:
-            InputError: also for an argument that none of its libraries can take.
-        """
+    def switch(self, name: str, told: str) -> None:
+        """An option without a value, off by default."""
+        self.add_argument(f"--{name}", action="store_true", help=told)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does; `InputError` also for what none of its libraries can take."""
         given = args[0] if args else None
         for argument in given or ():
             if len(argument) > yaml_text.LARGEST:
@@ -62,31 +67,29 @@ class Parser(jsonargparse.ArgumentParser):
                     f"argument {shown(argument)} is too long: put the text into a file"
                 )
         try:
-            return super().parse_args(*args, **kwargs)
+            found = super().parse_args(*args, **kwargs)
         except InputError:
             raise
         except (RecursionError, ValueError, TypeError, LookupError, yaml.YAMLError) as error:
             why = "it is nested too deeply" if isinstance(error, RecursionError) else shown(error)
             raise InputError(f"an option's value cannot be read: {why}; {self._hint}") from None
+        if found.get("seed") is not None:
+            whole_number("seed", found["seed"], at_least=0)
+        return found
 
     @property
     def _hint(self) -> str:
         return f"see {self.prog} --help"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Complains in one line instead of printing the usage.
-
-        Raises:
-            InputError: always.
-        """
+        """Complains in one line instead of printing the usage."""
         del ex
         raise InputError(self._one_line(message))
 
     def _one_line(self, message: str) -> str:
-        help_hint = self._hint
         unknown = re.match(r"unrecognized arguments: (.*)", message, re.IGNORECASE | re.DOTALL)
         if unknown:
-            return self._unknown(unknown[1].split()[0], help_hint)
+            return self._unknown(unknown[1].split()[0])
         wrong = _WRONG_TYPE.search(message)
         if wrong:
             found = _EXPECTED.match(wrong["why"])
@@ -95,17 +98,19 @@ class Parser(jsonargparse.ArgumentParser):
             kind = _kind(found["type"])
             return f"{wrong['key']} is {shown(' '.join(found['value'].split()))}: must be {kind}"
         text = " ".join(message.split())
-        return f"{text if len(text) <= 500 else text[:497] + '...'}; {help_hint}"
+        return f"{text if len(text) <= 500 else text[:497] + '...'}; {self._hint}"
 
-    def _unknown(self, given: str, help_hint: str) -> str:
+    def _unknown(self, given: str) -> str:
         name = given.partition("=")[0]
-        if not name.startswith("-"):
-            if os.path.exists(given):  # what a shell makes of a pattern without quotes
-                help_hint = "several files are a pattern in quotes, as --corpus 'books/*.md'"
-            return f"unexpected argument {shown(name)}: {help_hint}"
-        guess = nearest(name, [o for o in self._option_string_actions if o.startswith("--")])
-        hint = f"did you mean {guess!r}? " if guess else ""
-        return f"unknown option {name!r}: {hint}{help_hint}"
+        if name.startswith("-"):
+            guess = nearest(name, [o for o in self._option_string_actions if o.startswith("--")])
+            hint = f"did you mean {guess!r}? " if guess else ""
+            return f"unknown option {name!r}: {hint}{self._hint}"
+        # What a shell makes of a pattern without quotes.
+        quotes = "several files are a pattern in quotes, as --corpus 'books/*.md'"
+        return (
+            f"unexpected argument {shown(name)}: {quotes if os.path.exists(given) else self._hint}"
+        )
 
 
 def _kind(expected: str) -> str:

@@ -63,14 +63,9 @@ def format_published(table: pd.DataFrame) -> str:
 
 
 def format_scores(scores: Mapping[str, Any], per: str = "token") -> str:
-    """The scores of `ltm_pyro.run.scoring.summary` as text, each with its errors and meaning.
+    """The scores of `run.scoring.summary` as text, each with its errors and meaning.
 
-    Args:
-        scores: The summary.
-        per: Unit of the perplexities: `token`, `byte` or `word`.
-
-    Raises:
-        InputError: if the text is not known, and so not how many bytes and words it has.
+    `per` is `token`, `byte` or `word`; `InputError` where the text, and so its bytes, is not known.
     """
     found = scores["per_unit"].get(per)
     if found is None:

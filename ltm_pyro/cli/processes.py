@@ -29,11 +29,7 @@ def number() -> str:
 
 
 def refuse_alone(command: str) -> None:
-    """Refuses a command that every process would run for itself.
-
-    Raises:
-        InputError: saying how to start it.
-    """
+    """Refuses a command that every process would run for itself."""
     if many() and command not in SHARED:
         raise InputError(
             f"{command} runs in one process and {os.environ['WORLD_SIZE']} were started: "

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from ltm_pyro.checks import whole_number
-from ltm_pyro.cli.options import add_run, add_scoring, open_run, writing_file
+from ltm_pyro.cli.options import add_run, add_scoring, open_run, scoring, writing_file
 from ltm_pyro.cli.parsing import Parser
 from ltm_pyro.errors import InputError
 from ltm_pyro.reading import as_path
@@ -31,18 +30,12 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro report`; returns the exit status."""
     parser = Parser("report", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument(
-        "--against",
-        type=str,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="other runs to set it against",
+    parser.option(
+        "against", str, "other runs to set it against", nargs="+", default=[], metavar="RUN"
     )
-    parser.add_argument("--out", type=str, help="the page (default: RUN/report.html)")
+    parser.option("out", str, "the page (default: RUN/report.html)")
     add_scoring(parser)
     options = parser.parse_args(arguments)
-    whole_number("seed", options.seed, at_least=0)
 
     from ltm_pyro.cli.printing import printable
     from ltm_pyro.report.building import PAGE
@@ -61,14 +54,7 @@ def _report(options: Namespace, target: Path) -> None:
     from ltm_pyro.report import make_report, write_report
 
     fitted = open_run(options.run, options.device, options.checkpoint)
-    report = make_report(
-        fitted,
-        fitted.corpus(),
-        against=[open_run(each, options.device) for each in options.against],
-        split=options.split,
-        sequences=options.sequences,
-        draws=options.draws,
-        seed=options.seed,
-    )
+    others = [open_run(each, options.device) for each in options.against]
+    report = make_report(fitted, fitted.corpus(), against=others, **scoring(options))
     if fitted.parallel.is_rank_0:
         write_report(report, target)

@@ -31,12 +31,7 @@ Settings = dict[str, Any]
 
 
 def add_settings(parser: Parser, defaults: FitConfig) -> None:
-    """Adds one option per field of `FitConfig`, with the field's own description.
-
-    Args:
-        parser: Gets the options.
-        defaults: What the help shows as defaults.
-    """
+    """Adds one option per field of `FitConfig`, with the field's own description and default."""
     for name, hint, what, value in _fields(FitConfig, to_dict(defaults)):
         parser.add_argument(f"--{name}", type=hint, help=what, default=value)
     for group in _GROUPS:
@@ -71,25 +66,12 @@ def expand_shortcuts(arguments: list[str]) -> list[str]:
 
 
 def given_settings(parser: Parser, options: Settings, file: str | None) -> Settings:
-    """What was asked for: the YAML file's settings, overridden by the options'.
-
-    Args:
-        parser: Knows the types.
-        options: From the command line.
-        file: Path of a YAML file.
-
-    Raises:
-        InputError: if the file cannot be read or holds what is no setting.
-    """
+    """What was asked for: the settings of the YAML `file`, overridden by the `options`."""
     return merged({} if file is None else typed(parser, *read_yaml(Path(file))), options)
 
 
 def build_config(given: Settings) -> FitConfig:
-    """The configuration for what was asked for, the rest from the preset.
-
-    Raises:
-        InputError: if a value is out of range.
-    """
+    """The configuration for what was asked for, the rest from the preset."""
     base = _starting_point(given)
     chosen = given.get("corpus", {})
     # A preset's corpus options are its tokenizer's: with another tokenizer they mean nothing.
@@ -148,11 +130,7 @@ def _plain(text: str) -> str:
 
 
 def read_yaml(file: Path, option: str = "--config") -> tuple[Settings, str]:
-    """The values that a YAML file holds, not checked yet, and what to call it in messages.
-
-    Raises:
-        InputError: if it cannot be read or is no group of settings.
-    """
+    """The values that a YAML file holds, not checked yet, and what to call it in messages."""
     name = shown(str(file), 200)
     try:
         with open_regular(file, links=True) as stream:
@@ -172,16 +150,7 @@ def read_yaml(file: Path, option: str = "--config") -> tuple[Settings, str]:
 
 
 def typed(parser: Parser, values: Settings, name: str) -> Settings:
-    """The values of a YAML file, known to be settings of the right types.
-
-    Args:
-        parser: Knows the types.
-        values: As they were read.
-        name: What to call the file in messages.
-
-    Raises:
-        InputError: if one is no setting, or of another type.
-    """
+    """The values of the YAML file `name`, known to be settings of the types that `parser` knows."""
     if isinstance(values.get("corpus"), str):
         values = {**values, "corpus": {"name": values["corpus"]}}
     try:

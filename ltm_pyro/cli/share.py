@@ -26,10 +26,10 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro share`; returns the exit status."""
     parser = Parser("share", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     add_run(parser)
-    parser.add_argument("--to", type=str, help="OWNER/NAME on the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="a new repository is private")
-    parser.add_argument("--revision", type=str, help="a branch (default: the main one)")
-    parser.add_argument("--out", type=str, help="write the card to this file")
+    parser.option("to", str, "OWNER/NAME on the Hugging Face Hub")
+    parser.switch("private", "a new repository is private")
+    parser.option("revision", str, "a branch (default: the main one)")
+    parser.option("out", str, "write the card to this file")
     options = parser.parse_args(arguments)
 
     from ltm_pyro.cli.printing import printable

@@ -18,11 +18,7 @@ all of them, and `torchrun` passes it on once more."""
 
 
 class StopSignals:
-    """Inside the block a first signal is noted and a second one interrupts at once.
-
-    Attributes:
-        received: The first signal's number, or `None`.
-    """
+    """Inside the block a first signal is noted as `received`; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -8,17 +8,14 @@ import os
 import sys
 from collections.abc import Iterator
 
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, printable
 
 
 def refuse_closed() -> None:
-    """Refuses to work where nothing can be told; a closed standard error shares standard output.
+    """Refuses to work where standard output is closed; a closed standard error shares it.
 
     A number that is free would go to the next file that is opened, and what the system's libraries
     print into it would land in that file: so each gets something.
-
-    Raises:
-        InputError: if standard output is closed.
     """
     for number in range(3):
         try:
@@ -52,8 +49,7 @@ def tell(message: str) -> None:
 
     Control characters, which a file's name may hold, do not reach the terminal.
     """
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    line = printable(" ".join(message.split()))
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(f"ltm-pyro: {line}", file=sys.stderr, flush=True)
 

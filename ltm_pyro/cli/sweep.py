@@ -18,8 +18,6 @@ from ltm_pyro.reading import as_path
 
 _LISTS = ("fast.betas", "slow.betas", "corpus.options.fractions")
 """Settings that are lists themselves: of these, a list of lists is swept over."""
-_OPTION_GROUPS = ("corpus", "model", "fast", "slow", "options", "guide_options",
-                  "objective_options", "prior_options")  # fmt: skip
 
 
 def run_sweep(
@@ -76,10 +74,12 @@ def _plan(
     """The settings of every fit by its folder."""
     values, name = read_yaml(Path(file), "--sweep")
     fixed, grid = _split(values)
-    overridden = [axis for axis in grid if _has(options, axis)]
-    if overridden:
-        raise InputError(f"{name} sweeps over {overridden[0]}: leave --{overridden[0]} out")
+    from ltm_pyro.run.changes import flat
     from ltm_pyro.run.sweeping import nested, points
+
+    overridden = next((axis for axis in grid if axis in flat(options)), None)
+    if overridden:
+        raise InputError(f"{name} sweeps over {overridden}: leave --{overridden} out")
 
     try:
         found = points(grid)
@@ -94,23 +94,15 @@ def _plan(
 
 def _split(values: Mapping[str, Any]) -> tuple[Settings, dict[str, list[Any]]]:
     """Settings by dotted name: those with one value, and those with a list of them."""
+    from ltm_pyro.run.changes import flat
+
     fixed: Settings = {}
     grid: dict[str, list[Any]] = {}
-
-    def walk(inner: Mapping[Any, Any], prefix: str) -> None:
-        for key, value in inner.items():
-            name = f"{prefix}{key}"
-            swept = isinstance(value, list)
-            if name in _LISTS and swept:
-                swept = bool(value) and all(isinstance(each, list) for each in value)
-            if isinstance(value, Mapping) and str(key) in _OPTION_GROUPS:
-                walk(value, f"{name}.")
-            elif swept:
-                grid["corpus.name" if name == "corpus" else name] = value
-            else:
-                fixed["corpus.name" if name == "corpus" else name] = value
-
-    walk(values, "")
+    for name, value in flat(values).items():
+        swept = isinstance(value, list)
+        if name in _LISTS and swept:
+            swept = bool(value) and all(isinstance(each, list) for each in value)
+        (grid if swept else fixed)["corpus.name" if name == "corpus" else name] = value
     return fixed, grid
 
 
@@ -123,14 +115,6 @@ def _with_guide(settings: Settings) -> Settings:
 
     [(family, given)] = parse_guides(guide).items()
     return merged(settings, {"guide": family, "guide_options": given})
-
-
-def _has(settings: Mapping[str, Any], name: str) -> bool:
-    first, _, rest = name.partition(".")
-    inner = settings.get(first)
-    if rest and isinstance(inner, Mapping):
-        return _has(inner, rest)
-    return first in settings and not rest
 
 
 def _is_done(place: Path, config: FitConfig) -> bool:

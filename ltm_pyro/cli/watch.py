@@ -21,8 +21,8 @@ def run(arguments: list[str]) -> int:
     """Runs `ltm-pyro watch`; returns the exit status."""
     parser = Parser("watch", "RUN [OPTIONS]", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", type=str, metavar="RUN", help="a run folder, as fit makes it")
-    parser.add_argument("--once", action="store_true", help="print once and end")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between looks")
+    parser.switch("once", "print once and end")
+    parser.option("every", float, "seconds between looks", default=2.0)
     options = parser.parse_args(arguments)
 
     from ltm_pyro.run.watching import watch

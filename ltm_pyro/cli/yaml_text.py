@@ -16,15 +16,7 @@ _MOST_VALUES = 100_000
 
 
 def load(text: str, what: str) -> Any:
-    """The values that `text` stands for.
-
-    Args:
-        text: YAML.
-        what: Names it in messages, e.g. `"'fit.yaml'"`.
-
-    Raises:
-        InputError: if it cannot be parsed, is too large or too deep, or contains itself.
-    """
+    """The values that the YAML `text`, called `what` in messages, stands for."""
     if len(text) > LARGEST:
         raise InputError(f"{what} is longer than {LARGEST} characters: settings take a page or two")
     try:
@@ -49,11 +41,7 @@ def load(text: str, what: str) -> Any:
 
 
 def _values(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
-    """How many values `node` stands for, aliases written out.
-
-    Raises:
-        RecursionError: if it is too deep, or contains itself.
-    """
+    """How many values `node` stands for, aliases written out; `RecursionError` if too deep."""
     if depth > DEEPEST:
         raise RecursionError
     if id(node) not in known:

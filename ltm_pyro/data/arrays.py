@@ -27,9 +27,6 @@ class ArraySource:
     Attributes:
         tokens: (n_tokens,) the ids, one document after another.
         lengths: (n_documents,) tokens of each document.
-
-    Raises:
-        InputError: if they are no ids of `tokenizer`.
     """
 
     files = ("",)

@@ -77,11 +77,7 @@ class Corpus:
         return self.train.corpus
 
     def held_out(self) -> str:
-        """The split that a fit is scored on: `val`, or `test` where no val was given.
-
-        Raises:
-            InputError: if both are empty.
-        """
+        """The split to score a fit on: `val`, or `test` where there is none; one must be there."""
         for name in ("val", "test"):
             if len(getattr(self, name)):
                 return name
@@ -160,9 +156,5 @@ def fingerprint_of(documents: Mapping[str, str], tokenizer: Tokenizer, seq_len: 
         tokenizer: By which they become tokens.
         seq_len: T.
     """
-    facts = {
-        "documents": dict(documents),
-        "tokenizer": tokenizer.to_json(),
-        "seq_len": seq_len,
-    }
+    facts = {"documents": dict(documents), "tokenizer": tokenizer.to_json(), "seq_len": seq_len}
     return digest_of(facts)[:16]

@@ -5,42 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.tokenizer import Tokenizer
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
+from ltm_pyro.random import Stream, derive_seed
+
+if TYPE_CHECKING:
+    from ltm_pyro.data.sequences import SequenceLayout
 
 _SHOWN = 5  # rows in a notebook
-
-
 SHORTEST = 16
 """Tokens of the shortest length that a batch is cut to."""
 
 
-class Origin(Protocol):
-    """Where sequences were cut from."""
+class TrainingData(Protocol):
+    """Where `fit` takes its batches: a `SequenceSet`, a `Batch`, or what offers the same."""
+
+    def __len__(self) -> int:
+        """How many sequences there are; a batch has no more."""
+        ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """By which their texts became tokens."""
-        ...
-
-    def metadata(self, ids: NDArray[np.int64]) -> pd.DataFrame:
-        """What is known of the sequences `ids` (B,), one row each."""
-        ...
-
-    def text_sizes(
-        self, ids: NDArray[np.int64], mask: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Bytes (B,) and words (B,) of the raw text of the tokens in `mask` (B, T), if known."""
+    def training_batch(self) -> Callable[..., Batch]:
+        """See `SequenceSet.training_batch`; asked for `lanes` or `rows` only where they matter."""
         ...
 
 
@@ -85,36 +79,23 @@ class Batch:
     ids: Tensor = None  # type: ignore[assignment]
     documents: Tensor | None = None
     corpus: str | None = None
-    origin: Origin | None = field(default=None, repr=False, compare=False)
+    origin: SequenceLayout | None = field(default=None, repr=False, compare=False)
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        x, mask, ids, documents = self.x, self.mask, self.ids, self.documents
-        if x is not None:
-            x = as_tensor("Batch.x", x)
-            if x.dim() < 1:
-                raise InputError(f"Batch.x is {tuple(x.shape)}: must be (B, ...), a row a sequence")
-            x = x if x.is_floating_point() else x.long()
-        if mask is None:
-            if x is None:
-                raise InputError("Batch needs x or a mask: without either it has no shape")
-            mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
-        mask = _true_or_false("Batch.mask", as_tensor("Batch.mask", mask))
-        if x is not None and x.shape != mask.shape:
-            raise InputError(f"Batch.mask {tuple(mask.shape)} must match x {tuple(x.shape)}")
-        if not mask.numel():
-            raise InputError(f"Batch is {tuple(mask.shape)}: give at least one row, not empty")
-        if ids is None:
-            ids = torch.arange(mask.shape[0], device=mask.device)
-        ids = whole_numbers("Batch.ids", ids).to(mask.device)
-        if ids.shape != mask.shape[:1]:
+        x, mask = _scored(self.x, self.mask)
+        shape = tuple(mask.shape)
+        ids = torch.arange(shape[0], device=mask.device) if self.ids is None else self.ids
+        ids = whole_numbers("Batch.ids", ids)
+        if ids.shape != shape[:1]:
             raise InputError(f"Batch.ids {tuple(ids.shape)} must hold one id per row of mask")
+        documents = self.documents
         if documents is not None:
             documents = whole_numbers("Batch.documents", documents).to(mask.device)
             if documents.shape != ids.shape:
                 raise InputError(
                     f"Batch.documents {tuple(documents.shape)} must hold one document per row of "
-                    f"mask {tuple(mask.shape)}"
+                    f"mask {shape}"
                 )
         if self.corpus is not None and not isinstance(self.corpus, str):
             raise InputError(f"Batch.corpus is {shown(self.corpus)}: must be a fingerprint or None")
@@ -124,12 +105,10 @@ class Batch:
             if each.shape[:1] != ids.shape:
                 raise InputError(
                     f"Batch.covariates[{name!r}] is {tuple(each.shape)}: must hold one row per row "
-                    f"of mask {tuple(mask.shape)}"
+                    f"of mask {shape}"
                 )
-        for name, made in (
-            ("x", x), ("mask", mask), ("ids", ids), ("documents", documents),
-            ("covariates", covariates),
-        ):  # fmt: skip
+        checked = {"x": x, "mask": mask, "ids": ids.to(mask.device), "documents": documents}
+        for name, made in {**checked, "covariates": covariates}.items():
             object.__setattr__(self, name, made)
 
     def __repr__(self) -> str:
@@ -161,11 +140,7 @@ class Batch:
 
     @property
     def observed(self) -> Tensor:
-        """`x`, for code that cannot work without it.
-
-        Raises:
-            InputError: if the batch is unobserved.
-        """
+        """`x`, for code that cannot work without it; `InputError` if the batch is unobserved."""
         if self.x is None:
             raise InputError("this batch has no x: it describes sequences still to be generated")
         return self.x
@@ -224,8 +199,7 @@ class Batch:
     def usable(self) -> Batch:
         """The batch as ordinary tensors: those of `torch.inference_mode()` are copied.
 
-        Raises:
-            InputError: if it is on the meta device.
+        `InputError` if it is on the meta device.
         """
         if self.mask.is_meta:
             raise InputError(
@@ -235,11 +209,7 @@ class Batch:
         return self._each(torch.clone) if made and not torch.is_inference_mode_enabled() else self
 
     def distinct(self) -> Batch:
-        """The batch, known to hold each sequence once.
-
-        Raises:
-            InputError: if an id is there twice: rows and noise belong to ids.
-        """
+        """The batch; `InputError` if an id is in it twice: rows and noise belong to ids."""
         ordered = self.ids.sort().values if self.holds_numbers else self.ids[:0]
         repeated = ordered[1:] == ordered[:-1]
         if bool(repeated.any()):
@@ -300,11 +270,7 @@ class Batch:
         return replace(self, **changed)
 
     def prefix(self, n: int) -> Batch:
-        """The same sequences with only their first `n` positions scored.
-
-        Raises:
-            InputError: if `n` is not between 1 and T - 1.
-        """
+        """The same sequences with their first `n` positions scored, 1 to T - 1 of them."""
         if self.mask.dim() != 2:
             raise InputError(f"prefix of a batch {tuple(self.mask.shape)}: needs sequences (B, T)")
         whole_number("prefix", n, at_least=1, at_most=self.mask.shape[1] - 1)
@@ -313,6 +279,31 @@ class Batch:
     def suffix(self, n: int) -> Batch:
         """The same sequences with only the positions after the first `n` scored."""
         return replace(self, mask=self.mask & self.positions.ge(n))
+
+    def training_batch(
+        self,
+        step: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        lanes: bool = False,
+        rows: slice | None = None,
+    ) -> Batch:
+        """Distinct rows, chosen anew at each slow step; with lanes, row j is one of j, j + B, ...
+
+        Arguments are those of `SequenceSet.training_batch`.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(seed, Stream.BATCH, step))
+        n, size = len(self), min(len(self), batch_size)
+        if lanes:
+            lane = torch.arange(size)
+            members = (n - lane - 1) // size + 1
+            drawn = torch.rand(size, generator=generator, dtype=torch.float64)
+            index = lane + size * (drawn * members).long()
+        else:
+            index = torch.randperm(n, generator=generator)[:size]
+        chosen = chosen_rows(size, rows)
+        return self.select(index[chosen.start : chosen.stop].to(self.device))
 
     @cached_property
     def indices(self) -> Tensor:
@@ -325,12 +316,18 @@ class Batch:
         return torch.arange(self.mask.shape[1], device=self.device)
 
 
-def as_tensor(name: str, value: object) -> Tensor:
-    """`value` as a tensor of numbers.
+def chosen_rows(size: int, rows: slice | None) -> range:
+    """The rows of a batch of `size` that `rows` names, one or more in a row; all by default."""
+    chosen = range(size) if rows is None else range(*rows.indices(size))
+    if not chosen or chosen.step != 1:
+        raise InputError(
+            f"rows {rows} of a batch of {size}: must be one or more rows that follow one another"
+        )
+    return chosen
 
-    Raises:
-        InputError: if it is none.
-    """
+
+def as_tensor(name: str, value: object) -> Tensor:
+    """`value` as a tensor of numbers."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -343,15 +340,29 @@ def as_tensor(name: str, value: object) -> Tensor:
 
 
 def whole_numbers(name: str, value: object) -> Tensor:
-    """`value` as int64.
-
-    Raises:
-        InputError: if it is of floats or truth values.
-    """
+    """`value` as int64; `InputError` if it is of floats or truth values."""
     tensor = as_tensor(name, value)
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise InputError(f"{name} is of {tensor.dtype}: must be whole numbers (int64)")
     return tensor.long()
+
+
+def _scored(x: object, mask: object) -> tuple[Tensor | None, Tensor]:
+    """Positions (B, ...) and which of them count, as `Batch` keeps them."""
+    if x is not None:
+        x = as_tensor("Batch.x", x)
+        if x.dim() < 1:
+            raise InputError(f"Batch.x is {tuple(x.shape)}: must be (B, ...), a row a sequence")
+        x = x if x.is_floating_point() else x.long()
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if mask is None:
+        raise InputError("Batch needs x or a mask: without either it has no shape")
+    chosen = _true_or_false("Batch.mask", as_tensor("Batch.mask", mask))
+    if x is not None and x.shape != chosen.shape:
+        raise InputError(f"Batch.mask {tuple(chosen.shape)} must match x {tuple(x.shape)}")
+    if not chosen.numel():
+        raise InputError(f"Batch is {tuple(chosen.shape)}: give at least one row, not empty")
+    return x, chosen
 
 
 def _true_or_false(name: str, tensor: Tensor) -> Tensor:

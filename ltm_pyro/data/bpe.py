@@ -51,6 +51,7 @@ class HuggingFaceTokenizer:
     """
 
     kind = "huggingface"
+    unit: Unit = "token"
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         if not isinstance(state, Mapping):
@@ -68,26 +69,24 @@ class HuggingFaceTokenizer:
         # Names of special tokens in a text are text.
         self._engine.encode_special_tokens = True
         ids = self._engine.get_vocab(with_added_tokens=True).values()
-        self._size = max(ids, default=-1) + 1
-        if not ids or self._size > 2 * len(ids) + 1000:
+        self.vocab_size = max(ids, default=-1) + 1
+        if not ids or self.vocab_size > 2 * len(ids) + 1000:
             raise InputError(
-                f"the vocabulary has {len(ids)} pieces with ids up to {self._size - 1}: they must "
-                "be numbered without large gaps"
+                f"the vocabulary has {len(ids)} pieces with ids up to {self.vocab_size - 1}: they "
+                "must be numbered without large gaps"
             )
 
     @classmethod
     def from_file(cls, file: Path) -> HuggingFaceTokenizer:
-        """A pipeline from its `tokenizer.json`.
-
-        Raises:
-            InputError: if the file is missing, damaged or too large.
-        """
+        """A pipeline from its `tokenizer.json`."""
         try:
-            state = json.loads(_limited_text(file))
+            _refuse_large(file)
+            state = json.loads(file.read_text(encoding="utf-8"))
         except InputError:
             raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"cannot read the tokenizer {str(file)!r}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the tokenizer {str(file)!r}: {why}") from None
         try:
             return cls(state)
         except InputError as error:
@@ -102,16 +101,6 @@ class HuggingFaceTokenizer:
     def name(self) -> str:
         """The kind of its model and V, e.g. `wordpiece-30522`."""
         return f"{type(self._engine.model).__name__.lower()}-{self.vocab_size}"
-
-    @property
-    def unit(self) -> Unit:
-        """`token`."""
-        return "token"
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self._size
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """The ids (T,) of `text`; names of special tokens are ordinary text."""
@@ -144,14 +133,7 @@ class HuggingFaceTokenizer:
         return np.array([start for start, _ in offsets], dtype=np.int64)
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[Part]:
-        """The tokens of documents that come in pieces, encoded in batches on all cores.
-
-        Args:
-            pieces: Texts, each with whether its document ends there.
-
-        Yields:
-            Tokens (n,) and the lengths (m,) of the documents that end in them.
-        """
+        """See `StreamTokenizer`; pieces are encoded in batches, on all cores."""
         texts: list[str] = []
         ends: list[bool] = []
         size = length = 0
@@ -202,11 +184,7 @@ class HuggingFaceTokenizer:
 class BPETokenizer(HuggingFaceTokenizer):
     """Byte-level byte-pair encoding.
 
-    Args:
-        state: The JSON state of a `tokenizers.Tokenizer`, as `to_json` holds it.
-
-    Raises:
-        InputError: if `state` is damaged, or its vocabulary cannot write every byte.
+    As `HuggingFaceTokenizer`; a vocabulary that cannot write every byte is refused too.
     """
 
     kind = "bpe"
@@ -227,9 +205,6 @@ class BPETokenizer(HuggingFaceTokenizer):
         Args:
             documents: Texts of the training split; no others, or held-out text would leak.
             vocab_size: V to aim at, 256 or more; a small corpus may yield fewer.
-
-        Raises:
-            InputError: if `vocab_size` is not a whole number of 256 or more.
         """
         check_vocab_size(vocab_size)
         engine = _engine(models.BPE())
@@ -244,14 +219,7 @@ class BPETokenizer(HuggingFaceTokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> BPETokenizer:
-        """GPT-2's vocabulary, or one in its format.
-
-        Args:
-            folder: Holds `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`.
-
-        Raises:
-            InputError: if a file is missing, damaged or too large.
-        """
+        """GPT-2's vocabulary, or one in its format: a folder with a pair of `GPT2_FILES`."""
         for vocabulary, merges in GPT2_FILES:
             if (folder / vocabulary).is_file() and (folder / merges).is_file():
                 break
@@ -274,11 +242,7 @@ class BPETokenizer(HuggingFaceTokenizer):
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuses a vocabulary too small for the bytes.
-
-    Raises:
-        InputError: if `vocab_size` is not a whole number of 256 or more.
-    """
+    """Refuses a vocabulary too small for the bytes."""
     whole_number("vocab_size", vocab_size, 256, limit="since every byte needs an id")
 
 
@@ -300,22 +264,8 @@ def _refuse_large(file: Path) -> None:
         )
 
 
-def _limited_text(file: Path) -> str:
-    try:
-        _refuse_large(file)
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot read the tokenizer {str(file)!r}: {error.strerror or error}"
-        ) from None
-
-
 def _refuse_long_rules(state: Mapping[str, Any]) -> None:
-    """Refuses steps that put long texts in place of short ones, which multiplies any text.
-
-    Raises:
-        InputError: if there is one.
-    """
+    """Refuses steps that put long texts in place of short ones, which multiplies any text."""
     steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     left: list[Any] = [state.get(step) for step in steps]
     while left:

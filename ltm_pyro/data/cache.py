@@ -59,12 +59,7 @@ class Entry:
 
 
 class EntryWriter:
-    """Appends to the arrays of an entry that is being built.
-
-    Args:
-        folder: Exists and is empty.
-        dtypes: Name and dtype of every array.
-    """
+    """Appends to the arrays of an entry, by name, that is being built in an empty `folder`."""
 
     def __init__(self, folder: Path, dtypes: Mapping[str, DTypeLike]) -> None:
         self._folder = folder
@@ -76,9 +71,8 @@ class EntryWriter:
 
     def __enter__(self) -> EntryWriter:
         for name in self._dtypes:
-            self._files[name] = self._stack.enter_context(
-                open(_array_file(self._folder, name), "wb")
-            )
+            file = _file(self._folder, name)
+            self._files[name] = self._stack.enter_context(open(file, "wb"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,10 +97,9 @@ class EntryWriter:
             for name in self._dtypes
         }
         body = {"arrays": arrays, "meta": dict(meta)}
-        checksum = digest_of(body)
-        text = json.dumps({"sha256": checksum, "body": body})
-        (self._folder / _META).write_text(text, encoding="utf-8")
-        return checksum
+        saved = {"sha256": digest_of(body), "body": body}
+        (self._folder / _META).write_text(json.dumps(saved), encoding="utf-8")
+        return str(saved["sha256"])
 
 
 Build = Callable[[EntryWriter], Mapping[str, Any]]
@@ -219,7 +212,7 @@ def _key(identity: Mapping[str, Any]) -> str:
     return digest_of({"format": _FORMAT, "byteorder": sys.byteorder, "identity": identity})[:24]
 
 
-def _array_file(folder: Path, name: str) -> Path:
+def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
@@ -231,14 +224,12 @@ def _open_entry(folder: Path) -> Entry | None:
         if saved["sha256"] != digest_of(body):
             return None
         specs = {str(name): spec for name, spec in body["arrays"].items()}
-        stamps = _read_stamps(folder)
-        before = dict(stamps)
-        arrays = {
-            name: _open_array(_array_file(folder, name), spec, stamps)
-            for name, spec in specs.items()
-        }
+        before = _read_stamps(folder)
+        stamps = dict(before)
+        arrays = {n: _open_array(_file(folder, n), spec, stamps) for n, spec in specs.items()}
         if stamps != before:
-            _write_stamps(folder, stamps)
+            with suppress(OSError):  # where it cannot be written to, the next reader verifies again
+                (folder / _STAMPS).write_text(json.dumps(stamps), encoding="utf-8")
         hashes = {name: str(spec["sha256"]) for name, spec in specs.items()}
         return Entry(arrays, hashes, dict(body["meta"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -246,16 +237,10 @@ def _open_entry(folder: Path) -> Entry | None:
 
 
 def _open_array(file: Path, spec: Mapping[str, Any], stamps: dict[str, str]) -> NDArray[Any]:
-    """The array in `file`.
+    """The array in `file`, which must be what was written; `OSError` or `ValueError` otherwise.
 
-    Args:
-        file: Where it is.
-        spec: What was written.
-        stamps: What the system told of large files when they were verified; new ones are added.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not what was written.
+    `spec` is what was written, `stamps` what the system told of large files when they were
+    verified, which gets new ones.
     """
     dtype = np.dtype(spec["dtype"])
     info = file.stat()
@@ -286,18 +271,8 @@ def _read_stamps(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _write_stamps(folder: Path, stamps: Mapping[str, str]) -> None:
-    """Keeps `stamps`, where the folder can be written to; else the next reader verifies again."""
-    with suppress(OSError):
-        (folder / _STAMPS).write_text(json.dumps(dict(stamps)), encoding="utf-8")
-
-
 def _publish(work: Path, final: Path) -> Entry:
-    """Renames the finished `work` to `final`; what another process has published there wins.
-
-    Raises:
-        OSError: if the entry cannot be put in place.
-    """
+    """Renames the finished `work` to `final`; what another process has published there wins."""
     try:
         work.rename(final)
     except OSError:

@@ -21,9 +21,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a word is lost
 
 
 def data_card(
-    text: TextStore,
-    parts: Mapping[str, NDArray[np.int64]],
-    asked: Mapping[str, float] | None,
+    text: TextStore, parts: Mapping[str, NDArray[np.int64]], asked: Mapping[str, float] | None
 ) -> dict[str, Any]:
     """Shares, repeats and overlaps of the splits, as JSON types.
 

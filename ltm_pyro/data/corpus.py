@@ -18,12 +18,12 @@ from ltm_pyro.data.base import Corpus, fingerprint_of
 from ltm_pyro.data.cache import Cache
 from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.finding import BUILT_IN as BUILT_IN
-from ltm_pyro.data.finding import HUB_OPTIONS, IN_MEMORY, Reading, absolute_path, find_source
+from ltm_pyro.data.finding import HUB_OPTIONS, IN_MEMORY, absolute_path, find_source
 from ltm_pyro.data.grouping import SplitKind, check_split, group_labels
 from ltm_pyro.data.hub import HubSource
 from ltm_pyro.data.memory import is_ids
 from ltm_pyro.data.mixture import MixtureCorpus, make_mixture
-from ltm_pyro.data.records import Source, TextField
+from ltm_pyro.data.records import Reading, Source
 from ltm_pyro.data.sequences import SequenceLayout, SequenceSet
 from ltm_pyro.data.split import (
     FRACTIONS,
@@ -127,28 +127,24 @@ def load_corpus(
     seq_len = whole_number("seq_len", seq_len, at_least=2)
     seed = whole_number("seed", seed, at_least=0)
     kind = check_split(split, split_by, is_dict=isinstance(data, Mapping))
-    field = TextField(text_field, turn_separator)
-    reading = Reading(encoding, newlines, field, kind == "given")
+    reading = Reading(encoding, newlines, text_field, turn_separator, kind == "given")
     if isinstance(data, str) and data in BUILT_IN:
         _refuse_reading(data, reading, kind)
     if isinstance(data, str) and data == "mixture":
         return _mixture(seq_len, tokenizer, seed, options)
     settings: dict[str, Any] = {"seed": seed, "split": kind, "split_by": split_by}
-    settings |= {"encoding": encoding, "newlines": newlines, **field.identity()}
+    settings |= {"encoding": encoding, **reading.identity()}
     cutter = _Cutter(Cache(cache_dir), seq_len, seed, kind, split_by)
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
     name = options.pop("name", None)
     if name is not None and not (isinstance(name, str) and name.isprintable() and name):
         raise InputError(f"name is {shown(name)}: must be a word or two")
+    source: Source
     if is_ids(data):
-        chosen = tokenizer if isinstance(tokenizer, SymbolTokenizer) else open_tokenizer(tokenizer)
-        if chosen is None:
-            raise InputError("token ids have their tokenizer already: give it instead of 'bpe'")
-        array = ArraySource(data, chosen, seq_len, name or IN_MEMORY)
-        _check_options(array.name, {**hub, **options}, ("fractions", "name"))
-        return cutter.tokens(array, settings, **options)
-    source, again = find_source(data, reading, hub, name)
-    known = [*_TEXT_OPTIONS, *(HUB_OPTIONS if isinstance(source, HubSource) else ())]
+        source, again, known = _token_ids(data, tokenizer, seq_len, name), None, ["fractions"]
+    else:
+        source, again = find_source(data, reading, hub, name)
+        known = [*_TEXT_OPTIONS, *(HUB_OPTIONS if isinstance(source, HubSource) else ())]
     _check_options(source.name, {**hub, **options}, [*known, *(() if again else ("name",))])
     if again is not None and name is not None:
         raise InputError("name is for data that a program holds: files and datasets have theirs")
@@ -156,9 +152,11 @@ def load_corpus(
     if again is not None:  # what was asked for, so that the same settings give the same recipe
         shares = {k: list(check_fractions(options[k])) for k in ("fractions",) if k in options}
         asked = {**settings, "split": split, "options": {**hub, **options, **shares}}
-        recipe = {"name": again, **_tokenizer_name(tokenizer), **asked}
+        if isinstance(tokenizer, str | os.PathLike):  # one at hand is a run's own
+            asked["tokenizer"] = absolute_path(os.fspath(tokenizer))
+        recipe = {"name": again, **asked}
     label = os.fspath(data) if isinstance(data, str | os.PathLike) else source.name
-    return cutter.text(source, label, recipe, tokenizer, {**settings, **hub}, **options)
+    return cutter.cut(source, label, recipe, tokenizer, {**settings, **hub}, **options)
 
 
 class _Cutter:
@@ -170,7 +168,7 @@ class _Cutter:
         self.cache, self.seq_len, self.seed = cache, seq_len, seed
         self.kind, self.split_by = kind, split_by
 
-    def text(
+    def cut(
         self,
         source: Source,
         label: str,
@@ -180,13 +178,18 @@ class _Cutter:
         fractions: Sequence[float] = FRACTIONS,
         vocab_size: int | None = None,
     ) -> Corpus:
-        shares = check_fractions(fractions)
-        chosen = open_tokenizer(tokenizer, vocab_size)
+        """The corpus of `source`, which messages call `label`; `recipe` loads it again."""
+        shares, ids = check_fractions(fractions), isinstance(source, ArraySource)
+        chosen = None if ids else open_tokenizer(tokenizer, vocab_size)
         text = store_text(self.cache, source)
-        _check_length(label, len(text.text), self.seq_len)
+        if not ids:
+            _check_length(label, len(text.text), self.seq_len)
         parts = self._parts(text, shares, label)
         settings = {"source": label, "fractions": list(shares), **settings}
-        if chosen is None:
+        if isinstance(source, ArraySource):
+            chosen = source.tokenizer
+            store = TokenStore(source.tokens, source.lengths, chosen.to_json())
+        elif chosen is None:
             size = VOCABULARY if vocab_size is None else vocab_size
             settings["vocab_size"] = size
             store = _learned(self.cache, text, source.name, parts["train"], size)
@@ -194,16 +197,6 @@ class _Cutter:
         else:
             store = _encoded(self.cache, text, source.name, chosen)
         return self._corpus(source, recipe, text, store, chosen, parts, settings)
-
-    def tokens(
-        self, source: ArraySource, settings: dict[str, Any], fractions: Sequence[float] = FRACTIONS
-    ) -> Corpus:
-        shares = check_fractions(fractions)
-        text = store_text(self.cache, source)
-        store = TokenStore(source.tokens, source.lengths, source.tokenizer.to_json())
-        parts = self._parts(text, shares, source.name)
-        settings = {"source": source.name, "fractions": list(shares), **settings}
-        return self._corpus(source, None, text, store, source.tokenizer, parts, settings)
 
     def _parts(
         self, text: TextStore, shares: Sequence[float], label: str
@@ -228,9 +221,8 @@ class _Cutter:
     ) -> Corpus:
         _check_length(source.name, len(store.tokens), self.seq_len)
         asked = dict(zip(SPLITS, settings["fractions"], strict=True))
-        notes = warn_of_shares(
-            parts, text.lengths, None if self.kind == "given" else asked, source.name
-        )
+        wanted = None if self.kind == "given" else asked
+        notes = warn_of_shares(parts, text.lengths, wanted, source.name)
         fingerprint = fingerprint_of(text.sha256, tokenizer, self.seq_len)
         table = replace(text.table, group_by=self.split_by)
         layout = SequenceLayout(
@@ -255,11 +247,11 @@ class _Cutter:
         )
 
 
-def _tokenizer_name(tokenizer: Given) -> dict[str, str]:
-    """The setting of a tokenizer that has a name or a path; one at hand is a run's own."""
-    if not isinstance(tokenizer, str | os.PathLike):
-        return {}
-    return {"tokenizer": absolute_path(os.fspath(tokenizer))}
+def _token_ids(data: object, tokenizer: Given, seq_len: int, name: str | None) -> ArraySource:
+    chosen = tokenizer if isinstance(tokenizer, SymbolTokenizer) else open_tokenizer(tokenizer)
+    if chosen is None:
+        raise InputError("token ids have their tokenizer already: give it instead of 'bpe'")
+    return ArraySource(data, chosen, seq_len, name or IN_MEMORY)
 
 
 def _mixture(
@@ -286,14 +278,11 @@ def _learned(
     check_vocab_size(vocab_size)
     documents = hashlib.sha256(training.tobytes()).hexdigest()
     recipe = {"learned": "bpe", "vocab_size": vocab_size, "training": documents}
-    return store_tokens(
-        cache,
-        text,
-        f"{label}-bpe",
-        recipe,
-        lambda: BPETokenizer.train(training_texts(text, training), vocab_size),
-        vocab_size,
-    )
+
+    def learn() -> Tokenizer:
+        return BPETokenizer.train(training_texts(text, training), vocab_size)
+
+    return store_tokens(cache, text, f"{label}-bpe", recipe, learn, vocab_size)
 
 
 def _encoded(cache: Cache, text: TextStore, label: str, tokenizer: Tokenizer) -> TokenStore:
@@ -307,8 +296,7 @@ def _encoded(cache: Cache, text: TextStore, label: str, tokenizer: Tokenizer) ->
 
 def _refuse_reading(name: str, reading: Reading, kind: SplitKind) -> None:
     """Refuses what the built-in corpora have no use for."""
-    plain = Reading(reading.encoding, "keep", TextField(), False)
-    if reading != plain or kind != "document":
+    if reading != Reading(reading.encoding) or kind != "document":
         raise InputError(
             f"corpus {name!r} has neither fields, line ends nor splits of its own: leave out "
             "text_field, turn_separator, newlines, split and split_by"
@@ -316,11 +304,7 @@ def _refuse_reading(name: str, reading: Reading, kind: SplitKind) -> None:
 
 
 def check_options(corpus: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that no corpus called `corpus` can have, whatever it turns out to be.
-
-    Raises:
-        InputError: naming those that there are.
-    """
+    """Refuses options that no corpus called `corpus` can have, whatever it turns out to be."""
     known = [*_TEXT_OPTIONS, *HUB_OPTIONS]
     if corpus == "mixture":
         known = [o for o in inspect.signature(make_mixture).parameters if o not in ARGUMENTS]

@@ -64,11 +64,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def status(path: Path) -> os.stat_result:
-    """What the system tells about `path`, links followed.
-
-    Raises:
-        InputError: if there is nothing, or it cannot be looked at.
-    """
+    """What the system tells about `path`, links followed."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -92,11 +88,7 @@ def unreadable(path: Path | str, error: Exception) -> InputError:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of the regular file `path`, unpacked where it is packed.
-
-    Raises:
-        InputError: if it is no regular file, cannot be read, or is packed and damaged.
-    """
+    """The bytes of the regular file `path`, unpacked where it is packed."""
     try:
         # Without waiting: opening a FIFO would wait for somebody to write.
         flags = getattr(os, "O_NONBLOCK", 0)
@@ -139,15 +131,12 @@ def no_regular_file(path: Path) -> InputError:
 
 
 def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Iterator[str]:
-    """The text of `path` in chunks, without its byte order mark.
+    """The text of `path`, packed or not, in chunks without its byte order mark.
 
     Args:
-        path: A regular file, packed or not.
+        path: A regular file.
         encoding: For a text that does not begin with a mark of its own.
         newlines: `keep` leaves line ends as they are, `lf` makes each of them a line feed.
-
-    Raises:
-        InputError: if the file cannot be read, or is no text in this encoding.
     """
     with opened(path) as stream:
         chunk = stream.read(CHUNK_BYTES)
@@ -176,11 +165,7 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Itera
 
 
 def text_size(path: Path, encoding: str, newlines: Newlines = "keep") -> int:
-    """Bytes that the text of `path` has as UTF-8: the same for all files that hold one text.
-
-    Raises:
-        InputError: as `text_chunks` does.
-    """
+    """Bytes that the text of `path` has as UTF-8: the same for all files that hold one text."""
     with opened(path) as stream:
         first = stream.read(16)
         plain = isinstance(stream, _Limited) and stream.plain
@@ -192,11 +177,7 @@ def text_size(path: Path, encoding: str, newlines: Newlines = "keep") -> int:
 
 
 def check_encoding(encoding: str) -> str:
-    """The canonical name of `encoding`.
-
-    Raises:
-        InputError: if there is none of that name.
-    """
+    """The canonical name of `encoding`."""
     try:
         name = codecs.lookup(encoding).name
         bytes(8).decode(name, "ignore")  # refuses codecs that are not about text, such as hex

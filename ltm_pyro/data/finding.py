@@ -7,16 +7,14 @@ import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.data.blocks import block_size, blocks
-from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.hub import PREFIX, HubSource, SavedSource, is_saved
 from ltm_pyro.data.memory import MemorySource
 from ltm_pyro.data.readers import SUFFIXES
-from ltm_pyro.data.records import Source, TextField
+from ltm_pyro.data.records import Reading, Source
 from ltm_pyro.data.reference import PydocSource
 from ltm_pyro.data.sources import PATTERN, FileSource, as_path, expand_paths, kind_of
 from ltm_pyro.data.split import SPLITS
@@ -30,49 +28,35 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_PATH = 1024
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How records become documents; see `load_corpus`."""
-
-    encoding: str
-    newlines: Newlines
-    field: TextField
-    given: bool
-
-
 def find_source(
     data: object, reading: Reading, hub: Mapping[str, Any], name: str | None
 ) -> tuple[Source, str | None]:
-    """Where the documents of `data` come from.
+    """Where the documents of `data`, as `load_corpus` takes it, come from.
 
     Args:
-        data: As `load_corpus` takes it.
+        data: What a person gives.
         reading: How to read it.
         hub: Options for a Hugging Face dataset.
         name: What to call data that a program holds.
 
     Returns:
         The source, and the name by which `load_corpus` finds it again; `None` where it cannot.
-
-    Raises:
-        InputError: if there is no such source.
     """
     if isinstance(data, str) and data.startswith("["):
         data = _path_list(data)
     if isinstance(data, str | os.PathLike):
         source = _named(data, reading, hub)
-        return source, _absolute(data) if isinstance(source, FileSource | SavedSource) else str(
-            data
-        )
+        on_disk = isinstance(source, FileSource | SavedSource)
+        return source, _absolute(data) if on_disk else str(data)
     if isinstance(data, list | tuple) and _are_paths(data):
         paths = [path for item in data for path in expand_paths(os.fspath(item))]
         again = json.dumps([_absolute(item) for item in data])
-        return _file_source(paths, reading), again
+        return FileSource(*paths, reading=reading), again
     if isinstance(data, list | tuple):
         _refuse_list(data)
         if len(data) < len(SPLITS) and all(isinstance(item, str) for item in data):
             data = _blocks_of(data)
-    return MemorySource(data, reading.field, reading.newlines, name or IN_MEMORY), None
+    return MemorySource(data, reading, name or IN_MEMORY), None
 
 
 def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any]) -> Source:
@@ -81,7 +65,7 @@ def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any
         if name == "pydoc":
             return PydocSource()
         if name.startswith(PREFIX):
-            return _hub_source(name.removeprefix(PREFIX), reading, hub)
+            return HubSource(name.removeprefix(PREFIX), **hub, reading=reading)
         if _is_text(name):
             raise InputError(
                 f"{shown(name)} reads as a text, not as the path of one: give texts in a list, "
@@ -92,7 +76,7 @@ def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any
         path = as_path(name)
         there = os.path.lexists(path) or bool(PATTERN.search(name))
         if _is_hub_name(name) and not there:
-            return _hub_source(name, reading, hub)
+            return HubSource(name, **hub, reading=reading)
         if not name or not (there or "." in name or len(path.parts) > 1):
             raise InputError(
                 f"{unknown_name('corpus', name, BUILT_IN)}, or give the path of a file or folder, "
@@ -100,26 +84,8 @@ def _named(data: str | os.PathLike[str], reading: Reading, hub: Mapping[str, Any
             )
     paths = expand_paths(name)
     if len(paths) == 1 and is_saved(paths[0]):
-        return SavedSource(
-            paths[0], **hub, field=reading.field, newlines=reading.newlines, given=reading.given
-        )
-    return _file_source(paths, reading)
-
-
-def _file_source(paths: Sequence[Path], reading: Reading) -> FileSource:
-    return FileSource(
-        *paths,
-        encoding=reading.encoding,
-        newlines=reading.newlines,
-        field=reading.field,
-        given=reading.given,
-    )
-
-
-def _hub_source(dataset: str, reading: Reading, hub: Mapping[str, Any]) -> HubSource:
-    return HubSource(
-        dataset, **hub, field=reading.field, newlines=reading.newlines, given=reading.given
-    )
+        return SavedSource(paths[0], **hub, reading=reading)
+    return FileSource(*paths, reading=reading)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -179,11 +145,7 @@ def _refuse_list(items: Sequence[object]) -> None:
 
 
 def absolute_path(name: str) -> str:
-    """The absolute path, paths or pattern that `name` stands for; other names stay as they are.
-
-    Raises:
-        InputError: if no file can have that name.
-    """
+    """The absolute path, paths or pattern that `name` stands for; other names as they are."""
     if name in BUILT_IN or not name:
         return name
     if name.startswith("["):

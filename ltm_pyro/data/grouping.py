@@ -23,11 +23,7 @@ _PATTERN = "file:"
 
 
 def check_split(split: str | None, split_by: str | None, is_dict: bool) -> SplitKind:
-    """How documents are dealt out; what was left open is filled in.
-
-    Raises:
-        InputError: if there is no such way, or `split_by` is missing or of no use.
-    """
+    """How documents are dealt out; what was left open is filled in."""
     if split is None:
         split = "group" if split_by is not None else "given" if is_dict else "document"
     one_of("split", split, SPLIT_KINDS)
@@ -44,11 +40,7 @@ def check_split(split: str | None, split_by: str | None, is_dict: bool) -> Split
 
 
 def file_groups(files: tuple[str, ...], split_by: str) -> list[str] | None:
-    """The group of each file, where the files' names tell it.
-
-    Raises:
-        InputError: if the pattern is not found in a name.
-    """
+    """The group of each file, where the files' names tell it."""
     if split_by == FILE:
         return list(files)
     pattern = _pattern(split_by)
@@ -67,11 +59,7 @@ def file_groups(files: tuple[str, ...], split_by: str) -> list[str] | None:
 
 
 def group_labels(table: DocumentTable, split_by: str) -> NDArray[np.int64]:
-    """(n,) the same number for documents of one group; one that lacks the field is on its own.
-
-    Raises:
-        InputError: if the documents have no such field.
-    """
+    """(n,) the same number for documents of one group; one without the field is on its own."""
     of_files = None if split_by in table.fields else file_groups(table.files, split_by)
     if of_files is not None:
         _, codes = np.unique(np.array(of_files, dtype=object).astype(str), return_inverse=True)

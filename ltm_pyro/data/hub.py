@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.data.files import Newlines
 from ltm_pyro.data.memory import MemorySource
-from ltm_pyro.data.records import Document, TextField
+from ltm_pyro.data.records import Document, Reading
 from ltm_pyro.data.split import SPLIT_NAMES
 from ltm_pyro.errors import InputError, shown, unknown_name
 
@@ -27,9 +26,7 @@ class HubSource:
         dataset: Its name on the hub, e.g. `owner/name` or `owner/name@REVISION`.
         config: Its configuration, where it has several.
         hub_split: Its split to read, which is then split into train, val and test as any corpus.
-        field: Which part of a row is the text.
-        newlines: `keep` or `lf`.
-        given: Read all its splits and keep them as they are.
+        reading: Which part of a row is the text; `given`: all its splits, kept as they are.
     """
 
     def __init__(
@@ -37,9 +34,7 @@ class HubSource:
         dataset: str,
         config: str | None = None,
         hub_split: str = "train",
-        field: TextField | None = None,
-        newlines: Newlines = "keep",
-        given: bool = False,
+        reading: Reading | None = None,
     ) -> None:
         self.dataset, _, revision = dataset.partition("@")
         if not self.dataset:
@@ -47,26 +42,21 @@ class HubSource:
         for what, value in (("config", config or ""), ("hub_split", hub_split)):
             if not isinstance(value, str):
                 raise InputError(f"{what} is {shown(value)}: must be a name")
-        self.revision = revision or None
-        self.config = config
-        self.hub_split = hub_split
-        self.field = field or TextField()
-        self.newlines: Newlines = newlines
-        self.given = given
+        self.revision, self.config, self.hub_split = revision or None, config, hub_split
+        self.reading = reading or Reading()
         self.name = self.dataset.rpartition("/")[2]
         self.files = (dataset,)
 
     def identity(self) -> Mapping[str, Any] | None:
         """The dataset's name, revision, configuration and split, and how it is read."""
         names = {"dataset": self.dataset, "revision": self.revision, "config": self.config}
-        split = {"split": None if self.given else self.hub_split, "newlines": self.newlines}
-        return {"source": "huggingface", **names, **split, **self.field.identity()}
+        split = {"split": None if self.reading.given else self.hub_split}
+        return {"source": "huggingface", **names, **split, **self.reading.identity()}
 
     def documents(self) -> Iterator[Document]:
         """The text of each row."""
         try:
-            rows = self._rows()
-            yield from MemorySource(rows, self.field, self.newlines).documents()
+            yield from MemorySource(self._rows(), self.reading).documents()
         except InputError as error:
             raise InputError(f"{self._shown}: {error}") from None
         except Exception as error:  # names, networks, files: the library raises errors of any kind
@@ -90,19 +80,14 @@ class HubSource:
 
     def _loaded(self, datasets: Any) -> Iterable[Any]:
         options = {"revision": self.revision} if self.revision else {}
-        if not self.given:
+        if not self.reading.given:
             options["split"] = self.hub_split
         found = datasets.load_dataset(self.dataset, self.config, **options)
-        return _known_splits(found) if self.given else found
+        return _known_splits(found) if self.reading.given else found
 
 
 class SavedSource(HubSource):
-    """A dataset that `save_to_disk` has put into a folder; its texts, one document per row.
-
-    Args:
-        folder: Where it is.
-        **options: As those of `HubSource`.
-    """
+    """A dataset that `save_to_disk` has put into `folder`; its texts, one document per row."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder.resolve().name or "data", **options)
@@ -113,7 +98,7 @@ class SavedSource(HubSource):
 
     def _loaded(self, datasets: Any) -> Iterable[Any]:
         found = datasets.load_from_disk(str(self._folder))
-        if self.given:
+        if self.reading.given:
             return _known_splits(found)
         if not isinstance(found, Mapping):
             rows: Iterable[Any] = found

@@ -10,10 +10,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.data.training_data import RowsOf, TrainingData
 from ltm_pyro.errors import InputError, shown
 
 Sequences = Batch | SequenceSet | str | Sequence[str] | pd.Series | NDArray[Any]
@@ -64,14 +63,14 @@ def _described(data: object) -> str:
     return f"a tensor {tuple(data.shape)}" if isinstance(data, torch.Tensor) else shown(data)
 
 
-def training_data(data: TrainingData | Batch) -> TrainingData:
+def training_data(data: TrainingData) -> TrainingData:
     """Where slow steps take their batches; of a single batch, random rows.
 
     Raises:
         InputError: if it is nothing of the kind.
     """
     if isinstance(data, Batch):
-        return RowsOf(data.usable().distinct())
+        return data.usable().distinct()
     if not callable(getattr(data, "training_batch", None)):
         raise InputError(
             f"data is {_described(data)}: must be the training split of a corpus "

@@ -78,9 +78,6 @@ class MarkovMixture:
             order: k, 1 or more.
             concentration: Of the symmetric Dirichlet; small values make chains that differ more.
             seed: 0 or more.
-
-        Raises:
-            InputError: if a value is out of its range.
         """
         whole_number("classes", classes, at_least=1)
         whole_number("symbols", symbols, at_least=2)
@@ -151,11 +148,7 @@ class MarkovMixture:
         return _like(_log_sum_exp(self._joint(batch)), batch)
 
     def class_posterior(self, batch: Batch) -> Tensor:
-        """Exact p(c | x), (B, C) float64; of the sequence's start where the mask covers only that.
-
-        Raises:
-            InputError: as `log_likelihood` does.
-        """
+        """Exact p(c | x), (B, C) float64; of the start where the mask covers only that."""
         joint = self._joint(batch)
         return _like(np.exp(joint - _log_sum_exp(joint)).T, batch)
 
@@ -257,9 +250,8 @@ def _advance(law: Array, transitions: Array) -> Array:
 def _draw(cumulative: Array, rng: np.random.Generator) -> NDArray[np.int64]:
     """One index (n,) per row of cumulative probabilities (n, V)."""
     index = (cumulative <= rng.random((len(cumulative), 1))).sum(-1)
-    capped: NDArray[np.int64] = np.minimum(
-        index, cumulative.shape[1] - 1
-    )  # the sum may round to below 1
+    # The sum may round to below 1.
+    capped: NDArray[np.int64] = np.minimum(index, cumulative.shape[1] - 1)
     return capped
 
 

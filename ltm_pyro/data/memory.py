@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ltm_pyro.data.files import NEWLINES, Newlines
-from ltm_pyro.data.records import Document, TextField
+from ltm_pyro.data.records import Document, Reading
 from ltm_pyro.data.split import SPLIT_NAMES
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 
 _ROWS = 1024
 
@@ -22,28 +21,14 @@ class MemorySource:
     Args:
         data: An iterable of them, which is read once; a pandas frame or series; or a mapping of
             such by split.
-        field: Which part of a mapping, or which column, is the text.
-        newlines: `keep` or `lf`.
+        reading: Which part of a mapping, or which column, is the text.
         name: For people.
-
-    Raises:
-        InputError: if `data` is nothing of that kind.
     """
 
     files = ("",)
 
-    def __init__(
-        self,
-        data: object,
-        field: TextField | None = None,
-        newlines: Newlines = "keep",
-        name: str = "in-memory",
-    ) -> None:
-        if newlines not in NEWLINES:
-            raise unknown_name("newlines", str(newlines), NEWLINES)
-        self.field = field or TextField()
-        self.newlines = newlines
-        self.name = name
+    def __init__(self, data: object, reading: Reading, name: str = "in-memory") -> None:
+        self.reading, self.name = reading, name
         self._parts: list[tuple[str, str, Iterator[Any]]] = []
         if isinstance(data, Mapping):
             _check_splits(data)
@@ -59,18 +44,14 @@ class MemorySource:
         """The documents, in the order given."""
         place = -1
         for split, label, rows in self._parts:
-            number = -1
             for number, record in enumerate(rows):
                 place += 1
-                where = f"item {number}{label}"
-                text, fields = self.field.take(record, where)
-                if self.newlines == "lf":
-                    text = text.replace("\r\n", "\n").replace("\r", "\n")
+                text, fields = self.reading.take(record, f"item {number}{label}")
                 yield Document(text, 0, place, split, fields)
 
     def _rows(self, data: object) -> Iterator[Any]:
         if isinstance(data, pd.DataFrame):
-            return _frame_rows(data, self.field.name)
+            return _frame_rows(data, self.reading.text_field)
         if isinstance(data, set | frozenset):
             raise InputError(
                 "a set has no order, so that ids would be others in each process: give a list"

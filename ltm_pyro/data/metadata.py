@@ -62,20 +62,14 @@ class DocumentTable:
         return pd.Categorical.from_codes(codes[self.file[documents]], pd.Index(names))
 
     def _add_fields(self, frame: pd.DataFrame, documents: NDArray[np.int64]) -> None:
-        parts = [
-            self._columns(documents[start : start + _ROWS])
-            for start in range(0, len(documents), _ROWS)
-        ]
+        starts = range(0, len(documents), _ROWS)
+        parts = [self._columns(documents[start : start + _ROWS]) for start in starts]
         for name in self.fields:
             shown_name = f"record.{name}" if name in OWN else name
             frame[shown_name] = _joined([part.pop(name) for part in parts])
 
     def column(self, name: str) -> Iterator[Any]:
-        """A field of every document, one value after another; `None` where it is missing.
-
-        Raises:
-            InputError: if no document has such a field.
-        """
+        """A field of every document, one value after another; `None` where it is missing."""
         if name == FILE and FILE not in self.fields:
             yield from (self.files[number] for number in self.file)
             return

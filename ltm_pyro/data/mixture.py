@@ -68,11 +68,7 @@ class MixtureCorpus(Corpus):
         return self.process.class_posterior(batch)
 
     def classes_of(self, batch: Batch) -> Tensor:
-        """The class (B,), int64, that each sequence was drawn from.
-
-        Raises:
-            InputError: if the batch has ids that are not of this corpus.
-        """
+        """The class (B,), int64, that each sequence of this corpus was drawn from."""
         ids = batch.ids.cpu().numpy()
         if ids.size and (ids.min() < 0 or ids.max() >= len(self.labels)):
             raise InputError(f"the batch has ids outside 0 .. {len(self.labels) - 1}")
@@ -101,9 +97,6 @@ def make_mixture(
         n_sequences: In all three splits, 3 or more.
         concentration: Of the Dirichlet that rows of the transition matrices are drawn from.
         fractions: Shares of train, val and test.
-
-    Raises:
-        InputError: if a value is out of its range.
     """
     n_sequences = whole_number("n_sequences", n_sequences, at_least=3)
     process = MarkovMixture.random(classes, symbols, order, concentration, seed)
@@ -117,14 +110,10 @@ def make_mixture(
     tokenizer = SymbolTokenizer(process.symbols)
     sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     fingerprint = fingerprint_of({"symbols": sha256}, tokenizer, seq_len)
-    layout = SequenceLayout(
-        tokens.ravel(), lengths, seq_len, fingerprint, tokenizer, _truth(labels)
-    )
-    parts: dict[str, Any] = {
-        name: SequenceSet(layout, documents, name) for name, documents in split.items()
-    }
-    settings = {
-        "seed": seed,
+    table = _truth(labels)
+    layout = SequenceLayout(tokens.ravel(), lengths, seq_len, fingerprint, tokenizer, table)
+    parts: dict[str, Any] = {k: SequenceSet(layout, part, k) for k, part in split.items()}
+    options = {
         "classes": process.classes,
         "symbols": process.symbols,
         "order": process.order,
@@ -140,12 +129,8 @@ def make_mixture(
         sha256=sha256,
         n_tokens=tokens.size,
         n_bytes=tokens.size,
-        settings=settings,
-        recipe={
-            "name": "mixture",
-            "seed": seed,
-            "options": {key: value for key, value in settings.items() if key != "seed"},
-        },
+        settings={"seed": seed, **options},
+        recipe={"name": "mixture", "seed": seed, "options": options},
         process=process,
         labels=labels,
     )

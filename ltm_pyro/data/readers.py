@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,7 @@ def table(file: Path, text: Chunks) -> Iterator[Record]:
     lines = (f"{line}\n" for line in _lines(text))
     header = next(lines, "")
     delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-
-    def all_lines() -> Iterator[str]:
-        yield header
-        yield from lines
-
-    rows = csv.DictReader(all_lines(), delimiter=delimiter, strict=True)
+    rows = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     number = 0
     try:
         for number, row in enumerate(rows):

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ltm_pyro.checks import one_of
+from ltm_pyro.data.files import NEWLINES, Newlines
 from ltm_pyro.errors import InputError, nearest, shown
 
 TEXT = "text"
@@ -59,64 +61,70 @@ class Source(Protocol):
         ...
 
     def documents(self) -> Iterator[Document]:
-        """The documents in source order, one at a time; empty ones are left out by the reader.
-
-        Raises:
-            InputError: where the source cannot be read.
-        """
+        """The documents in source order, one at a time; empty ones are left out by the reader."""
         ...
 
 
 @dataclass(frozen=True)
-class TextField:
-    """Which part of a record is its text.
+class Reading:
+    """How files and records become documents.
 
     Attributes:
-        name: A field; dots lead into nested objects and through lists, as in `turns.text`.
-        separator: Between the strings of a list, such as the turns of a dialogue.
+        encoding: Of text files that do not begin with a mark of their own.
+        newlines: `keep`, or `lf`: every line end becomes a line feed.
+        text_field: Which part of a record is its text; dots lead into nested objects and through
+            lists, as in `turns.text`.
+        turn_separator: Between the strings of a list, such as the turns of a dialogue.
+        given: Keep the splits that the source has.
     """
 
-    name: str = TEXT
-    separator: str = "\n"
+    encoding: str = "utf-8"
+    newlines: Newlines = "keep"
+    text_field: str = TEXT
+    turn_separator: str = "\n"
+    given: bool = False
 
     def __post_init__(self) -> None:
-        for what, value in (("text_field", self.name), ("turn_separator", self.separator)):
-            if not isinstance(value, str) or (what == "text_field" and not value):
-                raise InputError(f"{what} is {shown(value)}: must be a string")
-        check_unicode(self.separator, "turn_separator")
+        one_of("newlines", self.newlines, NEWLINES)
+        if not isinstance(self.text_field, str) or not self.text_field:
+            raise InputError(f"text_field is {shown(self.text_field)}: must be a string")
+        if not isinstance(self.turn_separator, str):
+            raise InputError(f"turn_separator is {shown(self.turn_separator)}: must be a string")
+        check_unicode(self.turn_separator, "turn_separator")
 
     def identity(self) -> dict[str, str]:
-        """What determines the texts, as JSON types."""
-        return {"text_field": self.name, "turn_separator": self.separator}
+        """What determines the texts of records, as JSON types."""
+        names = ("newlines", "text_field", "turn_separator")
+        return {name: getattr(self, name) for name in names}
 
     def take(self, record: object, where: str) -> tuple[str, dict[str, Any]]:
-        """The text of `record` and its other fields.
+        """The text and the other fields of `record`, which messages call `where`."""
+        text, fields = self._taken(record, where)
+        check_unicode(text, where)
+        text = text.lstrip("\ufeff")  # a byte order mark
+        if self.newlines == "lf":  # escapes in JSON, and whatever a parquet table holds
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        return text, fields
 
-        Args:
-            record: A string, which is all text, or a mapping.
-            where: The record, for messages: `line 3 of 'a.jsonl'`.
-
-        Raises:
-            InputError: if there is no text in it.
-        """
+    def _taken(self, record: object, where: str) -> tuple[str, dict[str, Any]]:
+        name = self.text_field
         if isinstance(record, str):
-            return clean(record, where), {}
+            return record, {}
         if not isinstance(record, Mapping):
             raise InputError(
-                f'{where} has no string "{shown(self.name)[1:-1]}": it is {_kind(record)}; each '
+                f'{where} has no string "{shown(name)[1:-1]}": it is {_kind(record)}; each '
                 "must be a string, or an object with a string among its fields"
             )
-        value = _dig(record, self.name)
+        value = _dig(record, name)
         if isinstance(value, list | tuple | np.ndarray) and len(value):
             turns = list(value)
             if all(isinstance(turn, str) for turn in turns):
-                value = self.separator.join(turns)
+                value = self.turn_separator.join(turns)
         if not isinstance(value, str):
             raise InputError(self._no_text(record, value, where))
-        fields = dict(_flat(record))
-        for name in [k for k in fields if k == self.name or k.startswith(f"{self.name}.")]:
-            del fields[name]
-        return clean(value, where), fields
+        inside = f"{name}."
+        others = ((k, v) for k, v in _flat(record) if k != name and not k.startswith(inside))
+        return value, dict(others)
 
     def _no_text(self, record: Mapping[str, Any], value: object, where: str) -> str:
         if value is not _NOT_THERE:
@@ -124,31 +132,17 @@ class TextField:
         else:
             names = [str(name) for name, _ in _flat(record)]
             listed = ", ".join(shown(n)[1:-1] for n in names[:_SHOWN_FIELDS]) or "none"
-            guess = nearest(self.name, names)
+            guess = nearest(self.text_field, names)
             hint = f"did you mean {guess!r}? " if guess else ""
             found = f"{hint}its fields are {listed}{', ...' if len(names) > _SHOWN_FIELDS else ''}"
         return (
-            f'{where} has no string "{shown(self.name)[1:-1]}": {found}; name the field with '
+            f'{where} has no string "{shown(self.text_field)[1:-1]}": {found}; name the field with '
             "text_field (--corpus.text_field)"
         )
 
 
-def clean(text: str, where: str) -> str:
-    """`text` without a byte order mark.
-
-    Raises:
-        InputError: if it holds a lone surrogate, which no UTF-8 can hold.
-    """
-    check_unicode(text, where)
-    return text.lstrip("\ufeff")
-
-
 def check_unicode(text: str, where: str) -> None:
-    """Refuses what no UTF-8 can hold.
-
-    Raises:
-        InputError: naming `where`.
-    """
+    """Refuses what no UTF-8 can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -161,8 +155,7 @@ def check_unicode(text: str, where: str) -> None:
 def row_of(fields: Mapping[str, Any], numbers: dict[str, int], where: str) -> bytes:
     """`fields` as JSON, by the numbers of their names, which `numbers` gets to know.
 
-    Raises:
-        InputError: if they cannot be written down.
+    `InputError` about `where` if they cannot be written down.
     """
     if not fields:
         return b""

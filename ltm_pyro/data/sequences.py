@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ltm_pyro.checks import whole_number
-from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.batches import Batch, chosen_rows
 from ltm_pyro.data.metadata import DocumentTable
 from ltm_pyro.data.store import TextStore
 from ltm_pyro.data.text_units import TextUnits, has_text, runs
@@ -235,11 +235,7 @@ class SequenceSet:
         return SequenceSet(self._layout, documents, "all")
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All sequences in order, `size` at a time; the last batch holds what is left.
-
-        Raises:
-            InputError: if `size` is not a whole number above 0.
-        """
+        """All sequences in order, `size` at a time; the last batch holds what is left."""
         whole_number("batch size", size, at_least=1)
         return (
             self._layout.batch(self.ids[start : start + size])
@@ -282,24 +278,17 @@ class SequenceSet:
         epoch, place = divmod(step, len(self) // size)
         chosen = chosen_rows(size, rows)
         if lanes:
-            positions = np.array(
-                [j + size * int(self._lane_order(seed, epoch, size, j)[place]) for j in chosen]
-            )
+            lanes_of = {j: len(range(j, len(self), size)) for j in chosen}
+            key = (seed, epoch, size)
+            places = [j + size * int(self._order(key, j, n)[place]) for j, n in lanes_of.items()]
+            positions = np.array(places)
         else:
-            order = self._epoch_order(seed, epoch)
+            order = self._order((seed, epoch), None, len(self))
             positions = order[place * size : (place + 1) * size][chosen.start : chosen.stop]
         return self._layout.batch(self.ids[positions])
 
-    def _epoch_order(self, seed: int, epoch: int) -> Order:
-        """The epoch's permutation (n,), remembered while the epoch lasts."""
-        return self._remembered((seed, epoch), None, len(self))
-
-    def _lane_order(self, seed: int, epoch: int, size: int, lane: int) -> Order:
-        """The permutation of one of `size` lanes, remembered while the epoch lasts."""
-        return self._remembered((seed, epoch, size), lane, len(range(lane, len(self), size)))
-
-    def _remembered(self, key: tuple[int, ...], lane: int | None, n: int) -> Order:
-        """The permutation (n,) that belongs to an epoch's key and a lane."""
+    def _order(self, key: tuple[int, ...], lane: int | None, n: int) -> Order:
+        """The permutation (n,) of an epoch, or of one of its lanes, kept while the epoch lasts."""
         if self._order_key != key:
             self._order_key, self._orders = key, {}
         if lane not in self._orders:
@@ -327,26 +316,8 @@ class SequenceSet:
         return ids
 
 
-def chosen_rows(size: int, rows: slice | None) -> range:
-    """The rows of a batch of `size` that `rows` names, all by default.
-
-    Raises:
-        InputError: if there are none, or they do not follow one another.
-    """
-    chosen = range(size) if rows is None else range(*rows.indices(size))
-    if not chosen or chosen.step != 1:
-        raise InputError(
-            f"rows {rows} of a batch of {size}: must be one or more rows that follow one another"
-        )
-    return chosen
-
-
 def _whole_numbers(values: object, name: str) -> NDArray[np.int64]:
-    """`values` as (B,) int64, B at least 1.
-
-    Raises:
-        InputError: if they are anything else.
-    """
+    """`values` as (B,) int64, B at least 1."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):  # ragged lists

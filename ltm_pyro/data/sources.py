@@ -8,15 +8,13 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.checks import one_of
 from ltm_pyro.data.blocks import block_size, blocks
 from ltm_pyro.data.files import (
-    NEWLINES,
     PACKED_SUFFIXES,
-    Newlines,
     check_encoding,
     name_of,
     no_regular_file,
@@ -34,7 +32,7 @@ from ltm_pyro.data.readers import (
     number_or_text,
     parquet,
 )
-from ltm_pyro.data.records import Document, TextField, joined_names
+from ltm_pyro.data.records import Document, Reading, check_unicode, joined_names
 from ltm_pyro.data.split import SPLIT_NAMES
 from ltm_pyro.errors import InputError, shown
 
@@ -49,36 +47,17 @@ class FileSource:
     is cut after blank lines into blocks whose size follows that of all the text read (see
     `block_size`); a file shorter than its block is one document. The blocks of a file put together
     give its text. All but .parquet may be packed, as .gz or .zst. A folder is read with all that is
-    below it; a warning names the files that are passed over.
+    below it; a warning names the files that are passed over, which `skipped` keeps with the reason.
 
     Args:
         paths: Files and folders.
-        encoding: Of texts that do not begin with a mark of their own.
-        newlines: `keep` or `lf`; see `text_chunks`.
-        field: Which part of a record is its text.
-        given: Each file belongs to the split that its name, or its folder's, tells; those that
-            belong to none are passed over.
-
-    Attributes:
-        skipped: What is passed over, by name, with the reason.
-
-    Raises:
-        InputError: if there is nothing there to read, or `encoding` or `newlines` is unknown.
+        reading: How to read them. With `given` each file belongs to the split that its name, or
+            its folder's, tells; those that belong to none are passed over.
     """
 
-    def __init__(
-        self,
-        *paths: Path,
-        encoding: str = "utf-8",
-        newlines: Newlines = "keep",
-        field: TextField | None = None,
-        given: bool = False,
-    ) -> None:
-        one_of("newlines", newlines, NEWLINES)
-        self.encoding = check_encoding(encoding)
-        self.newlines: Newlines = newlines
-        self.field = field or TextField()
-        self.given = given
+    def __init__(self, *paths: Path, reading: Reading | None = None) -> None:
+        reading = reading or Reading()
+        self.reading = replace(reading, encoding=check_encoding(reading.encoding))
         self.skipped: dict[str, str] = {}
         self._paths: list[Path] = []
         names: list[str] = []
@@ -104,13 +83,13 @@ class FileSource:
             [os.fsencode(file.resolve()).hex(), name, info.st_size, info.st_mtime_ns]
             for file, name, info in zip(self._paths, self.files, self._stats, strict=True)
         ]
-        how = {"encoding": self.encoding, "newlines": self.newlines, "given": self.given}
-        return {"source": "files", "files": files, **how, **self.field.identity()}
+        how = {"encoding": self.reading.encoding, "given": self.reading.given}
+        return {"source": "files", "files": files, **how, **self.reading.identity()}
 
     def documents(self) -> Iterator[Document]:
         """The documents, file after file in the order of their paths."""
         for number, (file, name) in enumerate(zip(self._paths, self.files, strict=True)):
-            split = (split_of(name) or "") if self.given else ""
+            split = (split_of(name) or "") if self.reading.given else ""
             if kind_of(file) in TEXT_SUFFIXES:
                 yield from self._blocks(file, number, split)
             else:
@@ -118,27 +97,25 @@ class FileSource:
 
     def _blocks(self, file: Path, number: int, split: str) -> Iterator[Document]:
         offset = 0
-        for block in blocks(text_chunks(file, self.encoding, self.newlines), self.block):
+        for block in blocks(self._text(file), self.block):
             yield Document(block, number, offset, split)
             offset += len(block.encode("utf-8"))
 
     def _records(self, file: Path, number: int, split: str) -> Iterator[Document]:
         kind = kind_of(file)
-        if kind == PARQUET:
-            records = parquet(file)
-        else:
-            records = RECORDS[kind](file, text_chunks(file, self.encoding, self.newlines))
+        records = parquet(file) if kind == PARQUET else RECORDS[kind](file, self._text(file))
         for place, (where, record) in enumerate(records):
-            text, fields = self.field.take(record, where)
-            if self.newlines == "lf":  # escapes in JSON, and whatever a parquet table holds
-                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            text, fields = self.reading.take(record, where)
             if kind in TABLE_SUFFIXES:
                 fields = {key: number_or_text(value) for key, value in fields.items()}
             yield Document(text, number, place, split, fields)
 
+    def _text(self, file: Path) -> Iterator[str]:
+        return text_chunks(file, self.reading.encoding, self.reading.newlines)
+
     def _text_size(self) -> int:
         texts = [file for file in self._paths if kind_of(file) in TEXT_SUFFIXES]
-        return sum(text_size(file, self.encoding, self.newlines) for file in texts)
+        return sum(text_size(f, self.reading.encoding, self.reading.newlines) for f in texts)
 
     def _found(self, path: Path) -> Iterator[tuple[Path, str]]:
         """The files that `path` gives, with their names."""
@@ -155,8 +132,11 @@ class FileSource:
             raise no_regular_file(path)
         if kind_of(path) not in SUFFIXES:
             raise InputError(f"{name_of(path)} cannot be read as text: give a {suffixes()} file")
-        if self.given and split_of(path.name) is None:
-            raise _no_split(path.name)
+        if self.reading.given and split_of(path.name) is None:
+            raise InputError(
+                f'{shown(path.name)} tells no split: with split="given" a file, or its folder, is '
+                'called after "train", "val" or "test"'
+            )
         yield path, path.name
 
     def _reason_to_skip(self, file: Path, name: str) -> str:
@@ -170,23 +150,21 @@ class FileSource:
             return "cannot be read"
         if not stat.S_ISREG(info.st_mode):
             return "no regular file"
-        if self.given and split_of(name) is None:
+        if self.reading.given and split_of(name) is None:
             return "of no split"
         return ""
 
     def _refuse(self, paths: Sequence[Path]) -> None:
         what = f"folder {name_of(paths[0])}" if len(paths) == 1 else f"{len(paths)} folders"
         found = f"; it holds {joined_names(self.skipped)}" if self.skipped else ""
-        split = ' that is called after its split ("train", "val", "test")' if self.given else ""
+        split = (
+            ' that is called after its split ("train", "val", "test")' if self.reading.given else ""
+        )
         raise InputError(f"{what} holds no {suffixes()} file{split}{found}: put one there")
 
 
 def expand_paths(given: str) -> list[Path]:
-    """The files and folders that a path or pattern names.
-
-    Raises:
-        InputError: if there are none, or it cannot be a path.
-    """
+    """The files and folders that a path or pattern names, one at least."""
     path = as_path(given)
     if os.path.lexists(path) or not PATTERN.search(given):
         return [path]
@@ -202,13 +180,14 @@ def expand_paths(given: str) -> list[Path]:
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
-    """`given` as a path, `~` expanded.
-
-    Raises:
-        InputError: if no file can have that name.
-    """
+    """`given` as a path, `~` expanded; `InputError` if no file can have that name."""
     name = os.fspath(given)
-    if not isinstance(name, str) or "\0" in name or not _is_unicode(name):
+    try:
+        check_unicode(name, "a path")
+        usable = "\0" not in name
+    except (InputError, AttributeError):  # AttributeError: of bytes
+        usable = False
+    if not usable:
         raise InputError(
             f"{shown(name)} cannot be the path of a corpus: rename the file, with plain characters"
         )
@@ -231,11 +210,7 @@ def kind_of(file: Path) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name tells, or else the folder it is in; `None` where none does.
-
-    Raises:
-        InputError: if it tells two.
-    """
+    """The split that a file's name, or else its folder's, tells; `None` where none does."""
     for part in reversed(Path(name).parts):
         words = _WORDS.split(part.lower())
         told = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
@@ -277,14 +252,3 @@ def _stem(path: Path) -> str:
     name = path.resolve()
     packed = name.suffix.lower() in PACKED_SUFFIXES
     return (name.with_suffix("") if packed else name).stem or "text"
-
-
-def _no_split(name: str) -> InputError:
-    return InputError(
-        f'{shown(name)} tells no split: with split="given" a file, or its folder, is called after '
-        '"train", "val" or "test"'
-    )
-
-
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)

@@ -82,14 +82,9 @@ def split_documents(
 
 
 def given_splits(codes: NDArray[np.int8], corpus: str) -> dict[str, NDArray[np.int64]]:
-    """The documents of each split as their source has them.
+    """The documents of each split as their source has them, all in one and some in `train`.
 
-    Args:
-        codes: (n,) the place in `SPLITS` of each document's split, -1 for none.
-        corpus: Its name, for messages.
-
-    Raises:
-        InputError: if a document belongs to no split, or none to `train`.
+    `codes` (n,) is the place in `SPLITS` of each document's split, -1 for none.
     """
     if (codes < 0).any():
         raise InputError(
@@ -162,11 +157,7 @@ def _groups(
 
 
 def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
-    """`fractions`, known to be three positive shares of one whole.
-
-    Raises:
-        InputError: if they are not.
-    """
+    """`fractions`, known to be three positive shares of one whole."""
     try:
         train, val, test = (float(share) for share in fractions)
     except (TypeError, ValueError, RuntimeError, OverflowError):

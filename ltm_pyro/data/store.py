@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,90 +122,77 @@ class TokenStore:
 
 
 def store_text(cache: Cache, source: Source) -> TextStore:
-    """The documents of `source` that are not empty, read once and kept in the cache.
-
-    Raises:
-        InputError: if the source cannot be read or holds no text.
-    """
+    """The documents of `source` that are not empty, read once and kept in the cache."""
 
     def build(writer: EntryWriter) -> dict[str, Any]:
-        held = _Held(writer)
+        fields: dict[str, int] = {}
+        empty = True
         with _progress("read", None) as bar:
-            for document in source.documents():
-                data = utf8(document.text)
-                if data:
-                    bar.update(held.add(document, data))
-            held.write()
-        if not held.documents:
+            for held in _chunks(source.documents(), fields):
+                empty = False
+                for name, values in _columns(held).items():
+                    writer.append(name, np.asarray(values))
+                bar.update(sum(len(data) for _, data, _ in held))
+        if empty:
             raise InputError(f"corpus {shown(source.name)} is empty: give a source with text in it")
-        return {"files": list(source.files), "fields": list(held.fields)}
+        return {"files": list(source.files), "fields": list(fields)}
 
     entry = cache.get(f"{source.name}-text", source.identity(), _TEXT_TYPES, build)
-    arrays = entry.arrays
-    table = DocumentTable(
-        files=tuple(entry.meta["files"]),
-        fields=tuple(entry.meta["fields"]),
-        file=arrays["file"],
-        offset=arrays["offset"],
-        rows=arrays["rows"],
-        row_lengths=arrays["row_lengths"],
-    )
+    arrays = dict(entry.arrays)
+    own: dict[str, Any] = {
+        name: arrays.pop(name) for name in ("file", "offset", "rows", "row_lengths")
+    }
+    table = DocumentTable(tuple(entry.meta["files"]), tuple(entry.meta["fields"]), **own)
+    for name, width in (("digests", hashlib.sha256().digest_size), ("near", _NEAR_BYTES)):
+        arrays[name] = arrays[name].reshape(-1, width)
     return TextStore(
-        text=arrays["text"],
-        lengths=arrays["lengths"],
-        digests=arrays["digests"].reshape(-1, hashlib.sha256().digest_size),
-        near=arrays["near"].reshape(-1, _NEAR_BYTES),
-        given=arrays["given"],
+        **arrays,
         table=table,
         sha256={k: entry.sha256[k] for k in ("text", "lengths")},
     )
 
 
-class _Held:
-    """Documents on their way into the cache."""
+_Written = tuple[Document, bytes, bytes]
+"""A document, its text as UTF-8, and its fields as `row_of` writes them."""
 
-    def __init__(self, writer: EntryWriter) -> None:
-        self._writer = writer
-        self._held: list[tuple[Document, bytes, bytes]] = []
-        self._size = 0
-        self.documents = 0
-        self.fields: dict[str, int] = {}
 
-    def add(self, document: Document, data: bytes) -> int:
-        """Takes a document and its UTF-8; returns the bytes written out on this occasion."""
-        row = row_of(document.fields, self.fields, f"document {self.documents}")
-        if len(self.fields) > _MOST_FIELDS:
+def _chunks(documents: Iterable[Document], fields: dict[str, int]) -> Iterator[list[_Written]]:
+    """Documents that are not empty, some at a time; `fields` gets to know the fields' names."""
+    held: list[_Written] = []
+    size = number = 0
+    for document in documents:
+        data = utf8(document.text)
+        if not data:
+            continue
+        row = row_of(document.fields, fields, f"document {number}")
+        if len(fields) > _MOST_FIELDS:
             raise InputError(
                 f"the records have more than {_MOST_FIELDS} different fields: leave out what "
                 "differs from record to record"
             )
-        self._held.append((document, data, row))
-        self._size += len(data) + len(row)
-        self.documents += 1
-        full = self._size >= _WRITTEN_BYTES or len(self._held) >= _WRITTEN_DOCUMENTS
-        return self.write() if full else 0
+        held.append((document, data, row))
+        size, number = size + len(data) + len(row), number + 1
+        if size >= _WRITTEN_BYTES or len(held) >= _WRITTEN_DOCUMENTS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
-    def write(self) -> int:
-        """Writes what is held; returns its size in bytes."""
-        documents = [document for document, _, _ in self._held]
-        texts = [data for _, data, _ in self._held]
-        rows = [row for _, _, row in self._held]
-        columns: dict[str, Any] = {
-            "text": np.frombuffer(b"".join(texts), np.uint8),
-            "lengths": [len(data) for data in texts],
-            "digests": np.frombuffer(b"".join(map(_sha256, texts)), np.uint8),
-            "near": np.frombuffer(b"".join(_near(d.text) for d in documents), np.uint8),
-            "file": [document.file for document in documents],
-            "offset": [document.offset for document in documents],
-            "given": [_SPLIT_CODES[document.split] for document in documents],
-            "rows": np.frombuffer(b"".join(rows), np.uint8),
-            "row_lengths": [len(row) for row in rows],
-        }
-        for name, values in columns.items():
-            self._writer.append(name, np.asarray(values))
-        size, self._size = self._size, 0
-        self._held.clear()
-        return size
+
+def _columns(held: Sequence[_Written]) -> dict[str, Any]:
+    """What is written of some documents, by the names in `_TEXT_TYPES`."""
+    documents, texts, rows = zip(*held, strict=True)
+    return {
+        "text": np.frombuffer(b"".join(texts), np.uint8),
+        "lengths": [len(data) for data in texts],
+        "digests": np.frombuffer(b"".join(map(_sha256, texts)), np.uint8),
+        "near": np.frombuffer(b"".join(_near(d.text) for d in documents), np.uint8),
+        "file": [document.file for document in documents],
+        "offset": [document.offset for document in documents],
+        "given": [_SPLIT_CODES[document.split] for document in documents],
+        "rows": np.frombuffer(b"".join(rows), np.uint8),
+        "row_lengths": [len(row) for row in rows],
+    }
 
 
 def _sha256(data: bytes) -> bytes:
@@ -233,9 +220,6 @@ def store_tokens(
         recipe: JSON types that, with the text, determine the tokenizer.
         make: Gives the tokenizer; called only if the tokens are not in the cache yet.
         largest_vocabulary: An upper limit of V, for the smallest dtype that holds the ids.
-
-    Raises:
-        InputError: as `make` does.
     """
 
     def build(writer: EntryWriter) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -47,19 +47,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The ids (T,) of `text`.
-
-        Raises:
-            InputError: if `text` cannot be written in this vocabulary.
-        """
+        """The ids (T,) of `text`; `InputError` if `text` cannot be written in this vocabulary."""
         ...
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids` (T,); bytes that are no valid UTF-8 become U+FFFD.
-
-        Raises:
-            InputError: if an id is outside the vocabulary.
-        """
+        """The text of `ids` (T,), all in the vocabulary; what is no valid UTF-8 becomes U+FFFD."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +128,7 @@ class SymbolTokenizer:
     """
 
     vocab_size: int
+    unit: Unit = field(default="token", init=False, repr=False)
 
     def __post_init__(self) -> None:
         whole_number("vocab_size of symbols", self.vocab_size, 1, 4096)
@@ -146,11 +139,6 @@ class SymbolTokenizer:
         return f"symbols-{self.vocab_size}"
 
     @property
-    def unit(self) -> Unit:
-        """`token`."""
-        return "token"
-
-    @property
     def alphabet(self) -> str:
         """The letter of each symbol, in order."""
         beyond = max(0, self.vocab_size - len(_LETTERS))
@@ -158,11 +146,7 @@ class SymbolTokenizer:
         return (_LETTERS + further)[: self.vocab_size]
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The symbols (T,) of the letters in `text`.
-
-        Raises:
-            InputError: on a letter outside the alphabet.
-        """
+        """The symbols (T,) of the letters in `text`, all of the alphabet."""
         index = {letter: i for i, letter in enumerate(self.alphabet)}
         unknown = next((letter for letter in text if letter not in index), None)
         if unknown is not None:
@@ -220,11 +204,7 @@ def register_tokenizer(name: str, *, override: bool = False) -> Callable[[K], K]
 
 
 def load_tokenizer(saved: Mapping[str, Any]) -> Tokenizer:
-    """Restores what `to_json` wrote. Nothing is executed.
-
-    Raises:
-        InputError: if `saved` does not describe a tokenizer that is known here.
-    """
+    """Restores what `to_json` of a tokenizer known here wrote. Nothing is executed."""
     kind = saved.get("type") if isinstance(saved, Mapping) else None
     if not isinstance(kind, str) or kind not in (*TOKENIZERS, *_DEFERRED):
         raise InputError(
@@ -245,11 +225,7 @@ def load_tokenizer(saved: Mapping[str, Any]) -> Tokenizer:
 
 
 def check_restorable(tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer that `load_tokenizer` would not give back: a run could not be opened.
-
-    Raises:
-        InputError: saying what is missing.
-    """
+    """Refuses a tokenizer that `load_tokenizer` would not give back: a run could not be opened."""
     name = type(tokenizer).__name__
     try:
         saved = tokenizer.to_json()
@@ -264,11 +240,7 @@ def check_restorable(tokenizer: Tokenizer) -> None:
 
 
 def utf8(text: str) -> bytes:
-    """`text` in UTF-8.
-
-    Raises:
-        InputError: if it holds a lone surrogate, which no UTF-8 can hold.
-    """
+    """`text` in UTF-8; `InputError` if it holds a lone surrogate, which no UTF-8 can hold."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -279,11 +251,7 @@ def utf8(text: str) -> bytes:
 
 
 def checked_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
-    """`ids` as an int64 array (T,), each known to be in the vocabulary.
-
-    Raises:
-        InputError: if they are not whole numbers from 0 to `vocab_size - 1` in one dimension.
-    """
+    """`ids` as an int64 array (T,); `InputError` where one is outside the vocabulary."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -22,15 +22,10 @@ Given = str | os.PathLike[str] | Tokenizer
 
 
 def open_tokenizer(given: Given, vocab_size: int | None = None) -> Tokenizer | None:
-    """The tokenizer asked for; `None` where it is to be learned from the training split.
+    """The tokenizer asked for; `None` where one of V = `vocab_size` is to be learned from the text.
 
-    Args:
-        given: `bytes`; `bpe`; the name of a registered one; a `tokenizer.json`, or a folder with
-            one or with GPT-2's vocabulary; a `Tokenizer`, or a `tokenizers.Tokenizer`.
-        vocab_size: V where it is to be learned.
-
-    Raises:
-        InputError: if it is nothing of that kind, or `vocab_size` has no use.
+    `given` is `bytes`; `bpe`; the name of a registered one; a `tokenizer.json`, or a folder with
+    one or with GPT-2's vocabulary; a `Tokenizer`, or a `tokenizers.Tokenizer`.
     """
     if isinstance(given, SymbolTokenizer):
         raise InputError("text cannot be written in the symbols of 'mixture': use bytes or bpe")
@@ -52,16 +47,13 @@ def open_tokenizer(given: Given, vocab_size: int | None = None) -> Tokenizer | N
         return load_tokenizer({"type": name})
     path = as_path(name)
     if not os.path.lexists(path):
+        names = [LEARNED, *(name for name in TOKENIZERS if name != "symbols")]
         raise InputError(
-            f"{unknown_name('tokenizer', shown(name)[1:-1], _names())}, or give the folder that "
+            f"{unknown_name('tokenizer', shown(name)[1:-1], names)}, or give the folder that "
             "holds GPT-2's encoder.json and vocab.bpe (or vocab.json and merges.txt), or a "
             f"{_STATE}"
         )
     return _from_path(path)
-
-
-def _names() -> list[str]:
-    return [LEARNED, *(name for name in TOKENIZERS if name != "symbols")]
 
 
 def _from_path(path: Path) -> Tokenizer:
@@ -85,11 +77,9 @@ def _from_object(given: Any) -> Tokenizer:
     engine = getattr(given, "backend_tokenizer", given)
     if isinstance(engine, Engine):
         return HuggingFaceTokenizer.from_engine(engine)
-    lacking = [n for n in _PARTS if not hasattr(given, n)]
+    parts = ("name", "unit", "vocab_size", "encode", "decode", "to_json")
+    lacking = [part for part in parts if not hasattr(given, part)]
     raise InputError(
         f"tokenizer is {shown(given)}: must be a name, a path or a Tokenizer, which it is not for "
         f"want of {', '.join(lacking)}"
     )
-
-
-_PARTS = ("name", "unit", "vocab_size", "encode", "decode", "to_json")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.checks import one_of, switch, whole_number
 from ltm_pyro.config import PRECISIONS, Precision
-from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.training_data import TrainingData
+from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, NonFiniteError, shown
 

@@ -30,15 +30,7 @@ BUILT_IN_TOKENIZERS = ("bytes", "bpe", "symbols")
 
 
 def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The corpus that `config` names.
-
-    Args:
-        config: The settings.
-        tokenizer: Instead of the one that the settings name.
-
-    Raises:
-        InputError: as `load_corpus` does, and for an option that is an argument of it.
-    """
+    """The corpus that `config` names; `tokenizer` stands for the one that it names."""
     chosen = config.corpus
     check_corpus_options(chosen)
     options: dict[str, Any] = dict(chosen.options)
@@ -52,16 +44,13 @@ def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus
 
 
 def reopened_corpus(config: FitConfig, tokenizer: Tokenizer, sha256: str, owner: str) -> Corpus:
-    """The corpus that a run was fitted to.
+    """The corpus that a run was fitted to, loaded again; it must be the same one.
 
     Args:
         config: The run's settings.
         tokenizer: The run's.
         sha256: Of the corpus, as recorded.
         owner: The run, for messages.
-
-    Raises:
-        InputError: as `load_corpus` does, and if it was never on disk or is another one now.
     """
     if config.corpus.name == IN_MEMORY:
         raise InputError(
@@ -81,11 +70,7 @@ def reopened_corpus(config: FitConfig, tokenizer: Tokenizer, sha256: str, owner:
 
 
 def check_corpus_options(chosen: CorpusConfig) -> None:
-    """Refuses options that no corpus of that name takes, without opening it.
-
-    Raises:
-        InputError: naming the setting, where another one sets it.
-    """
+    """Refuses options that no corpus of that name takes, without opening it."""
     own = [name for name in inspect.signature(load_corpus).parameters if name != "options"]
     for option in chosen.options:
         if option in own:
@@ -97,11 +82,7 @@ def check_corpus_options(chosen: CorpusConfig) -> None:
 
 
 def open_device(name: str) -> torch.device:
-    """The device called `name`.
-
-    Raises:
-        InputError: if there is no such device here.
-    """
+    """The device called `name`; `InputError` if there is no such device here."""
     try:
         device = torch.device(name)
         if device.type == "meta" or (device.type == "cpu" and device.index):

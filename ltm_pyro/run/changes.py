@@ -23,36 +23,16 @@ _OPEN = ("options", "guide_options", "objective_options", "prior_options")
 
 
 def changes_in(config: FitConfig, given: Mapping[str, Any], here: str) -> dict[str, Any]:
-    """What of `given` a run takes over; the rest must be as it is.
-
-    Args:
-        config: The run's.
-        given: Settings as plain types; those left out do not change.
-        here: What `config` belongs to, for the message.
-
-    Raises:
-        InputError: naming the first setting that a run cannot change.
-    """
+    """What of `given`, as plain types, a run takes over; the rest must be as in `config`."""
     # Bounds on another set of sequences could not be told from those before.
     free = CHANGEABLE if config.held_out.every else (*CHANGEABLE, "held_out")
-    refuse_changes(config, given, here, "what was asked for", free)
+    refuse_change(difference(config, given, here, "what was asked for", free))
     names = {name.partition(".")[0] for name in CHANGEABLE}
     return {name: value for name, value in given.items() if name in names}
 
 
-def refuse_changes(
-    config: FitConfig,
-    other: Mapping[str, Any],
-    here: str,
-    there: str,
-    free: Collection[str] = SCORING,
-) -> None:
-    """Refuses settings that differ from those of a run; arguments as in `difference`.
-
-    Raises:
-        InputError: naming the first setting that differs.
-    """
-    found = difference(config, other, here, there, free)
+def refuse_change(found: str | None) -> None:
+    """Refuses what `difference` has found."""
     if found is not None:
         raise InputError(
             f"{found}: a fit goes on with its own settings only; leave them out, or fit anew into "
@@ -67,14 +47,9 @@ def difference(
     there: str,
     free: Collection[str] = SCORING,
 ) -> str | None:
-    """The first setting in `other` that `config` has otherwise, in words.
+    """The first setting in `other`, of `there`, that `config`, of `here`, has otherwise, in words.
 
-    Args:
-        config: Of `here`.
-        other: Settings of `there`.
-        here: What `config` belongs to.
-        there: What `other` belongs to.
-        free: Dotted names of settings that may differ.
+    Those in `free`, by dotted names, may differ.
     """
     mine = to_dict(config)
     name = first_change(mine, other, free)
@@ -95,14 +70,9 @@ def difference_from_all(
     here: str,
     there: str,
 ) -> str | None:
-    """Where a checkpoint's settings differ, if they are none that its run has or has had.
+    """Where a checkpoint's settings `found` differ, if they are none that its run has or has had.
 
-    Args:
-        config: The run's.
-        earlier: What it had instead, as `clocks_of` tells.
-        found: The checkpoint's.
-        here: What `config` belongs to.
-        there: What `found` belongs to.
+    `earlier` is what the run had instead of `config`, as `clocks_of` tells.
     """
     other = difference(config, found, here, there, UNBOUND)
     for record in earlier:
@@ -127,7 +97,7 @@ def first_change(
             inner = first_change(mine, value, free, f"{name}.")
             if inner is not None:
                 return inner
-        elif mine != value and not _same_items(mine, value):
+        elif _plain(mine) != _plain(value):
             return name
     return None
 
@@ -139,15 +109,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             out |= flat(value, f"{prefix}{key}.")
         else:
-            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+            out[f"{prefix}{key}"] = _plain(value)
     return out
 
 
-def _same_items(mine: object, other: object) -> bool:
-    """Whether two sequences hold the same: JSON turns a tuple into a list."""
-    if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
-        return list(mine) == list(other)
-    return False
+def _plain(value: object) -> object:
+    """JSON turns a tuple into a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _at(values: Mapping[str, Any], name: str) -> object:

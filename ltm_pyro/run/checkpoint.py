@@ -23,13 +23,7 @@ from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.reading import LARGEST_JSON, damaged, open_regular, read_bytes, read_json
-from ltm_pyro.run.files import (
-    PARTIAL,
-    json_bytes,
-    sha256,
-    write_atomic,
-    writing,
-)
+from ltm_pyro.run.files import PARTIAL, json_bytes, sha256, write_atomic, writing
 from ltm_pyro.run.schemas import CheckpointFile, State, checked
 
 STATE = "state.json"
@@ -39,12 +33,7 @@ ATTEMPTS = 3  # a reader may lose the race against a fit that replaces its check
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a fit needs to go on.
-
-    Attributes:
-        tensors: On the CPU, by name.
-        state: JSON types.
-    """
+    """What a fit needs to go on: tensors on the CPU by name, and a state of JSON types."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -60,11 +49,7 @@ def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replaces the checkpoint in `folder`.
-
-    Raises:
-        InputError: if it cannot be written; the one before is then still whole.
-    """
+    """Replaces the checkpoint in `folder`; where it cannot be written, the one before is whole."""
     files = to_files(checkpoint)
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -77,15 +62,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path, owner: str) -> Checkpoint:
-    """Reads the checkpoint in `folder`.
-
-    Args:
-        folder: The checkpoint's own.
-        owner: The run that it belongs to, for messages.
-
-    Raises:
-        InputError: if it is absent, cut short or changed.
-    """
+    """The checkpoint in `folder`; `InputError` about its `owner` if it is absent or damaged."""
     while True:
         before = mark(folder)
         try:
@@ -116,11 +93,7 @@ def _read_state(folder: Path, owner: str) -> CheckpointFile:
 
 
 def saved_step(folder: Path, owner: str) -> int:
-    """Slow steps of the checkpoint in `folder`.
-
-    Raises:
-        InputError: if it is absent or damaged.
-    """
+    """Slow steps of the checkpoint in `folder`; `InputError` if it is absent or damaged."""
     saved = _read_state(folder, owner)
     return checked(State, saved.state, folder / STATE, owner).slow_step
 
@@ -149,21 +122,6 @@ def put(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
-def check_names(expected: dict[str, Tensor], found: dict[str, Tensor], owner: str) -> None:
-    """Refuses tensors of another model.
-
-    Raises:
-        InputError: naming the first tensor that is missing, unknown or of another shape.
-    """
-    for name in sorted(expected.keys() | found.keys()):
-        a, b = expected.get(name), found.get(name)
-        if a is None or b is None or a.shape != b.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-            raise InputError(
-                f"{owner} holds another model: {name} should be {shapes[0]} and is {shapes[1]}"
-            )
-
-
 def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
     """Every weight that the slow clock fits, model's and guide's, as a checkpoint calls it."""
     local = ("local.", "inputs.")
@@ -171,51 +129,42 @@ def weights_of(svi: DualRateSVI) -> dict[str, Tensor]:
     return {**put("model.", _module(svi).state_dict()), **put("guide.", shared)}
 
 
-def moments_of(svi: DualRateSVI) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as flat names to tensors."""
-    index = {id(p): i for i, p in enumerate(svi.clock.parameters)}
-    return {
-        f"{index[id(p)]}.{name}": value
-        for p, moments in svi.clock.optimizer.state.items()
-        for name, value in moments.items()
-    }
-
-
-def load_moments(svi: DualRateSVI, state: dict[str, Tensor]) -> None:
-    """Takes over what `moments_of` returned."""
-    for key, value in state.items():
-        number, name = key.split(".", 1)
-        p = svi.clock.parameters[int(number)]
-        moments: dict[str, Any] = svi.clock.optimizer.state[p]
-        moments[name] = value.to(p.device).clone() if name == "step" else value.to(p).clone()
-
-
 def tensors_of(svi: DualRateSVI) -> dict[str, Tensor]:
-    """The weights, and AdamW's moments."""
-    return {**weights_of(svi), **put("adamw.", moments_of(svi))}
+    """The weights, and AdamW's moments and step counts by the number of their parameter."""
+    state = svi.clock.optimizer.state
+    moments = {
+        f"{number}.{name}": value
+        for number, p in enumerate(svi.clock.parameters)
+        for name, value in state.get(p, {}).items()
+    }
+    return {**weights_of(svi), **put("adamw.", moments)}
 
 
 def restore(svi: DualRateSVI, tensors: dict[str, Tensor], step: int, owner: str) -> None:
-    """Puts what `tensors_of` returned into model, guide and optimiser.
-
-    Args:
-        svi: The fit.
-        tensors: Of a checkpoint.
-        step: Its slow step.
-        owner: The run that it belongs to, for messages.
-
-    Raises:
-        InputError: if they are another model's.
-    """
+    """Puts what `tensors_of` gave at slow step `step` into a fit of the same model."""
     model, weights = _module(svi), take(tensors, "model.")
-    check_names(model.state_dict(), weights, owner)
+    _check_names(model.state_dict(), weights, owner)
     model.load_state_dict(weights)
     try:
         svi.guide.load_state_dict(take(tensors, "guide."))
-        load_moments(svi, take(tensors, "adamw."))
+        for key, value in take(tensors, "adamw.").items():
+            number, _, name = key.partition(".")
+            p = svi.clock.parameters[int(number)]
+            like = value.to(p.device) if name == "step" else value.to(p)
+            svi.clock.optimizer.state[p][name] = like.clone()
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise damaged(owner, f"its checkpoint is another model's ({error})") from None
     svi.slow_step, svi.whole = step, True
+
+
+def _check_names(expected: dict[str, Tensor], found: dict[str, Tensor], owner: str) -> None:
+    """Refuses tensors of another model, naming the first that is missing, unknown or reshaped."""
+    for name in sorted(expected.keys() | found.keys()):
+        shapes = [tuple(t[name].shape) if name in t else None for t in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{owner} holds another model: {name} should be {shapes[0]} and is {shapes[1]}"
+            )
 
 
 def share_checkpoint(

@@ -20,7 +20,7 @@ from ltm_pyro.data.split import SPLITS
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.doors import door
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.changes import SCORING, flat
 from ltm_pyro.run.folder import CONFIG, Run
@@ -87,44 +87,23 @@ def compare_runs(
     if len(opened) < 2:
         raise InputError(f"{len(opened)} run to compare: give two or more run folders")
     _refuse_other_corpora(opened)
-    configs = [run.config for run in opened]
-    corpora = _corpora(opened, corpus)
-    split = corpora[0].held_out() if split is None else split
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
+    configs, corpora = [run.config for run in opened], _corpora(opened, corpus)
+    split = corpora[0].held_out() if split is None else one_of("split", split, SPLITS)
     parts: list[SequenceSet] = [getattr(each, split) for each in corpora]
     _refuse_other_documents(opened, parts)
     same = len({part.corpus for part in parts}) == 1
-    if per is not None:
-        one_of("per", per, get_args(Per))
-    if per == "token" and not same:
-        raise InputError("per is 'token', and tokens differ between these runs: choose per='byte'")
-    per = per or ("token" if same else "byte")
+    per = _unit(per, same)
     count = max(c.eval_sequences for c in configs) if sequences is None else sequences
     # As much of the text from each: the one with the longest sequences gets as many as asked for.
     share = max(count / max(len(part), 1) for part in parts)
     draws = max(c.eval_draws for c in configs) if draws is None else draws
     steps = max(c.eval_fast_steps for c in configs)
-    labels = _labels(opened)
-    scored = []
-    with tqdm(
-        list(zip(opened, parts, strict=True)), disable=not progress, unit="run",
-        delay=QUIET_SECONDS,
-    ) as bar:  # fmt: skip
-        for run, part in bar:
-            batch = spread(part, round(share * len(part)))
-            scored.append(_scores(run, batch, draws, steps, per, seed))
-    groups, settings = _groups(opened, labels)
-    data = xr.concat(scored, "run", join="outer", fill_value=0.0, coords="minimal")
-    data = data.assign_coords(
-        run=labels,
-        group=("run", groups),
-        seed=("run", [config.seed for config in configs]),
-        step=("run", [run.svi.slow_step for run in opened]),
-        steps=("run", [config.steps for config in configs]),
-    )
-    data.attrs = {
-        "baseline": groups[0],
+    batches = [spread(part, round(share * len(part))) for part in parts]
+    pairs = list(zip(opened, batches, strict=True))
+    with tqdm(pairs, disable=not progress, unit="run", delay=QUIET_SECONDS) as bar:
+        scored = [_scores(run, batch, draws, steps, per, seed) for run, batch in bar]
+    data, settings = _joined(opened, scored)
+    data.attrs |= {
         "unit": opened[0].tokenizer.unit if per == "token" else per,
         "split": split,
         "same_sequences": int(same),
@@ -139,6 +118,32 @@ def compare_runs(
     return RunComparison(data, settings)
 
 
+def _unit(per: Per | None, same_tokens: bool) -> Per:
+    """What scores are divided by."""
+    if per is None:
+        return "token" if same_tokens else "byte"
+    one_of("per", per, get_args(Per))
+    if per == "token" and not same_tokens:
+        raise InputError("per is 'token', and tokens differ between these runs: choose per='byte'")
+    return per
+
+
+def _joined(runs: Sequence[Run], scored: Sequence[xr.Dataset]) -> tuple[xr.Dataset, pd.DataFrame]:
+    """The scores of all runs with what tells these apart, and the settings of their groups."""
+    labels = _labels(runs)
+    groups, settings = _groups(runs, labels)
+    data = xr.concat(scored, "run", join="outer", fill_value=0.0, coords="minimal")
+    data = data.assign_coords(
+        run=labels,
+        group=("run", groups),
+        seed=("run", [run.config.seed for run in runs]),
+        step=("run", [run.svi.slow_step for run in runs]),
+        steps=("run", [run.config.steps for run in runs]),
+    )
+    data.attrs = {"baseline": groups[0]}
+    return data, settings
+
+
 def run_folders(place: str | Path) -> list[Path]:
     """The run folders that `place` stands for: itself, or those that it holds, by name."""
     folder = as_path("run folder", place)
@@ -147,6 +152,7 @@ def run_folders(place: str | Path) -> list[Path]:
 
 
 def _each(runs: str | Path | Sequence[str | Path | Run]) -> list[Path | Run]:
+    """The runs and run folders that `runs` names, each once."""
     given = [runs] if isinstance(runs, str | Path) else list(runs)
     out: list[Path | Run] = []
     for run in given:

@@ -24,10 +24,6 @@ def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
 
     Returns:
         What an extension restates, in lines; nothing where there is none.
-
-    Raises:
-        InputError: if the fit would be shorter, the run could not be scored by them, or its folder
-            not be written.
     """
     before = run.config
     config = from_dict(FitConfig, merged(to_dict(before), changes))

@@ -28,11 +28,7 @@ _KINDS = (
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turns an `OSError` inside the block into one line about `target`.
-
-    Raises:
-        InputError: naming the file, the system's reason, and what to do.
-    """
+    """Turns an `OSError` inside the block into an `InputError` of one line about `target`."""
     try:
         yield
     except OSError as error:
@@ -45,8 +41,7 @@ def writing(target: Path) -> Iterator[None]:
 def write_atomic(target: Path, data: bytes | memoryview) -> None:
     """Puts `data` at `target` so that every reader, at any moment, finds the old file or the new.
 
-    Raises:
-        InputError: if it cannot be written; the old file, if any, is then still there.
+    `InputError` if it cannot be written; the old file, if any, is then still there.
     """
     refuse_irregular(target)
     partial = partial_of(target)
@@ -66,11 +61,7 @@ def write_atomic(target: Path, data: bytes | memoryview) -> None:
 
 
 def refuse_irregular(target: Path) -> None:
-    """Refuses to put a file in the place of what is no regular file.
-
-    Raises:
-        InputError: if `target` is a folder, a link, a device or the like, or has no name.
-    """
+    """Refuses to put a file in the place of what is no regular file."""
     with writing(target):
         try:
             mode = os.lstat(target).st_mode
@@ -116,9 +107,6 @@ def refuse_protected(folder: Path) -> None:
 
     The permission bits count for the superuser too: a folder that was made read-only is meant to
     stay as it is.
-
-    Raises:
-        InputError: if the folder, or the nearest one above it that exists, is read-only.
     """
     place = folder.absolute()
     while not os.path.lexists(place) and place != place.parent:
@@ -138,15 +126,10 @@ def followed(folder: Path) -> Path:
 
 
 def new_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Makes `folder` with `files` in it, all or nothing.
+    """Makes `folder`, which must not exist or be empty, with `files` by relative path in it.
 
-    Args:
-        folder: Must not exist, or be empty.
-        files: Bytes by relative path.
-
-    Raises:
-        InputError: if it cannot be written; nothing of it is then left, nor of folders above it
-            that had to be made.
+    `InputError` if it cannot be written; nothing of it is then left, nor of folders above it that
+    had to be made.
     """
     made = [p for p in (folder.parent, *folder.parent.parents) if not p.exists()]
     partial = partial_of(folder)

@@ -65,15 +65,8 @@ def fit_restarts(
 ) -> None:
     """Fits the restarts of a run, and their controls, to the end; those that are there go on.
 
-    Args:
-        run: The run.
-        corpus: Its corpus.
-        progress: Show progress bars on stderr.
-        after_step: As in `train`.
-        begin: Told which part comes next, `fit` or `control`, and of which restart.
-
-    Raises:
-        Interrupted: if `after_step` said so.
+    `begin` is told which part comes next, `fit` or `control`, and of which restart; the other
+    arguments, and what is raised, are as in `train`.
     """
     for number in range(1, run.config.restarts):
         again = restart_of(run, number, corpus)

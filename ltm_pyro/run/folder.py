@@ -82,17 +82,12 @@ class Run:
         self.parallel = parallel or Parallel()
         if self.parallel.size > 1:
             device = str(self.parallel.device)
-        self.folder = folder
-        self.config = config
-        self.facts = facts
-        self.tokenizer = tokenizer
-        self.checkpoint_name = "last"
+        self.folder, self.config, self.facts, self.tokenizer = folder, config, facts, tokenizer
+        self.checkpoint_name, self._mark = "last", ""
         self.svi = initial_fit(config, device, self.parallel) if svi is None else svi
+        self.svi.horizon, self.svi.tokenizer = config.steps, tokenizer
         self.model = cast("LatentThoughtModel", self.svi.model)
         self.guide = self.svi.guide
-        self.svi.horizon = config.steps
-        self._mark = ""
-        self.svi.tokenizer = tokenizer
 
     def __repr__(self) -> str:
         return (
@@ -151,17 +146,13 @@ class Run:
     def last_step(self) -> int:
         """The slow step that the fit ends with: `config.steps`, or where it stopped early."""
         patience = self.config.held_out.patience
-        if patience and EarlyStopping(patience).over(self.svi.metrics):
-            return self.svi.slow_step
-        return self.config.steps
+        over = patience and EarlyStopping(patience).over(self.svi.metrics)
+        return self.svi.slow_step if over else self.config.steps
 
     def adopt(self, config: FitConfig) -> None:
         """Takes `config` for the run's settings, in memory and on disk.
 
         Clocks and steps that it had so far stay on record: its checkpoints may be of them.
-
-        Raises:
-            InputError: if the folder cannot be written.
         """
         old, facts = self.config, dict(self.facts)
         if (old.steps, old.fast, old.slow) != (config.steps, config.fast, config.slow):
@@ -201,11 +192,9 @@ class Run:
 
         return fit_run(self, corpus, more, progress=progress, callbacks=callbacks)
 
-    def checkpoint(self) -> Checkpoint:
-        """All that the fit needs to go on."""
-        return self._checkpoint_of(self.svi)
-
-    def _checkpoint_of(self, fit: DualRateSVI) -> Checkpoint:
+    def checkpoint(self, fit: DualRateSVI | None = None) -> Checkpoint:
+        """All that the fit needs to go on; or its control, where that is `fit`."""
+        fit = self.svi if fit is None else fit
         state = {"slow_step": fit.slow_step, "config": to_dict(self.config)}
         return Checkpoint(checkpoints.tensors_of(fit), state)
 
@@ -245,33 +234,24 @@ class Run:
         return changed
 
     def save_best(self) -> None:
-        """Keeps the fit as it stands for the best.
+        """Keeps the fit as it stands for the best; `InputError` if it cannot be written."""
+        self._save_at(BEST, self.checkpoint())
 
-        Raises:
-            InputError: if it cannot be written.
-        """
-        checkpoint = self.checkpoint()
+    def _save_at(self, name: str, checkpoint: Checkpoint) -> None:
         with self.writing():
-            self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / BEST, checkpoint))
+            self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / name, checkpoint))
 
-    def save_alone(self) -> bool:
-        """Replaces the checkpoint when other processes are gone, if this one holds all of it.
-
-        Returns:
-            Whether it could.
-        """
-        if not self.parallel.is_rank_0 or self.svi.store is not None:
-            return False
-        with self._alone():
-            self._write(self.checkpoint())
-        return True
+    def save_alone(self) -> None:
+        """Replaces the checkpoint when other processes are gone, if this one holds all of it."""
+        if self.parallel.is_rank_0 and self.svi.store is None:
+            with self._alone():
+                self._write(self.checkpoint())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Inside the block nothing else writes to the folder; see `sole_writer`.
 
-        Raises:
-            InputError: saying who writes to it, or that another has since it was read here.
+        `InputError` if another does, or has since it was read here.
         """
         if self.checkpoint_name != "last":
             raise InputError(
@@ -303,11 +283,7 @@ class Run:
         self._mark = checkpoints.mark(self.folder / CHECKPOINT)
 
     def saved_step(self, name: str = "last") -> int | None:
-        """Slow steps of a checkpoint on disk; `None` where there is no such.
-
-        Raises:
-            InputError: if it is damaged.
-        """
+        """Slow steps of a checkpoint on disk; `None` where there is no such."""
         place = self.folder / FOLDERS[name]
         return checkpoints.saved_step(place, self.label) if checkpoints.exists(place) else None
 
@@ -341,23 +317,14 @@ class Run:
         self.svi.metrics = Course(self.metrics_file.read(self.svi.slow_step))
 
     def take_up(self, saved: Checkpoint) -> None:
-        """Puts a checkpoint into model, guide and optimiser.
-
-        Raises:
-            InputError: if it belongs to other settings.
-        """
+        """Puts a checkpoint of this run's settings into model, guide and optimiser."""
         checkpoints.restore(self.svi, saved.tensors, self._checked_step(saved), self.label)
 
     def open_rows(self, step: int) -> None:
         """Takes up the local parameters on disk as they were at slow step `step`."""
         if self.config.persistent:
-            self.svi.store = RowDatabase(
-                self.folder / STORE,
-                step,
-                owner=self.label,
-                rank=self.parallel.rank,
-                world=self.parallel.size,
-            )
+            place, rank, world = self.folder / STORE, self.parallel.rank, self.parallel.size
+            self.svi.store = RowDatabase(place, step, owner=self.label, rank=rank, world=world)
 
     def _load_with_rows(self) -> Checkpoint:
         """The checkpoint, and the local parameters of its step, which a fit may be replacing."""
@@ -378,11 +345,7 @@ class Run:
         return saved
 
     def control(self) -> DualRateSVI:
-        """The control, as far as it has been fitted; see `ltm_pyro.diagnostics.control`.
-
-        Raises:
-            InputError: if its checkpoint is damaged.
-        """
+        """The control, as far as it has been fitted; see `ltm_pyro.diagnostics.control`."""
         config = self.config
         model = initial_model(config, str(self.model.device))
         fit = control(model, config.slow, config.steps, config.seed, self.svi.execution)
@@ -396,14 +359,8 @@ class Run:
         return checkpoints.load(folder, self.label) if checkpoints.exists(folder) else None
 
     def save_control(self, fit: DualRateSVI) -> None:
-        """Replaces the control's checkpoint on disk.
-
-        Raises:
-            InputError: if it cannot be written; the one before is then still whole.
-        """
-        checkpoint = self._checkpoint_of(fit)
-        with self.writing():
-            self.parallel.on_rank_0(lambda: checkpoints.save(self.folder / CONTROL, checkpoint))
+        """Replaces the control's checkpoint on disk; as `save` where it cannot be written."""
+        self._save_at(CONTROL, self.checkpoint(fit))
 
     @property
     def control_metrics_file(self) -> MetricsFile:
@@ -411,11 +368,7 @@ class Run:
         return MetricsFile(self.folder / CONTROL / METRICS, self.label)
 
     def control_metrics(self) -> list[Metrics]:
-        """One row per slow step of the control.
-
-        Raises:
-            InputError: if the checkpoint is damaged.
-        """
+        """One row per slow step of the control; `InputError` if the checkpoint is damaged."""
         saved = self._control_checkpoint()
         step = 0 if saved is None else self._checked_step(saved)
         return self.control_metrics_file.read(step)
@@ -424,9 +377,8 @@ class Run:
         """The checkpoint's slow step, known to belong to this run's settings."""
         state = checked(State, saved.state, Path(STATE), self.label)
         found = to_dict(state.config)
-        other = difference_from_all(
-            self.config, self.facts.get("earlier", ()), found, CONFIG, STATE
-        )
+        earlier = self.facts.get("earlier", ())
+        other = difference_from_all(self.config, earlier, found, CONFIG, STATE)
         if other is not None:
             raise damaged(self.label, other)
         return state.slow_step

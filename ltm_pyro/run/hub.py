@@ -111,34 +111,24 @@ def fetch(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """The run folder of a run from the Hub; see `from_pretrained`.
-
-    Raises:
-        InputError: if it cannot be fetched, or holds no run.
-    """
+    """The run folder of a run from the Hub; arguments and errors as in `from_pretrained`."""
     checked_name(repo_id)
     hub = _library()
     with _told(repo_id):
-        found = Path(
-            hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=SHARED)
-        )
+        options = {"revision": revision, "token": token, "allow_patterns": SHARED}
+        found = Path(hub.snapshot_download(repo_id, **options))
     if folder is not None:
         place = as_path("folder", folder)
         refuse_existing(place, overwrite=False)
-        _copy(found, place)
-        return place
-    place = default_folder() / "hub" / f"{repo_id.replace('/', '--')}@{found.name[:12]}"
-    if not place.exists():
+    else:
+        place = default_folder() / "hub" / f"{repo_id.replace('/', '--')}@{found.name[:12]}"
+    if folder is not None or not place.exists():
         _copy(found, place)
     return place
 
 
 def checked_name(repo_id: str) -> str:
-    """`repo_id`, known to be of the form that the Hub has.
-
-    Raises:
-        InputError: if it is not.
-    """
+    """`repo_id`, known to be of the form that the Hub has."""
     part = r"\w[\w.-]{0,95}"
     if not isinstance(repo_id, str) or not re.fullmatch(f"{part}(/{part})?", repo_id, re.ASCII):
         raise InputError(f"{shown(repo_id)} is no name on the Hub: write OWNER/NAME")

@@ -24,9 +24,6 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
         config: The fit.
         processes: That share it.
         most: Bytes that there are; those of the fit's device by default.
-
-    Raises:
-        InputError: naming the setting, what it takes and what would fit.
     """
     model, most = config.model, _memory_of(config.device) if most is None else most
     refuse_too_large(
@@ -41,14 +38,11 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
     rows, part = rows_at_once(config, processes)
     draws = max(draws_at_once(config))
     many = "" if draws == 1 else f" and {draws} draws (particles, fast.fixed_draws)"
+    part_name = "micro_batch" if config.micro_batch else "batch_size"
     for name, value, size, taken in (
-        (
-            "micro_batch" if config.micro_batch else "batch_size",
-            *(part, part),
-            LEAST_SHARE * decoder_bytes(config, processes),
-        ),
+        (part_name, part, part, LEAST_SHARE * decoder_bytes(config, processes)),
         ("batch_size", config.batch_size, rows, (8 * model.seq_len + _PER_NUMBER * local) * rows),
-        ("eval_draws", *(config.eval_draws, config.eval_draws), 4 * local * config.eval_draws),
+        ("eval_draws", config.eval_draws, config.eval_draws, 4 * local * config.eval_draws),
     ):
         fits = int(most / taken * size) if taken > most else size
         remedy = f"at most {fits} fit" if fits else "choose a smaller model or seq_len"
@@ -58,11 +52,7 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
 
 
 def refuse_unscorable(config: FitConfig) -> None:
-    """Refuses settings with which a finished fit could not be scored.
-
-    Raises:
-        InputError: naming the setting.
-    """
+    """Refuses settings with which a finished fit could not be scored."""
     if config.eval_draws < 2:
         raise InputError(
             f"eval_draws is {config.eval_draws}: must be 2 or more, a standard error needs two"

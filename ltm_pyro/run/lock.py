@@ -24,15 +24,9 @@ _LONGEST = 100  # characters of a command that are told
 def sole_writer(place: str | Path) -> Iterator[None]:
     """Inside the block no other process, and no other thread of this one, writes to `place`.
 
-    The lock file lies beside `place`, under whatever name that is called, so it can be taken before
-    a folder is there and stays while one takes another's place. Reading needs no lock. The same
-    thread may take it again.
-
-    Args:
-        place: A run folder, or a file.
-
-    Raises:
-        InputError: saying who holds the lock, or why there can be none.
+    The lock file lies beside `place`, a run folder or a file, under whatever name that is called,
+    so it can be taken before a folder is there and stays while one takes another's place. Reading
+    needs no lock. The same thread may take it again. `InputError` says who holds the lock.
     """
     lock, made = _lock_of(Path(place))
     try:

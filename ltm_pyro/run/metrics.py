@@ -33,11 +33,7 @@ class MetricsFile:
         self.later = later
 
     def append(self, row: Metrics) -> None:
-        """Adds one row; the first brings the header.
-
-        Raises:
-            InputError: if it cannot be written.
-        """
+        """Adds one row; the first brings the header."""
         known = self._columns()
         columns = known or list(dict.fromkeys([*row, *self.later]))
         with writing(self.path), open(self.path, "ab") as stream:
@@ -56,9 +52,6 @@ class MetricsFile:
 
         They are history, without which the weights are as good: where some are lost a warning says
         so, and the others are given.
-
-        Raises:
-            InputError: if the file is a link, a pipe or the like.
         """
         if steps == 0:
             return []
@@ -76,21 +69,13 @@ class MetricsFile:
         return rows
 
     def rows(self) -> list[Metrics]:
-        """All whole rows that there are, of a fit that may be writing more.
-
-        Raises:
-            InputError: if the file is a link, a pipe or the like, or larger than any fit's.
-        """
+        """All whole rows that there are, of a fit that may be writing more."""
         if not os.path.lexists(self.path):
             return []
         return _parsed(read_bytes(self.path, self.owner, most=_LARGEST, cut=True))
 
     def complete(self, rows: Sequence[Metrics]) -> None:
-        """Writes all rows anew, unless `append` was given the last one already.
-
-        Raises:
-            InputError: if they cannot be written.
-        """
+        """Writes all rows anew, unless `append` was given the last one already."""
         columns = self._columns()
         if rows and self._last_line() != _line(rows[-1], columns):
             self.truncate(rows)
@@ -113,11 +98,7 @@ class MetricsFile:
             return ""
 
     def truncate(self, rows: Sequence[Metrics]) -> None:
-        """Leaves only `rows`: a resumed fit writes the following ones again.
-
-        Raises:
-            InputError: if it cannot be written.
-        """
+        """Leaves only `rows`: a resumed fit writes the following ones again."""
         write_atomic(self.path, self.content(rows))
 
     def content(self, rows: Sequence[Metrics]) -> bytes:

@@ -29,16 +29,7 @@ from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.checkpoint import share_checkpoint
 from ltm_pyro.run.files import followed, json_bytes, refuse_protected, sha256
-from ltm_pyro.run.folder import (
-    CHECKPOINT,
-    CONFIG,
-    CONTROL,
-    FOLDERS,
-    METRICS,
-    STORE,
-    TOKENIZER,
-    Run,
-)
+from ltm_pyro.run.folder import CHECKPOINT, CONFIG, CONTROL, FOLDERS, METRICS, STORE, TOKENIZER, Run
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.replacing import (
@@ -109,7 +100,7 @@ def make_run(
     svi: DualRateSVI | None = None,
     rows: Mapping[str, bytes] | None = None,
 ) -> Run:
-    """The new run, the one that it replaces kept aside.
+    """The new run, known to be one that can be opened again; one that it replaces is kept aside.
 
     Args:
         folder: Where, with the lock held.
@@ -118,9 +109,6 @@ def make_run(
         parallel: The processes that will share the fit.
         svi: A fit that is under way; a new one by default.
         rows: The files of its store, where it has one.
-
-    Raises:
-        InputError: if the run could not be opened again, or the folder cannot be written.
     """
     if corpus is None:
         corpus = first_corpus(config)
@@ -129,18 +117,9 @@ def make_run(
     shape = replace(config.model, vocab_size=corpus.vocab_size, seq_len=corpus.seq_len)
     config = replace(config, model=shape)
     refuse_oversize(config, 1 if parallel is None else parallel.size)
-    tokenizer = _saved_tokenizer(corpus.tokenizer)
-    facts = {
-        "format": FORMAT,
-        "version": ltm_pyro.__version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "pyro": pyro.__version__,
-        },
-        "corpus": corpus.describe(),
-        "tokenizer_sha256": sha256(tokenizer),
-    }
+    check_restorable(corpus.tokenizer)
+    tokenizer = json_bytes(corpus.tokenizer.to_json())
+    facts = {**_versions(), "corpus": corpus.describe(), "tokenizer_sha256": sha256(tokenizer)}
     run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel, svi=svi)
     if not run.guide.has_density:
         refuse_runaway(run.model, run.guide.family)
@@ -149,8 +128,8 @@ def make_run(
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),
         TOKENIZER: tokenizer,
         **{f"{CHECKPOINT}/{k}": v for k, v in checkpoints.to_files(run.checkpoint()).items()},
+        **control,
     }
-    files |= control
     if run.metrics:
         files[METRICS] = run.metrics_file.content(run.metrics)
     if config.persistent:
@@ -166,11 +145,7 @@ def make_run(
 
 
 def first_corpus(config: FitConfig) -> Corpus:
-    """The corpus of a new run; one that starts from another run's weights reads as that does.
-
-    Raises:
-        InputError: as `load_corpus` does, and where another tokenizer is asked for.
-    """
+    """The corpus of a new run; one that starts from another run's weights reads as that does."""
     if not config.init_from:
         return open_corpus(config)
     start = Path(config.init_from)
@@ -195,10 +170,16 @@ def _described(config: FitConfig, corpus: Corpus) -> FitConfig:
     return replace(config, corpus=from_dict(CorpusConfig, {"tokenizer": mine["tokenizer"], **its}))
 
 
-def _saved_tokenizer(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer as it is kept in the run, known to be one that can be read back."""
-    check_restorable(tokenizer)
-    return json_bytes(tokenizer.to_json())
+def _versions() -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": ltm_pyro.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "pyro": pyro.__version__,
+        },
+    }
 
 
 @door
@@ -235,11 +216,7 @@ def load_run(
 
 
 def recorded_config(folder: Path) -> FitConfig:
-    """The settings of the run in `folder`.
-
-    Raises:
-        InputError: if there is no run there, it is damaged, or another version wrote it.
-    """
+    """The settings of the run in `folder`; raises as `load_run` does."""
     return _read_facts(as_path("run folder", folder))[1]
 
 
@@ -249,19 +226,13 @@ def read_run(
     parallel: Parallel | None = None,
     checkpoint: str = "last",
 ) -> Run:
-    """`load_run` in this process alone, whatever others do.
-
-    Raises:
-        InputError: as `load_run` does.
-    """
+    """`load_run` in this process alone, whatever others do."""
     facts, config = _read_facts(folder)
     label = f"run folder {str(folder)!r}"
     tokenizer = _read_tokenizer(folder / TOKENIZER, facts["tokenizer_sha256"], label)
     if tokenizer.vocab_size != config.model.vocab_size:
-        raise damaged(
-            label,
-            f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} {config.model.vocab_size}",
-        )
+        its = config.model.vocab_size
+        raise damaged(label, f"{TOKENIZER} has {tokenizer.vocab_size} tokens and {CONFIG} {its}")
     run = Run(folder, config, facts, tokenizer, device, parallel)
     run.restore(checkpoint)
     return run
@@ -291,7 +262,12 @@ def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
             raise damaged(label, f"{name} is a link, and a run's files lie in its own folder")
     facts = read_json(folder / CONFIG, label)
     heading = checked(Heading, facts, folder / CONFIG, label)
-    _check_version(heading, label)
+    written, mine = heading.version, ltm_pyro.__version__
+    if heading.format != FORMAT or _numbers(written) > _numbers(mine):
+        raise InputError(
+            f"{label} was written by ltm-pyro {written} (format {heading.format}) and this is "
+            f"{mine} (format {FORMAT}): use that version, or fit anew"
+        )
     settings = facts.get("config")
     for name in RETIRED.intersection(settings if isinstance(settings, dict) else ()):
         raise InputError(
@@ -305,17 +281,11 @@ def _read_facts(folder: Path) -> tuple[dict[str, Any], FitConfig]:
 
 
 def share_run(parallel: Parallel, run: Run | None) -> Run:
-    """The first process's run in all processes, weights and moments included.
-
-    Args:
-        parallel: The processes, who all call this.
-        run: In the first process.
-    """
+    """The run that the first process has, in all that call this, weights and moments included."""
     told = None
     if run is not None:
-        tokenizer = run.tokenizer.to_json()
-        name = run.checkpoint_name
-        told = (str(run.folder), to_dict(run.config), dict(run.facts), tokenizer, name)
+        its = (run.tokenizer.to_json(), run.checkpoint_name)
+        told = (str(run.folder), to_dict(run.config), dict(run.facts), *its)
     told = parallel.broadcast(told)
     assert told is not None
     folder, config, facts, tokenizer, name = told
@@ -344,16 +314,6 @@ def _no_run(folder: Path) -> InputError:
         hint = f"did you mean {str(parent / guess)!r}?" if guess else "make one with ltm-pyro fit"
         return InputError(f"there is no run folder {str(folder)!r}: {hint}")
     return damaged(f"run folder {str(folder)!r}", f"{CONFIG} is missing")
-
-
-def _check_version(heading: Heading, label: str) -> None:
-    """Refuses a layout that this version does not know."""
-    written, version = heading.format, heading.version
-    if written != FORMAT or _numbers(version) > _numbers(ltm_pyro.__version__):
-        raise InputError(
-            f"{label} was written by ltm-pyro {version} (format {written}) and this is "
-            f"{ltm_pyro.__version__} (format {FORMAT}): use that version, or fit anew"
-        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

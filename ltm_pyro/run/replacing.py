@@ -12,11 +12,7 @@ from ltm_pyro.run.folder import CHECKPOINT, CONFIG
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuses to put a run where something else is.
-
-    Raises:
-        InputError: if that is a file, a folder of other things, or the one that we are in.
-    """
+    """Refuses to put a run where something else is."""
     if Path.cwd().is_relative_to(os.path.realpath(folder)):
         raise InputError(
             f"{str(folder)!r} is the folder that this was started in, or above it: choose another "
@@ -35,11 +31,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuses to put a new run where something is.
-
-    Raises:
-        InputError: saying how to go on with a run that is there, or to replace it.
-    """
+    """Refuses to put a new run where something is."""
     refuse_foreign(folder)
     if _is_run(folder) and not overwrite:
         raise InputError(

@@ -15,18 +15,10 @@ RESTARTS = "restarts"
 
 
 def restart_of(run: Run, number: int, corpus: Corpus) -> Run:
-    """Restart `number` of a run, from 1: made, or as far as it has come.
+    """Restart `number` of a run, from 1 to `config.restarts` - 1: made, or as far as it has come.
 
     It differs from the run in its seed alone, which is that of the run and `number` more. Where the
     run was extended since, so is the restart.
-
-    Args:
-        run: The run.
-        number: From 1 to `config.restarts` - 1.
-        corpus: Its corpus.
-
-    Raises:
-        InputError: if the folder cannot be written, or holds a run of other settings.
     """
     folder = run.folder / RESTARTS / str(number)
     config = replace(run.config, seed=run.config.seed + number, restarts=1)

@@ -14,17 +14,8 @@ import pandas as pd
 import xarray as xr
 
 import ltm_pyro
-from ltm_pyro.diagnostics.compare.differences import (
-    ERROR_RATE,
-    Difference,
-    in_words,
-    with_training,
-)
-from ltm_pyro.diagnostics.estimates import (
-    Estimate,
-    Values,
-    few_documents_note,
-)
+from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, Difference, in_words, with_training
+from ltm_pyro.diagnostics.estimates import Estimate, Values, few_documents_note
 from ltm_pyro.errors import shown
 from ltm_pyro.html import show
 
@@ -74,12 +65,7 @@ class RunComparison:
         return str(few) if few == most else f"{few} to {most}"
 
     def estimate(self, group: str, score: str = "elbo") -> Difference:
-        """A group's mean over fits, nats per unit, with every error that it has.
-
-        Args:
-            group: Its label.
-            score: `elbo`, `iw` or `over_control`.
-        """
+        """A group's mean `score` (of `SCORES`) over fits, nats per unit, with all its errors."""
         fits = self.fits(group, score).to_numpy()
         return with_training(self._contrast([(group, 1.0)], score), [fits])
 
@@ -90,15 +76,10 @@ class RunComparison:
         return (mine - (others if paired else others.mean())).to_numpy()
 
     def difference(self, group: str, other: str, score: str = "elbo") -> Difference:
-        """A paired difference of two groups, nats per unit, with every error that it has.
+        """A group's score less that of another, paired, nats per unit, with all its errors.
 
         Groups with the same seeds are paired by seed too: the same seed means the same initial
         weights, batches and noise, and what these do to both cancels.
-
-        Args:
-            group: Its label.
-            other: That of the group to subtract.
-            score: `elbo` or `iw`.
         """
         found = self._contrast([(group, 1.0), (other, -1.0)], score)
         mine, others = self.fits(group, score), self.fits(other, score)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ltm_pyro.checks import switch
 from ltm_pyro.config import FitConfig
@@ -61,7 +62,7 @@ def save_run(
 
 def _config_of(svi: DualRateSVI, corpus: Corpus) -> FitConfig:
     """Settings that build this fit again."""
-    model, guide, objective, execution = svi.model, svi.guide, svi.elbo, svi.execution
+    model, guide, execution, objective = svi.model, svi.guide, svi.execution, _known(svi.elbo)
     if not isinstance(model, LatentThoughtModel):
         raise InputError(
             f"svi fits a {type(model).__name__}, and a run records a LatentThoughtModel alone: "
@@ -77,21 +78,10 @@ def _config_of(svi: DualRateSVI, corpus: Corpus) -> FitConfig:
             f"the model {model.config.vocab_size} in {model.config.seq_len}: give the corpus that "
             "it was fitted on"
         )
-    options = guide.built_with
-    if options is None and option_names(type(guide), 1, LocalGuide)[0]:
-        raise InputError(
-            f"guide was made by its class {type(guide).__name__}, so its options are not known: "
-            f"make it by build_guide({guide.family!r}, model, ...)"
-        )
-    if not isinstance(objective, Objective) or OBJECTIVES.names().count(objective.name) != 1:
-        raise InputError(
-            f"elbo is {objective!r:.60}, which a run cannot name: use build_objective(name), or "
-            "register it with register_objective"
-        )
     return FitConfig(
         model=replace(model.config, seq_len=corpus.seq_len),
         guide=guide.family,
-        guide_options=options or {},
+        guide_options=_options_of(guide),
         objective=objective.name,
         objective_options=objective.options,
         fast=svi.fast,
@@ -109,12 +99,28 @@ def _config_of(svi: DualRateSVI, corpus: Corpus) -> FitConfig:
     )
 
 
-def _refuse_other(svi: DualRateSVI, built: DualRateSVI) -> None:
-    """Refuses a fit that what its settings build could not take up.
+def _known(objective: object) -> Objective:
+    """An objective that a run can name."""
+    if not isinstance(objective, Objective) or objective.name not in OBJECTIVES:
+        raise InputError(
+            f"elbo is {objective!r:.60}, which a run cannot name: use build_objective(name), or "
+            "register it with register_objective"
+        )
+    return objective
 
-    Raises:
-        InputError: naming what differs.
-    """
+
+def _options_of(guide: LocalGuide) -> dict[str, Any]:
+    """Those that the guide was built with."""
+    if guide.built_with is None and option_names(type(guide), 1, LocalGuide)[0]:
+        raise InputError(
+            f"guide was made by its class {type(guide).__name__}, so its options are not known: "
+            f"make it by build_guide({guide.family!r}, model, ...)"
+        )
+    return guide.built_with or {}
+
+
+def _refuse_other(svi: DualRateSVI, built: DualRateSVI) -> None:
+    """Refuses a fit that what its settings build could not take up."""
     if len(svi.clock.parameters) != len(built.clock.parameters):
         raise InputError(
             "some of the model's weights are frozen, which a run does not record: unfreeze them "

@@ -91,11 +91,7 @@ T = TypeVar("T")
 
 
 def checked(schema: type[T], values: Mapping[str, Any], path: Path, owner: str) -> T:
-    """What `path` holds, known to be of `schema`.
-
-    Raises:
-        InputError: saying that the run is damaged, and what is wrong with which value.
-    """
+    """What `path` holds, known to be of `schema`; else its `owner` is damaged."""
     try:
         return validated(schema, values)
     except InputError as error:

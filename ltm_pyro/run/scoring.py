@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from ltm_pyro.checks import whole_number
+from ltm_pyro.checks import one_of, whole_number
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.data.corpus import load_corpus
@@ -28,7 +26,7 @@ from ltm_pyro.diagnostics.psis import judged_in_words
 from ltm_pyro.diagnostics.published import as_published
 from ltm_pyro.diagnostics.units import UNITS, score_table
 from ltm_pyro.doors import door
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.run.folder import Run
 
@@ -102,8 +100,8 @@ def score_run(
     corpus = other_corpus(run, corpus) if isinstance(corpus, str) else corpus
     foreign = corpus.sha256 != run.facts["corpus"]["sha256"]
     split = split or ("all" if foreign else "val")
-    if split not in (*SPLITS, *(["all"] if foreign else [])):
-        raise unknown_name("split", split, SPLITS)
+    if not (foreign and split == "all"):
+        one_of("split", split, SPLITS)
     if prefix is not None and mode != "prefix":
         raise InputError(f"a prefix is for mode 'prefix', not {mode!r}: leave one of the two out")
     sequences = run.config.eval_sequences if sequences is None else sequences
@@ -114,21 +112,20 @@ def score_run(
     if mode == "prefix":
         prefix = corpus.seq_len // 2 if prefix is None else prefix
         whole_number("prefix", prefix, 1, corpus.seq_len - 1)
-        _refuse_long(prefix, batch)
+        longest = int(batch.n_tokens.max())
+        if prefix >= longest:
+            raise InputError(
+                f"prefix of {prefix} tokens: the longest held-out sequence has {longest}; choose "
+                "fewer"
+            )
         post = run.svi.infer(batch.prefix(prefix), fast_steps)
     elif mode == "oracle":
         post = run.svi.infer(batch, fast_steps)
         again = run.svi.infer(batch, fast_steps, seed=run.svi.seed + 1)
     scores = evaluate(
-        run.model,
-        post,
-        batch,
-        draws,
-        mode=mode,
-        seed=seed,
-        per_token=per_token,
+        run.model, post, batch, draws, mode=mode, seed=seed, per_token=per_token,
         parallel=run.parallel,
-    )
+    )  # fmt: skip
     scored = batch
     if mode == "prefix" and prefix is not None:
         scored = batch.suffix(prefix)
@@ -138,16 +135,7 @@ def score_run(
 
 
 def other_corpus(run: Run, name: str, **options: Any) -> Corpus:
-    """Another corpus than the run's, in the run's tokens and sequences of its length.
-
-    Args:
-        run: The run.
-        name: As `load_corpus` takes it.
-        **options: Of `load_corpus`, as `text_field`.
-
-    Raises:
-        InputError: as `load_corpus` does.
-    """
+    """Another corpus, as `load_corpus` takes it, in the run's tokens and sequence length."""
     length = run.config.model.seq_len
     return load_corpus(name, seq_len=length, tokenizer=run.tokenizer, **options)
 
@@ -179,20 +167,11 @@ def published_table(
     Raises:
         InputError: if an argument is out of range.
     """
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
+    one_of("split", split, SPLITS)
     sequences = run.config.eval_sequences if sequences is None else sequences
     draws = run.config.eval_draws if draws is None else draws
     batch = spread(getattr(corpus, split), sequences)
     return as_published(run.svi, batch, steps=run.config.eval_fast_steps, draws=draws, seed=seed)
-
-
-def _refuse_long(prefix: int, batch: Batch) -> None:
-    longest = int(batch.n_tokens.max())
-    if prefix >= longest:
-        raise InputError(
-            f"prefix of {prefix} tokens: the longest held-out sequence has {longest}; choose fewer"
-        )
 
 
 def control_scores(run: Run, batch: Batch) -> xr.Dataset | None:
@@ -308,11 +287,6 @@ def per_sequence_csv(held_out: HeldOut) -> str:
     data = held_out.scores
     if held_out.control is not None:
         data = data.assign(control_nll=held_out.control["nll_z0"])
-    columns = {str(name): values.values.tolist() for name, values in data.data_vars.items()}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    named = [str(name) for name in ("sequence", "document") if name in data.coords]
-    labels = [data[name].values.tolist() for name in named]
-    writer.writerow([*named, *columns])
-    writer.writerows(zip(*labels, *columns.values(), strict=True))
-    return text.getvalue()
+    named = [name for name in ("sequence", "document") if name in data.coords]
+    columns = {str(name): data[name].values.tolist() for name in (*named, *data.data_vars)}
+    return pd.DataFrame(columns).to_csv(index=False, na_rep="nan", lineterminator="\n")

@@ -18,9 +18,6 @@ def start_from(run: Run, other: Run) -> dict[str, bytes]:
 
     Returns:
         The files of the control's first checkpoint, if there is one.
-
-    Raises:
-        InputError: if models or tokenizers differ.
     """
     mine, its = run.config, other.config
     asked = {k: v for k, v in to_dict(its.model).items() if k != "seq_len"}

@@ -14,7 +14,7 @@ from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.building import absolute_paths, open_corpus
-from ltm_pyro.run.changes import SCORING, refuse_changes
+from ltm_pyro.run.changes import SCORING, difference, refuse_change
 from ltm_pyro.run.files import sha256
 from ltm_pyro.run.folder import CONFIG
 from ltm_pyro.run.opening import create_run, load_run, recorded_config
@@ -71,11 +71,7 @@ def sweep(
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The name and the settings, nested, of every point of a grid.
-
-    Raises:
-        InputError: if a setting has no values or the same one twice, or there are too many points.
-    """
+    """The name and the settings, nested, of every point of a grid."""
     count = 1
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -98,11 +94,7 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]
 
 
 def prepare(fits: Mapping[Path, FitConfig], corpus: Corpus | None = None) -> None:
-    """Makes the run folders that are not there yet, and checks the others; all or nothing.
-
-    Raises:
-        InputError: if a fit cannot be made, or a folder holds a run of other settings.
-    """
+    """Makes the run folders that are not there yet, and checks the others; all or nothing."""
     made: list[Path] = []
     corpora: dict[str, Corpus] = {}
     try:
@@ -131,7 +123,7 @@ def _refuse_other(place: Path, config: FitConfig, corpus: Corpus | None) -> None
             raise InputError(
                 f"run folder {str(place)!r} was fitted to another corpus: sweep into another folder"
             )
-    refuse_changes(there, asked, f"run folder {str(place)!r}", "this sweep")
+    refuse_change(difference(there, asked, f"run folder {str(place)!r}", "this sweep"))
 
 
 def same_scoring(one: FitConfig, other: FitConfig) -> bool:

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def require_tensorboard() -> None:
-    """Refuses to go on without the extra.
-
-    Raises:
-        InputError: saying how to install it.
-    """
+    """Refuses to go on without the extra."""
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "TensorBoard is not installed: pip install 'ltm-pyro[tensorboard]', or leave it out"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import cast
 
 from ltm_pyro.config import to_dict
@@ -16,6 +16,7 @@ from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run.files import refuse_protected, writing
 from ltm_pyro.run.folder import Run
+from ltm_pyro.run.metrics import MetricsFile
 
 AfterStep = Callable[[Metrics], bool]
 """Gets the metrics of each slow step; its answer `True` asks the fit to stop there."""
@@ -56,56 +57,93 @@ def train(
             checkpoint is whole.
         Exception: whatever else ends a step; the checkpoint is of the last whole step.
     """
-    if run.svi.slow_step < run.last_step:
-        with run.writing():
-            _train(run, corpus, progress, callbacks, after_step)
+    svi = run.svi
+    if svi.slow_step >= run.last_step:
+        return
+    with run.writing():
+        bound, patience = _held_out(run, corpus), run.config.held_out.patience
+        run.parallel.on_rank_0(lambda: _ready(run, run.metrics_file, run.metrics))
+        best = best_step(run.metrics)
+        if best == svi.slow_step != run.parallel.broadcast(run.saved_step("best")):
+            run.save_best()  # a fit was killed between its two checkpoints
+        stopping = [EarlyStopping(patience)] if patience else []
+        keeper = Keeper(run, run.metrics_file, run.save, after_step)
+        with _saving(svi, run.save, run.save_alone):
+            _go_on(run, svi, corpus, [keeper, *stopping, *callbacks], progress, bound)
+    if svi.slow_step < run.last_step:
+        raise Interrupted
 
 
-def _train(
+def train_control(
+    run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
+) -> DualRateSVI:
+    """Fits the same decoder without thoughts, for as many slow steps, or goes on with it.
+
+    Arguments and what is raised are as in `train`.
+
+    Returns:
+        The control, fitted to the end.
+    """
+    fit, metrics = run.control(), run.control_metrics_file
+    if fit.slow_step >= run.last_step:
+        return fit
+
+    def save() -> None:
+        if run.parallel.is_rank_0:
+            metrics.sync()
+        run.save_control(fit)
+
+    with run.writing():
+        fit = run.control()  # as it is now that nobody else goes on with it
+        run.parallel.on_rank_0(lambda: _ready(run, metrics, metrics.read(fit.slow_step)))
+        with _saving(fit, save, lambda: None):
+            _go_on(run, fit, corpus, [Keeper(run, metrics, save, after_step)], progress)
+    if fit.slow_step < run.last_step:
+        raise Interrupted
+    return fit
+
+
+def _go_on(
     run: Run,
+    fit: DualRateSVI,
     corpus: Corpus,
-    progress: bool,
     callbacks: Sequence[Callback],
-    after_step: AfterStep,
+    progress: bool,
+    bound: HeldOutBound | None = None,
 ) -> None:
-    svi, config = run.svi, run.config
-    bound = _held_out(run, corpus)
-    run.parallel.on_rank_0(lambda: _ready(run))
-    if best_step(run.metrics) == svi.slow_step != run.parallel.broadcast(run.saved_step("best")):
-        run.save_best()  # a fit was killed between its two checkpoints
-    if config.compile:
-        run.model.compile_fast_loop()
-    patience = config.held_out.patience
-    followers = [
-        Keeper(run, after_step),
-        *([EarlyStopping(patience)] if patience else []),
-        *callbacks,
-    ]
-    remaining = config.steps - svi.slow_step
+    if run.config.compile:
+        cast("LatentThoughtModel", fit.model).compile_fast_loop()
+    remaining, size = run.last_step - fit.slow_step, run.config.batch_size
+    fit.fit(corpus.train, remaining, size, progress=progress, callbacks=callbacks, held_out=bound)
+
+
+@contextmanager
+def _saving(
+    fit: DualRateSVI, save: Callable[[], None], save_alone: Callable[[], None]
+) -> Iterator[None]:
+    """Saves when the block ends; where an error ends it, what there is of whole steps.
+
+    Args:
+        fit: What the block fits.
+        save: Called in all processes.
+        save_alone: Called where other processes are gone, or may be.
+    """
     try:
-        svi.fit(
-            corpus.train,
-            remaining,
-            config.batch_size,
-            progress=progress,
-            callbacks=followers,
-            held_out=bound,
-        )
+        yield
     except NonFiniteError:
-        run.save()
+        save()
         raise
     except InputError:
         raise  # most likely the disk is full
     except ProcessLostError:
-        run.save_alone()  # of the last whole step
+        save_alone()
         raise
     except Exception:
-        if svi.whole:
-            _save_in_spite(run.save if run.parallel.size == 1 else run.save_alone)
+        if fit.whole:
+            with suppress(Exception):  # what ended the fit is what must be told
+                (save if fit.parallel.size == 1 else save_alone)()
         raise
-    run.save()
-    if svi.slow_step < run.last_step:
-        raise Interrupted
+    save()
 
 
 class Keeper(Callback):
@@ -113,25 +151,28 @@ class Keeper(Callback):
 
     Args:
         run: The run.
+        metrics: Where rows of metrics go.
+        save: Replaces the last checkpoint.
         after_step: Says whether to stop, by the metrics of a slow step.
     """
 
-    def __init__(self, run: Run, after_step: AfterStep) -> None:
-        self.run = run
-        self.after_step = after_step
+    def __init__(
+        self, run: Run, metrics: MetricsFile, save: Callable[[], None], after_step: AfterStep
+    ) -> None:
+        self.run, self.metrics, self.save, self.after_step = run, metrics, save, after_step
 
     def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
         """Adds the row, and saves every `checkpoint_every` steps."""
-        if self.run.parallel.is_rank_0:
-            self.run.metrics_file.append(row)
+        if svi.parallel.is_rank_0:
+            self.metrics.append(row)
         if svi.slow_step % self.run.config.checkpoint_every == 0:
-            self.run.save()
+            self.save()
         return self.after_step(row)
 
     def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> None:
         """Keeps the best checkpoint; the last one is never behind it."""
         if best_step(svi.metrics) == svi.slow_step:
-            self.run.save()
+            self.save()
             self.run.save_best()
 
 
@@ -144,90 +185,9 @@ def _held_out(run: Run, corpus: Corpus) -> HeldOutBound | None:
     return HeldOutBound(getattr(corpus, corpus.held_out()), **settings)
 
 
-def _save_in_spite(save: Callable[[], object]) -> None:
-    """Saves after an error that is not of the disk: nothing is lost but the step under way."""
-    with suppress(Exception):  # what ended the fit is what must be told
-        save()
-
-
-def _ready(run: Run) -> None:
-    """Brings the files of a run to the step that it goes on from."""
+def _ready(run: Run, metrics: MetricsFile, done: Sequence[Metrics]) -> None:
+    """Brings the metrics on disk to the step that a fit goes on from."""
     refuse_protected(run.folder)
-    run.metrics_file.truncate(run.metrics)
-
-
-def train_control(
-    run: Run, corpus: Corpus, *, progress: bool = True, after_step: AfterStep = go_on
-) -> DualRateSVI:
-    """Fits the same decoder without thoughts, for as many slow steps, or goes on with it.
-
-    Args:
-        run: The run.
-        corpus: Its corpus.
-        progress: Show a progress bar on stderr.
-        after_step: Called with the metrics of each slow step; `True` stops the fit there.
-
-    Returns:
-        The control, fitted to the end.
-
-    Raises:
-        Interrupted: if `after_step` said so; the checkpoint is of the last finished step.
-        NonFiniteError: on NaN; the checkpoint is of the last good step.
-        InputError: if the folder cannot be written, or another fit writes to it; its last
-            checkpoint is whole.
-        Exception: whatever else ends a step; the checkpoint is of the last whole step.
-    """
-    fit = run.control()
-    if fit.slow_step < run.last_step:
-        with run.writing():
-            fit = run.control()  # as it is now that nobody else goes on with it
-            _train_control(run, fit, corpus, progress, after_step)
-    return fit
-
-
-def _train_control(
-    run: Run, fit: DualRateSVI, corpus: Corpus, progress: bool, after_step: AfterStep
-) -> None:
-    config, metrics = run.config, run.control_metrics_file
-    if config.compile:
-        cast("LatentThoughtModel", fit.model).compile_fast_loop()
-    run.parallel.on_rank_0(lambda: _ready_control(run, fit.slow_step))
-
-    def save() -> None:
-        if run.parallel.is_rank_0:
-            metrics.sync()
-        run.save_control(fit)
-
-    class Keeper(Callback):
-        def on_step(self, svi: DualRateSVI, row: Metrics) -> bool:
-            if run.parallel.is_rank_0:
-                metrics.append(row)
-            if svi.slow_step % config.checkpoint_every == 0:
-                save()
-            return after_step(row)
-
-    remaining = run.last_step - fit.slow_step
-    try:
-        fit.fit(corpus.train, remaining, config.batch_size, progress=progress, callbacks=[Keeper()])
-    except NonFiniteError:
-        save()
-        raise
-    except (InputError, ProcessLostError):
-        raise
-    except Exception:
-        if fit.whole and run.parallel.size == 1:
-            _save_in_spite(save)
-        raise
-    save()
-    if fit.slow_step < run.last_step:
-        raise Interrupted
-
-
-def _ready_control(run: Run, step: int) -> None:
-    """Brings the control's files to the step that it goes on from."""
-    refuse_protected(run.folder)
-    metrics = run.control_metrics_file
-    done = metrics.read(step)
     with writing(metrics.path.parent):
         metrics.path.parent.mkdir(exist_ok=True)
     metrics.truncate(done)

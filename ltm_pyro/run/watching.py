@@ -53,12 +53,7 @@ def sparkline(values: Sequence[float], width: int = _WIDTH, bars: str = BARS) ->
 def glance(folder: str | Path, bars: str = BARS) -> str:
     """A few lines on a run: how far it is, its bounds, KL, its speed and what is left.
 
-    Args:
-        folder: The run folder; it may be written to meanwhile.
-        bars: What sparklines are drawn with.
-
-    Raises:
-        InputError: if there is no run there, or it is damaged.
+    The folder may be written to meanwhile; sparklines are drawn with `bars`.
     """
     folder = as_path("run folder", folder)
     config = recorded_config(folder)

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.checks import QUIET_SECONDS, whole_number
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.training_data import TrainingData
+from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.diagnostics.compare.fitting import Candidate, Fit, Settings, clock, fit_and_score
 from ltm_pyro.diagnostics.compare.reference import against_reference, check_reference
 from ltm_pyro.diagnostics.compare.summary import add_summary
@@ -44,7 +43,7 @@ def compare(
     fast: Fast | None = None,
     slow: Slow | None = None,
     elbo: ELBO | str = "elbo",
-    train: TrainingData | Batch | None = None,
+    train: TrainingData | None = None,
     training_share: float = 0.5,
     restarts: int = 1,
     reference: str | None = None,

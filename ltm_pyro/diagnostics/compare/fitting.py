@@ -16,8 +16,7 @@ import xarray as xr
 
 from ltm_pyro.checks import MOST_COUNT, whole_number
 from ltm_pyro.config import Fast, Slow
-from ltm_pyro.data.batches import Batch
-from ltm_pyro.data.training_data import TrainingData
+from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -52,7 +51,7 @@ class Settings:
     budget: int
     draws: int
     training_share: float
-    train: TrainingData | Batch | None
+    train: TrainingData | None
     restarts: int
     gaps: bool
     seed: int

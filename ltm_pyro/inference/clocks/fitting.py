@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from ltm_pyro.checks import settings
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.course import Course, Metrics, headline
-from ltm_pyro.data.batches import Batch
+from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.data.inputs import Sequences, training_data
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.data.training_data import TrainingData
 from ltm_pyro.doors import door
 from ltm_pyro.engine.execution import Execution, frozen
 from ltm_pyro.engine.processes import Parallel
@@ -142,7 +141,7 @@ class Fitting(ABC):
     @door
     def fit(
         self,
-        data: TrainingData | Batch,
+        data: TrainingData,
         steps: int,
         batch_size: int = 16,
         *,
@@ -196,7 +195,7 @@ class Fitting(ABC):
     @door
     def fit_guide(
         self,
-        data: TrainingData | Batch,
+        data: TrainingData,
         steps: int,
         batch_size: int = 16,
         *,
