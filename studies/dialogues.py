@@ -52,10 +52,13 @@ class Dialogues:
         return Dialogues(self.x[rows], self.service[rows], self.intent[rows])
 
 
-def read(folder: Path, settings: dict[str, Any]) -> Dialogues:
-    """The first user turns of every dialogue about one of the commonest services, in file order."""
-    turns = settings["turns"]
-    kept: list[tuple[str, list[tuple[list[str], str]]]] = []
+Said = list[tuple[str, list[tuple[list[str], str]]]]
+"""Of every dialogue its service, and for every turn of the user the words and the intent."""
+
+
+def said(folder: Path, settings: dict[str, Any]) -> tuple[Said, dict[str, int]]:
+    """The first user turns of dialogues about one of the commonest services, and these."""
+    turns, kept = settings["turns"], Said()
     for file in sorted(folder.glob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
@@ -63,29 +66,36 @@ def read(folder: Path, settings: dict[str, Any]) -> Dialogues:
                 user = [t for t in dialogue["turns"] if t["s"] == "U"][:turns]
                 if len(dialogue["services"]) == 1 and len(user) == turns:
                     texts = (re.sub(r"\d+", "#", t["u"].lower()) for t in user)
-                    bags = [re.findall(r"[a-z']+|#", text) for text in texts]
+                    words = [re.findall(r"[a-z']+|#", text) for text in texts]
                     named = [(t["i"] or ["NONE"])[0] for t in user]
                     service = dialogue["services"][0].rpartition("_")[0]
-                    kept.append((service, list(zip(bags, named, strict=True))))
-    services = _commonest((s for s, _ in kept), settings["services"])
+                    kept.append((service, list(zip(words, named, strict=True))))
+    services = commonest((s for s, _ in kept), settings["services"])
     kept = [each for each in kept if each[0] in services]
     order = np.random.default_rng(0).permutation(len(kept))
-    kept = [kept[i] for i in order[: settings["train"] + 2 * settings["held_out"]]]
-    known = _commonest((w for _, said in kept for words, _ in said for w in words),
+    return [kept[i] for i in order[: settings["train"] + 2 * settings["held_out"]]], services
+
+
+def read(folder: Path, settings: dict[str, Any]) -> Dialogues:
+    """Which words turns have, services and intents."""
+    kept, services = said(folder, settings)
+    turns = settings["turns"]
+    known = commonest((w for _, turn in kept for words, _ in turn for w in words),
                        settings["vocabulary"])  # fmt: skip
-    intents = _commonest((i for _, said in kept for _, i in said), 1000)
+    intents = commonest((i for _, turn in kept for _, i in turn), 1000)
     x = torch.zeros(len(kept), turns, settings["vocabulary"])
-    for row, (_, said) in enumerate(kept):
-        for t, (words, _) in enumerate(said):
+    for row, (_, each) in enumerate(kept):
+        for t, (words, _) in enumerate(each):
             x[row, t, [known[w] for w in words if w in known]] = 1.0
     return Dialogues(
         x,
         torch.tensor([services[s] for s, _ in kept]),
-        torch.tensor([[intents[i] for _, i in said] for _, said in kept]),
+        torch.tensor([[intents[i] for _, i in each] for _, each in kept]),
     )
 
 
-def _commonest(items: Any, most: int) -> dict[str, int]:
+def commonest(items: Any, most: int) -> dict[str, int]:
+    """Numbers of the items that are met most often."""
     counts = sorted(Counter(items).items(), key=lambda pair: (-pair[1], pair[0]))
     return {item: i for i, (item, _) in enumerate(counts[:most])}
 

@@ -9,12 +9,14 @@ import ltm_pyro as ltm
 from studies.budgets import effects, few_shot
 from studies.depth_width import build
 from studies.emulated import Emulated, config_of
+from studies.flat_sessions import build as session
 from studies.memory import FIRST_KEY, FIRST_VALUE, KEYS, facts
 from studies.memory_decoder import ARMS, TAPS, MemoryDecoder, SurpriseMemory, remember
 from studies.memory_decoder import _unit as unit
 from studies.optimisation import Optimality, Solutions, asked
 from studies.optimisation_problems import UNKNOWNS, Family
 from studies.recurrent_depth import LoopedSums, sums
+from studies.utterances import bags, pairs, until_end
 from tests.tolerances import EXACT
 
 
@@ -202,3 +204,22 @@ def test_few_shots_find_what_is_apart() -> None:
     classes = torch.arange(3).repeat(10)
     points = 5.0 * torch.nn.functional.one_hot(classes, 3) + 0.1 * torch.randn(30, 3)
     assert few_shot(points, classes, shots=2) == (24, 24)
+
+
+def test_turns_are_read_up_to_their_end() -> None:
+    x = torch.tensor([[[3, 2, 0, 3], [2, 2, 3, 3], [0, 3, 3, 0]]])
+    assert until_end(x).long().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]]
+    assert bags(x, 4).tolist() == [[[0, 1, 1], [0, 1, 1], [0, 0, 0]]]
+    assert int(pairs(x).sum()) == 5  # "3 2", "2 END", "2 2", "2 3", "3 3"
+
+
+@pytest.mark.parametrize("arm", ["nested", "flat", "turns_only"])
+def test_sessions_of_text_are_models(arm: str) -> None:
+    pyro.set_rng_seed(0)
+    config = ltm.ModelConfig(
+        vocab_size=9, seq_len=4, n_layers=1, width=8, n_heads=2, mlp_hidden=8, window=2,
+        thoughts_per_layer=1, thought_dim=2,
+    )  # fmt: skip
+    model = session(arm, heard(ltm.LatentThoughtModel(config)), 3)
+    x = torch.randint(0, 9, (4, 3, 4))
+    ltm.check_model(model, ltm.Batch(x.flatten(1), until_end(x).flatten(1)))
