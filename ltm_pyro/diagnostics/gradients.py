@@ -105,17 +105,10 @@ def _asking_for_gradients(
     """Local parameters and slow ones that ask for a gradient; afterwards all is as before."""
     local = list(guide.local_parameters().values())
     rest = [*model.parameters(), *guide.shared_parameters()]
-    module = cast("nn.Module", model)
-    # A learned prior may move on by what it sees in a slow step.
-    kept = {name: value.clone() for name, value in module.state_dict().items()} if slow else None
     with frozen(local), frozen(() if slow else rest):
         for p in local:
             p.requires_grad_(True)
-        try:
-            yield local, [p for p in rest if p.requires_grad]
-        finally:
-            if kept is not None:
-                module.load_state_dict(kept)
+        yield local, [p for p in rest if p.requires_grad]
 
 
 def _measure(
@@ -130,17 +123,15 @@ def _measure(
     rows, whole = _Moments(draws), _Moments(draws)
     noise = derive_seed(seed, Stream.SCORE)
     with torch.enable_grad(), seeded(noise, batch.device):
+        parameters = [*local, *others]
         for _ in range(draws):
-            parameters = [*local, *others]
-            found = torch.autograd.grad(loss(batch), parameters, allow_unused=True)
-            gradients = [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip(parameters, found, strict=True)
-            ]
+            found = torch.autograd.grad(
+                loss(batch), parameters, allow_unused=True, materialize_grads=True
+            )
             if local:
-                rows.add(torch.cat([g.flatten(1) for g in gradients[: len(local)]], 1))
+                rows.add(torch.cat([g.flatten(1) for g in found[: len(local)]], 1))
             if others:
-                whole.add(torch.cat([g.flatten() for g in gradients[len(local) :]]))
+                whole.add(torch.cat([g.flatten() for g in found[len(local) :]]))
     out = rows.statistics() if local else {}
     if others:
         out |= {f"slow_{name}": value for name, value in whole.statistics().items()}

@@ -116,7 +116,7 @@ def compare(
     batch = batch.to(model.device)
     model.check(batch)
     sampled = _spread(batch, subset)
-    check_reference(reference_options or {}, len(sampled) * reals)
+    check_reference(reference or "hmc", reference_options or {}, len(sampled) * reals)
     candidates = _build(model, guides, options or {}, seed)
     fits: list[Fit] = []
     found: MCMCDraws | None = None

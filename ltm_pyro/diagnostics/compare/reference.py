@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltm_pyro.checks import MOST_COUNT, whole_number
-from ltm_pyro.errors import unknown_name
+from ltm_pyro.checks import whole_number
+from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc import MCMCDraws
+from ltm_pyro.inference.mcmc.sampler import check_options
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.random import Stream, derive_seed, seeded
 
@@ -23,18 +24,18 @@ OPTIONS = ("chains", "warmup", "draws", "mass", "step_size", "max_leapfrog")
 """Of `sample_posterior`, that a comparison does not set itself."""
 
 
-def check_reference(options: Mapping[str, Any], reals: int) -> None:
+def check_reference(kernel: str, options: Mapping[str, Any], reals: int) -> None:
     """Refuses options that the chains would refuse after all guides were fitted.
 
-    That is an unknown option, a count that is none, or draws of so many `reals` each that do not
-    fit into the memory.
+    Or draws of so many `reals` each that they do not fit into the memory.
     """
     for name in options:
         if name not in OPTIONS:
             raise unknown_name("option in reference_options", str(name), OPTIONS)
-    for name, least in (("chains", 2), ("warmup", 0), ("draws", 4), ("max_leapfrog", 1)):
-        if name in options:
-            whole_number(f"reference_options[{name!r}]", options[name], least, MOST_COUNT)
+    try:
+        check_options(kernel, **options)
+    except InputError as error:
+        raise InputError(f"reference_options: {error}") from None
     chains, draws = options.get("chains", 4), options.get("draws", 1000)
     # As they come, and stacked.
     whole_number("reference_options['draws']", draws, bytes_each=16 * chains * reals)

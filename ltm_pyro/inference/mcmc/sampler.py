@@ -63,7 +63,7 @@ def sample_posterior(
     Raises:
         InputError: for a bad option, or a start that does not belong to the batch.
     """
-    _check_options(kernel, chains, warmup, draws, mass, step_size, max_leapfrog)
+    check_options(kernel, chains, warmup, draws, mass, step_size, max_leapfrog)
     how = KERNELS[kernel]
     with (
         setting(model, batch, start) as place,
@@ -92,15 +92,16 @@ def sample_posterior(
     )
 
 
-def _check_options(
-    kernel: str,
-    chains: int,
-    warmup: int,
-    draws: int,
-    mass: str,
-    step_size: float | None,
-    max_leapfrog: int,
+def check_options(
+    kernel: str = "hmc",
+    chains: int = 4,
+    warmup: int = 400,
+    draws: int = 1000,
+    mass: str = "auto",
+    step_size: float | None = None,
+    max_leapfrog: int = MAX_LEAPFROG,
 ) -> None:
+    """Refuses what `sample_posterior` cannot use, by its own defaults."""
     if kernel not in KERNELS:
         raise unknown_name("kernel", kernel, KERNELS)
     if mass not in MASSES:
