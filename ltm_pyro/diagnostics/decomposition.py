@@ -62,15 +62,14 @@ def reconstruction_by_block(
         raise InputError("this model has no layers: take by='thought'")
     parts = blocks(n_thoughts, n_blocks)
     likelihoods = Likelihoods(model, batch.to(model.device))
-    sums, seen = torch.zeros(n_blocks + 1, len(batch), dtype=torch.float64), 0
+    sums = torch.zeros(n_blocks + 1, len(batch), dtype=torch.float64)
     for z in fresh_draws(post.distribution, batch.ids, draws, seed):
         for kept in range(n_blocks + 1):
             sums[kept] -= likelihoods(_first(z, parts[:kept])).sum(0).cpu()
-        seen += len(z)
     kl, kind = kl_by_block(post, parts)
     data = xr.Dataset(
         {
-            "nll": (("kept", "sequence"), (sums / seen).numpy(), {"units": "nats"}),
+            "nll": (("kept", "sequence"), (sums / draws).numpy(), {"units": "nats"}),
             "kl": (("block", "sequence"), kl.T.cpu().double().numpy(), {"units": "nats"}),
         },
         coords={
@@ -135,16 +134,15 @@ def token_surprise(
     whole_number("draws", draws, at_least=1)
     post.refuse_other_batch(batch)
     batch = batch.to(model.device)
-    nats, seen = torch.zeros(batch.mask.shape, dtype=torch.float64), 0
+    nats = torch.zeros(batch.mask.shape, dtype=torch.float64)
     with torch.no_grad():
         for part in fresh_draws(post.distribution, batch.ids, draws, seed):
             for z in part:
                 nats -= model.token_log_likelihood(z, batch).cpu()
-            seen += len(part)
         zero = torch.zeros_like(z)
         without = -(control or model).token_log_likelihood(zero, batch).double().cpu()
     mask = batch.mask.cpu()
-    columns = {"nll": nats / seen, "nll_without": without}
+    columns = {"nll": nats / draws, "nll_without": without}
     return xr.Dataset(
         {
             name: (("sequence", "token"), value.where(mask, torch.nan).numpy(), {"units": "nats"})

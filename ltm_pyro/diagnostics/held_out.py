@@ -108,10 +108,8 @@ class EarlyStopping(Callback):
 
     def over(self, metrics: Iterable[Metrics]) -> bool:
         """Whether a fit with these metrics has been stopped."""
-        bounds = held_out_bounds(metrics)
-        return (
-            bool(bounds) and len(bounds) - 1 - int(np.argmax([*bounds.values()])) >= self.patience
-        )
+        bounds = list(held_out_bounds(metrics).values())
+        return bool(bounds) and len(bounds) - 1 - int(np.argmax(bounds)) >= self.patience
 
 
 def held_out_columns(has_density: bool) -> tuple[str, ...]:

@@ -64,14 +64,14 @@ def score_table(
     known = cluster != "document" or "document" in scores.coords
     clusters = coordinate(scores, cluster if known else "sequence")
     if by is None:
-        return _frame(_rows(scores, clusters, per), ["score"])
+        return pd.DataFrame(_rows(scores, clusters, per)).set_index("score")
     labels, rows = coordinate(scores, by), []
     for name in np.unique(labels):
         here = np.flatnonzero(labels == name)
         rows += [
             {by: name, **row} for row in _rows(scores[{"sequence": here}], clusters[here], per)
         ]
-    return _frame(rows, [str(by), "score"])
+    return pd.DataFrame(rows).set_index([by, "score"])
 
 
 @door
@@ -130,12 +130,8 @@ def refuse_unknown(split: SequenceSet, per: str, by: str | None) -> None:
     """Refuses before anything is scored what `score_table` would refuse afterwards."""
     batch = split.batch([0])
     sizes = [] if batch.text_sizes is None else ["n_bytes", "n_words"]
-    empty = xr.Dataset({n: ("sequence", [1]) for n in ["n_tokens", *sizes]})
-    score_table(empty.assign_coords(sequence_coords(batch)), per, by=by)
-
-
-def _frame(rows: list[dict[str, Any]], index: list[str]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=None if rows else index).set_index(index)
+    blank = xr.Dataset({n: ("sequence", [1]) for n in ["nll_z0", "n_tokens", *sizes]})
+    score_table(blank.assign_coords(sequence_coords(batch)), per, by=by)
 
 
 def _rows(scores: xr.Dataset, clusters: NDArray[Any], per: str) -> list[dict[str, Any]]:
