@@ -39,7 +39,7 @@ from ltm_pyro.inference.clocks.schedules import (
 from ltm_pyro.inference.guides.registry import GUIDES
 from ltm_pyro.run import Interrupted, Run, create_run, load_run, train, train_control
 from ltm_pyro.run.extending import extend, restated
-from ltm_pyro.run.restarts import finished_restarts
+from ltm_pyro.run.fitting import finished_restarts
 
 STEPS = 6
 

@@ -16,7 +16,7 @@ from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.run import Run
 from ltm_pyro.run.files import json_bytes, write_atomic
-from ltm_pyro.run.restarts import finished_restarts
+from ltm_pyro.run.fitting import finished_restarts
 from ltm_pyro.run.scoring import HeldOut, per_sequence_csv
 
 POSTERIOR, EMBEDDING = "posterior.nc", "embedding.csv"

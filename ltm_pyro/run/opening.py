@@ -27,7 +27,8 @@ from ltm_pyro.models.learning import refuse_runaway
 from ltm_pyro.reading import LARGEST_JSON, as_path, damaged, read_bytes, read_json
 from ltm_pyro.run import checkpoint as checkpoints
 from ltm_pyro.run.building import absolute_paths, open_corpus
-from ltm_pyro.run.checkpoint import share_checkpoint
+from ltm_pyro.run.changes import difference
+from ltm_pyro.run.checkpoint import Checkpoint, put, share_checkpoint, take, weights_of
 from ltm_pyro.run.files import followed, json_bytes, refuse_protected, sha256
 from ltm_pyro.run.folder import CHECKPOINT, CONFIG, CONTROL, FOLDERS, METRICS, STORE, TOKENIZER, Run
 from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
@@ -41,7 +42,6 @@ from ltm_pyro.run.replacing import (
     undo_new,
 )
 from ltm_pyro.run.schemas import Facts, Heading, checked
-from ltm_pyro.run.starting import start_from
 
 FORMAT = 1
 """Raised when a run folder's layout changes."""
@@ -123,7 +123,7 @@ def make_run(
     run = Run(folder, config, facts, corpus.tokenizer, parallel=parallel, svi=svi)
     if not run.guide.has_density:
         refuse_runaway(run.model, run.guide.family)
-    control = start_from(run, read_run(Path(config.init_from), "cpu")) if config.init_from else {}
+    control = _start_from(run, read_run(Path(config.init_from), "cpu")) if config.init_from else {}
     files = {
         CONFIG: json_bytes({**facts, "config": to_dict(config)}),
         TOKENIZER: tokenizer,
@@ -142,6 +142,37 @@ def make_run(
         undo_new(folder)
         raise
     return run
+
+
+def _start_from(run: Run, other: Run) -> dict[str, bytes]:
+    """Gives a new run the weights of another, and its control those of the other's control.
+
+    The guide's shared weights go along where the guide is the same one. A run that was fitted
+    without a control lends its own decoder to the new control: both start alike, as always.
+
+    Returns:
+        The files of the control's first checkpoint, if there is one.
+    """
+    mine, its = run.config, other.config
+    asked = {k: v for k, v in to_dict(its.model).items() if k != "seq_len"}
+    changed = difference(mine, {"model": asked}, "this fit", other.label)
+    if changed is not None:
+        raise InputError(f"{changed}: --init_from needs the same model; leave that setting out")
+    if run.tokenizer.to_json() != other.tokenizer.to_json():
+        raise InputError(
+            f"the tokenizer of this fit's corpus is not that of {other.label}, whose weights it "
+            "should start from: load the corpus with tokenizer=run.tokenizer"
+        )
+    run.model.load_state_dict(other.model.state_dict())
+    if (mine.guide, dict(mine.guide_options)) == (its.guide, dict(its.guide_options)):
+        run.guide.load_state_dict(take(weights_of(other.svi), "guide."))
+    if not mine.control:
+        return {}
+    fitted = other.control().model if its.control else other.model
+    first = Checkpoint(
+        put("model.", fitted.state_dict()), {"slow_step": 0, "config": to_dict(mine)}
+    )
+    return {f"{CONTROL}/{k}": v for k, v in checkpoints.to_files(first).items()}
 
 
 def first_corpus(config: FitConfig) -> Corpus:

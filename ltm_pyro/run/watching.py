@@ -18,11 +18,11 @@ from ltm_pyro.course import Metrics, bound_name
 from ltm_pyro.diagnostics.held_out import PREFIX, EarlyStopping, best_step
 from ltm_pyro.errors import InputError, printable
 from ltm_pyro.reading import as_path
+from ltm_pyro.run.fitting import RESTARTS
 from ltm_pyro.run.folder import CONTROL, METRICS
 from ltm_pyro.run.lock import writer_of
 from ltm_pyro.run.metrics import MetricsFile
 from ltm_pyro.run.opening import recorded_config
-from ltm_pyro.run.restarts import RESTARTS
 
 BARS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _WIDTH = 32  # characters of a sparkline
