@@ -22,6 +22,7 @@ compares the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ from ltm_pyro.models.decoder import (
     rotary_angles,
     rotate,
 )
+from ltm_pyro.models.priors.standard_normal import StandardNormal
 from ltm_pyro.random import Stream, derive_seed
 
 Likelihood = Callable[[Tensor], Tensor]
@@ -121,7 +123,8 @@ class PublishedLoop:
     same optimisation problem is solved.
 
     Args:
-        model: Its decoder is read, and trained by `step`; the prior is the standard normal.
+        model: Its decoder is read, and trained by `step`. The KL to a prior that is no standard
+            normal is taken on the draw.
         fast: The fast clock.
         slow: The slow clock.
         seed: Of the noise.
@@ -196,5 +199,9 @@ class PublishedLoop:
         z = mu + (0.5 * log_variance).exp() * noise
         with torch.autocast(mu.device.type, torch.bfloat16, enabled=self.autocast):
             log_likelihood = likelihood(z)
-        kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
+        if isinstance(self.model.thought_prior, StandardNormal):
+            kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum()
+        else:
+            log_q = -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum()
+            kl = log_q - self.model.prior().log_prob(z).sum()
         return kl - log_likelihood.sum()

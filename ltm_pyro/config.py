@@ -291,13 +291,14 @@ PRESETS: dict[str, FitConfig] = {
         model=ModelConfig(seq_len=256),
         fast=Fast(steps=8), slow=_LATE_THOUGHTS, steps=450, batch_size=8, eval_draws=32,
     ),
-    # The synthetic corpus whose exact likelihood is known: only thoughts can tell its classes.
+    # The synthetic corpus whose exact likelihood is known: only thoughts can tell its classes, and
+    # a prior of clusters has their shape; N(0, I) costs nats of KL for where the clusters lie.
     "mixture": FitConfig(
         preset="mixture",
         corpus=CorpusConfig(name="mixture"),
         model=ModelConfig(
             vocab_size=16, seq_len=64, n_layers=2, width=64, n_heads=4, mlp_hidden=172,
-            window=1, thoughts_per_layer=2, thought_dim=8,
+            window=1, thoughts_per_layer=2, thought_dim=8, prior="mixture",
         ),
         slow=replace(_ANNEALED, lr=1e-2, kl_full=0.6), steps=600,
         eval_sequences=256, eval_fast_steps=64,

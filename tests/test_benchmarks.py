@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fast_loop
 import pytest
@@ -22,7 +23,7 @@ from ltm_pyro.engine.execution import frozen
 from ltm_pyro.random import Drawing, Noise
 
 
-def small_model(**overrides: int) -> ltm.LatentThoughtModel:
+def small_model(**overrides: Any) -> ltm.LatentThoughtModel:
     """Thoughts matter from the start."""
     shape = {"seq_len": 24, "width": 16, "n_heads": 2, "mlp_hidden": 24, "n_layers": 2}
     model = ltm.LatentThoughtModel.from_preset("nano", **{**shape, "thought_dim": 4, **overrides})
@@ -47,9 +48,10 @@ def test_published_likelihood_is_the_models(window: int) -> None:
     assert ((published - expected).abs() <= 1e-5 * expected.abs()).all()
 
 
-def test_published_loop_and_dual_rate_agree_on_the_same_noise() -> None:
+@pytest.mark.parametrize("prior", ["standard_normal", "mixture"])
+def test_published_loop_and_dual_rate_agree_on_the_same_noise(prior: str) -> None:
     """With fixed noise both use plain Adam, so the fitted parameters are the same numbers."""
-    model, batch = small_model(), ragged_batch()
+    model, batch = small_model(prior=prior), ragged_batch()
     fast, slow = ltm.Fast(steps=6, optimizer="adam", lr=0.1, noise="fixed"), ltm.Slow()
     guide = ltm.build_guide("mean_field", model)
     ltm.DualRateSVI(model, guide, fast, slow).infer(batch)

@@ -16,8 +16,8 @@ def test_thoughts_close_the_gap_to_the_exact_likelihood() -> None:
     """Only the class tells a sequence from another, and only thoughts can carry it.
 
     A decoder that sees one token can at best reach the window-1 optimum; the rest of the way to
-    the exact log-likelihood, about 43 nats per sequence, is z's. Three quarters of it is asked and
-    84 % was measured: the mean's own error, about 0.7 nats over 256 sequences, cannot bridge that.
+    the exact log-likelihood, about 43 nats per sequence, is z's. 90 % of it is asked of the ELBO,
+    KL charged; 95 % was measured (importance weights: 97 %), with a paired error of 0.3.
     """
     config = preset("mixture")
     corpus = ltm.load_corpus("mixture", seq_len=64)
@@ -30,6 +30,9 @@ def test_thoughts_close_the_gap_to_the_exact_likelihood() -> None:
     scores = ltm.evaluate(model, svi.infer(batch, config.eval_fast_steps), batch, draws=64)
     exact = corpus.log_likelihood(batch).numpy()
     window = corpus.window_log_likelihood(batch, window=1).numpy()
-    closed = float((scores.iw_bound.values - window).mean() / (exact - window).mean())
+    elbo, iw = (
+        float((scores[name].values - window).mean() / (exact - window).mean())
+        for name in ("elbo", "iw_bound")
+    )
     # Below 1 in the mean alone: a model may find a single sequence likelier than the truth does.
-    assert 0.75 <= closed < 1.0
+    assert 0.9 <= elbo <= iw < 1.0

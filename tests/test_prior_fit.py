@@ -1,7 +1,7 @@
 """What learned priors are worth, on text whose classes and exact likelihood are known.
 
-Each fit is the preset `mixture` as it is, 600 slow steps, with another prior: three to four minutes
-of one core. Everything else is equal: initial decoder, batches, noise streams, budget.
+Each fit is the preset `mixture` but for the prior, 600 slow steps: one to four minutes of one core.
+Everything else is equal: initial decoder, batches, noise streams, budget.
 """
 
 from __future__ import annotations

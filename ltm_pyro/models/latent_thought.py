@@ -63,7 +63,7 @@ class LatentThoughtModel(Scored, LatentModel):
         """A freshly initialised model.
 
         Args:
-            name: `nano`, `tiny`, `ltm-small`, `ltm-medium` or `ltm-large`.
+            name: `nano`, `mixture`, `tiny`, `ltm-small`, `ltm-medium` or `ltm-large`.
             **overrides: Fields of `ModelConfig`, above all `vocab_size`.
 
         Raises:
