@@ -28,7 +28,7 @@ _NAMES = {
     "inference.guides.contract": "check_guide",
     "tasks.filtering": "filter_thoughts",
     "inference.clocks.svi": "DualRateSVI",
-    "inference.callbacks": "Callback",
+    "callbacks": "Callback",
     "diagnostics.held_out": "HeldOutBound EarlyStopping",
     "inference.posterior": "Posterior",
     "tasks.generation": "generate",
@@ -61,6 +61,7 @@ _HOME = {name: f"ltm_pyro.{home}" for home, names in _NAMES.items() for name in 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from ltm_pyro.callbacks import Callback as Callback
     from ltm_pyro.config import Fast as Fast
     from ltm_pyro.config import FitConfig as FitConfig
     from ltm_pyro.config import ModelConfig as ModelConfig
@@ -92,7 +93,6 @@ if TYPE_CHECKING:
     from ltm_pyro.errors import InputError as InputError
     from ltm_pyro.errors import NonFiniteError as NonFiniteError
     from ltm_pyro.export import to_datatree as to_datatree
-    from ltm_pyro.inference.callbacks import Callback as Callback
     from ltm_pyro.inference.clocks.svi import DualRateSVI as DualRateSVI
     from ltm_pyro.inference.guides import LocalGuide as LocalGuide
     from ltm_pyro.inference.guides import build_guide as build_guide

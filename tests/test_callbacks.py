@@ -14,9 +14,9 @@ from known_models import LearnedOracle, make_oracle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ltm_pyro as ltm
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.cli import main
 from ltm_pyro.diagnostics.held_out import best_step, held_out_bounds
-from ltm_pyro.inference.callbacks import Callback
 
 FAST = ltm.Fast(steps=4, lr=0.2)
 

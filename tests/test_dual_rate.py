@@ -18,10 +18,10 @@ from known_models import (
 from tolerances import EXACT
 from torch import Tensor
 
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError, NonFiniteError
-from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.schedules import slow_kl_weight
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.inference.guides import build_guide

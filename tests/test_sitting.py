@@ -1,4 +1,4 @@
-"""How far a newcomer has to read: the files that a slow step and a score enter."""
+"""How far a newcomer has to read: files that a step and a score enter, and lines of the idea."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ import ltm_pyro as ltm
 PACKAGE = Path(ltm.__file__).parent
 MOST_OF_A_STEP = 15
 MOST_OF_A_SCORE = 10
+
+SITTING = (
+    "models/latent_thought.py", "inference/guides/base.py", "inference/guides/mean_field.py",
+    "inference/objectives/evidence.py", "inference/clocks/reference.py",
+    "inference/clocks/svi.py", "inference/clocks/fast.py", "inference/clocks/slow.py",
+)  # fmt: skip
+"""The generative story, q, the ELBO and both clocks."""
+MOST_LINES_OF_THE_SITTING = 1199
+MOST_LINES_OF_INFERENCE = 2200
 
 
 class _ReachedError(Exception):
@@ -70,3 +79,20 @@ def test_a_score_enters_few_files(svi: ltm.DualRateSVI) -> None:
     entered = files_entered(lambda: evaluate(svi.model, post, BATCH))
     assert "diagnostics/bounds.py" in entered
     assert len(entered) <= MOST_OF_A_SCORE, sorted(entered)
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_idea_is_read_in_a_sitting() -> None:
+    lines = {name: lines_of(PACKAGE / name) for name in SITTING}
+    assert sum(lines.values()) <= MOST_LINES_OF_THE_SITTING, lines
+
+
+def test_inference_is_short() -> None:
+    """Without the families of q and the chains, each of which is read by itself."""
+    root = PACKAGE / "inference"
+    read = [f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("guides", "mcmc")]
+    lines = {str(f.relative_to(root)): lines_of(f) for f in read}
+    assert sum(lines.values()) <= MOST_LINES_OF_INFERENCE, lines

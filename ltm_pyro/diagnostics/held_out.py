@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import MOST_FAST_STEPS
 from ltm_pyro.course import Metrics
@@ -15,7 +16,6 @@ from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.diagnostics.bounds import evaluate
 from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, monte_carlo
 from ltm_pyro.errors import InputError, shown
-from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.random import Stream, derive_seed
 

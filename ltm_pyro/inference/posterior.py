@@ -16,7 +16,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
-from ltm_pyro.models.marginals import interval, quantiles
+from ltm_pyro.models.marginals import quantiles, summary
 from ltm_pyro.models.row_selection import rows_of, select_rows
 from ltm_pyro.random import Noise, draw, fresh_seed
 
@@ -44,6 +44,10 @@ class FastTrace:
     kl: Tensor
     lr: Tensor
     grad_norm: Tensor
+
+
+TRACED = ("elbo", "nll", "kl", "grad_norm")
+"""What `FastTrace` holds of each sequence."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,15 +195,7 @@ class Posterior:
         Raises:
             InputError: if `prob` is not between 0 and 1, or `kind` another.
         """
-        low, high = interval(self.distribution, self.ids, prob, kind)
-        ends = [f"{kind}_{100 * p:.3g}%" for p in (0.5 - prob / 2, 0.5 + prob / 2)]
-        columns = {"mean": self.mean, "sd": self.sd, ends[0]: low, ends[1]: high}
-        thoughts, dims = self.distribution.event_shape
-        index = pd.MultiIndex.from_product(
-            [self.ids.tolist(), range(thoughts), range(dims)], names=["sequence", "thought", "dim"]
-        )
-        flat = {n: v.detach().flatten().cpu().numpy() for n, v in columns.items()}
-        return pd.DataFrame(flat, index=index)
+        return summary(self.distribution, self.ids, prob, kind)
 
     def __getitem__(self, which: Any) -> Posterior:
         """The posterior of some sequences.
@@ -217,13 +213,10 @@ class Posterior:
             for f in fields(self)
             if f.init and f.name not in ("distribution", "prior", "trace")
         }
-        trace = self.trace and replace(
-            self.trace,
-            **{n: getattr(self.trace, n)[:, rows] for n in ("elbo", "nll", "kl", "grad_norm")},
-        )
-        return replace(
-            self, distribution=select_rows(self.distribution, rows), trace=trace, **chosen
-        )
+        steps = {n: getattr(self.trace, n)[:, rows] for n in TRACED} if self.trace else {}
+        trace = self.trace and replace(self.trace, **steps)
+        q = select_rows(self.distribution, rows)
+        return replace(self, distribution=q, trace=trace, **chosen)
 
     def __iter__(self) -> Iterator[Posterior]:
         """The posterior of each sequence in turn."""
@@ -245,11 +238,7 @@ class Posterior:
         return (self.log_prob(z) - self.prior.log_prob(z)).mean(0)
 
     def refuse_other_batch(self, batch: Batch, name: str = "the posterior") -> None:
-        """Refuses a batch that q is not about.
-
-        Args:
-            batch: On any device. It may score other positions than q was fitted to.
-            name: What to call the posterior.
+        """Refuses a batch that q is not about; it may score other positions.
 
         Raises:
             InputError: if the batch holds other sequences, or in another order.

@@ -8,7 +8,6 @@ The length of a sequence is given, not modelled.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -17,11 +16,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ltm_pyro.checks import refuse_too_large, whole_number
-from ltm_pyro.config import ModelConfig, preset
+from ltm_pyro.config import ModelConfig, from_dict, preset, to_dict
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusively
 from ltm_pyro.engine.kernels.likelihood import Scored, Scoring
-from ltm_pyro.errors import InputError, shown, unknown_name
+from ltm_pyro.errors import InputError, shown
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.likelihood import TokenSequence
@@ -45,8 +44,7 @@ class LatentThoughtModel(Scored, LatentModel):
                 f"config is {shown(config)}: must be a ModelConfig, or use from_preset"
             )
         super().__init__()
-        self.config = config
-        self._thought_shape = config.n_thoughts, config.thought_dim
+        self.config, self._thought_shape = config, (config.n_thoughts, config.thought_dim)
         refuse_too_large(
             f"a model of {config.n_weights:,} weights", 4 * config.n_weights, "choose a smaller one"
         )
@@ -69,11 +67,7 @@ class LatentThoughtModel(Scored, LatentModel):
         Raises:
             InputError: for an unknown preset or a field out of range.
         """
-        base = preset(name).model
-        unknown = set(overrides) - set(base.__dataclass_fields__)
-        if unknown:
-            raise unknown_name("model setting", sorted(unknown)[0], base.__dataclass_fields__)
-        return cls(replace(base, **overrides))
+        return cls(from_dict(ModelConfig, to_dict(preset(name).model) | overrides))
 
     def _facts(self) -> dict[str, object]:
         """Latents and weights, and the decoder's shape."""

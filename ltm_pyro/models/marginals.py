@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pyro.distributions import Delta, TorchDistribution
 from torch import Tensor
@@ -50,6 +51,19 @@ def interval(q: TorchDistribution, ids: Tensor, prob: float, kind: str) -> tuple
     else:
         low, high = _of_draws(q, ids, lambda z: _shortest(z, prob))
     return low, high
+
+
+def summary(q: TorchDistribution, ids: Tensor, prob: float, kind: str) -> pd.DataFrame:
+    """See `Posterior.summary`."""
+    low, high = interval(q, ids, prob, kind)
+    ends = [f"{kind}_{100 * p:.3g}%" for p in (0.5 - prob / 2, 0.5 + prob / 2)]
+    columns = {"mean": q.mean, "sd": q.stddev, ends[0]: low, ends[1]: high}
+    thoughts, dims = q.event_shape
+    index = pd.MultiIndex.from_product(
+        [ids.tolist(), range(thoughts), range(dims)], names=["sequence", "thought", "dim"]
+    )
+    flat = {n: v.detach().flatten().cpu().numpy() for n, v in columns.items()}
+    return pd.DataFrame(flat, index=index)
 
 
 def _normal_quantile(p: float) -> float:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from itertools import count
 
 import pyro
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
 
 
 def svi_asks() -> bool:
     """Whether someone collects parameters just now, as `pyro.infer.SVI` does around each step."""
-    # Pyro has no public way to ask this: `am_i_wrapped` tells of any handler, and under most of
-    # them a weight that is told of would be left in the global store for nothing.
-    return any(
-        isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK
-    )
+    # Not `am_i_wrapped`, which tells of any handler: under most of them a weight that is told of
+    # would be left in the global store for nothing.
+    with block_messengers(_collects) as collecting:
+        return bool(collecting)
+
+
+def _collects(handler: Messenger) -> bool:
+    return isinstance(handler, TraceMessenger) and handler.param_only
 
 
 def tell_parameters(module: nn.Module) -> None:

@@ -6,10 +6,10 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ltm_pyro.callbacks import Callback, StopReason
 from ltm_pyro.checks import whole_number
 from ltm_pyro.course import Metrics
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.callbacks import Callback, StopReason
 from ltm_pyro.plots.fit import two_clock_curves
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.checks import MOST, whole_number
 from ltm_pyro.config import to_dict
 from ltm_pyro.course import Course
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.run.changes import changes_in
 from ltm_pyro.run.extending import extend
 from ltm_pyro.run.folder import CONFIG, Run

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ltm_pyro
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.checks import one_of
 from ltm_pyro.config import FitConfig, to_dict
 from ltm_pyro.course import Course, Metrics
@@ -35,7 +36,6 @@ from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.database import RowDatabase
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
-from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.reading import damaged, read_json

@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltm_pyro.callbacks import Callback, StopReason
 from ltm_pyro.course import Metrics
 from ltm_pyro.diagnostics.held_out import PREFIX
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.callbacks import Callback, StopReason
 from ltm_pyro.reading import as_path
 from ltm_pyro.run.files import refuse_protected
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import cast
 
+from ltm_pyro.callbacks import Callback
 from ltm_pyro.config import to_dict
 from ltm_pyro.course import Metrics
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.diagnostics.held_out import EarlyStopping, HeldOutBound, best_step
 from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
-from ltm_pyro.inference.callbacks import Callback
 from ltm_pyro.inference.clocks.svi import DualRateSVI
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.run.files import refuse_protected, writing

@@ -63,14 +63,7 @@ class FastResult:
 
 
 class FastLoop:
-    """Fits the guide's local parameters to one batch after another, in place.
-
-    Args:
-        model: The model.
-        guide: Reset for each batch.
-        objective: What is ascended.
-        slow: The parameters of the slow clock, frozen meanwhile.
-    """
+    """Ascends the objective by the guide's local parameters, batch after batch, `slow` frozen."""
 
     def __init__(
         self,
@@ -102,10 +95,10 @@ class FastLoop:
             watch: Is shown every step.
 
         Returns:
-            What the loop reports, and the optimiser with the rows' moments.
+            The loop's report, and the optimiser with the rows' moments.
 
         Raises:
-            NonFiniteError: if the objective or local parameters became NaN or infinite.
+            NonFiniteError: if the objective or local parameters are not finite any more.
         """
         optimizer = self._start(batch, fast, store)
         if not self.guide.local_parameters():

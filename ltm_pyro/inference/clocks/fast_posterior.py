@@ -19,13 +19,13 @@ from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer, mean_report, row_norms
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.inference.objectives import Terms, describe, kl_estimator
-from ltm_pyro.inference.posterior import FastTrace, Posterior
+from ltm_pyro.inference.posterior import TRACED, FastTrace, Posterior
 from ltm_pyro.random import Stream, derive_seed
 
 if TYPE_CHECKING:
     from ltm_pyro.inference.clocks.fitting import Fitting
 
-_OWN, _TRACED = "own_draw_elbo", ("elbo", "nll", "kl", "grad_norm")
+_OWN = "own_draw_elbo"
 
 
 def fast_posterior(
@@ -63,7 +63,7 @@ def fast_posterior(
         result, _ = svi.fast_loop(rows, fast, noise, store=store, watch=watch)
         own = {} if result.own_draw_elbo is None else {_OWN: result.own_draw_elbo}
         traced = (torch.stack(part, 1) for part in zip(*course, strict=True))
-        return {**svi.guide.rows(), **own, **dict(zip(_TRACED, traced, strict=False))}
+        return {**svi.guide.rows(), **own, **dict(zip(TRACED, traced, strict=False))}
 
     # Within another public function, that one's bar is the one to watch.
     shown = progress and svi.parallel.is_rank_0 and not nested()
@@ -77,7 +77,7 @@ def fast_posterior(
     own, trace = fitted.pop(_OWN, None), None
     if "elbo" in fitted:
         rates = torch.tensor([learning_rate(fast, t, fast.steps) for t in range(fast.steps)])
-        trace = FastTrace(lr=rates, **{name: fitted.pop(name).T.contiguous() for name in _TRACED})
+        trace = FastTrace(lr=rates, **{name: fitted.pop(name).T.contiguous() for name in TRACED})
     return _answer(svi, batch, fitted, trace, own, local_optimizer(svi.guide, fast, svi.elbo).name)
 
 

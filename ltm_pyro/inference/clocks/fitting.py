@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 
+from ltm_pyro.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.checks import settings
 from ltm_pyro.config import Fast, Slow
 from ltm_pyro.course import Course, Metrics, headline
@@ -21,7 +22,6 @@ from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.engine.rows.store import RowStore
 from ltm_pyro.errors import InputError
 from ltm_pyro.html import show
-from ltm_pyro.inference.callbacks import Callback, Evaluation, followed, followers
 from ltm_pyro.inference.clocks.fast import FastLoop
 from ltm_pyro.inference.clocks.fast_posterior import fast_posterior
 from ltm_pyro.inference.clocks.slow import SlowClock
@@ -30,9 +30,6 @@ from ltm_pyro.inference.objectives import Objective, describe
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.word_dropout import WordDropout
-
-if TYPE_CHECKING:
-    from ltm_pyro.inference.clocks.svi import DualRateSVI
 
 
 class Fitting(ABC):
@@ -181,8 +178,7 @@ class Fitting(ABC):
         first, last = len(self.metrics), self.slow_step + steps
         feed, lanes = self.execution.batch_of_step, self.store is not None
         bar = tqdm(total=steps, disable=not progress, desc="fit", unit="step")
-        following = followed(cast("DualRateSVI", self), callbacks, held_out, last)
-        with bar, following as after:
+        with bar, followed(self, callbacks, held_out, last) as after:
             for _ in range(steps):
                 now = self.slow_step
                 row = self.step(feed(data, now, batch_size, self.seed, lanes=lanes))

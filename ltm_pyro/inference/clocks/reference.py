@@ -126,9 +126,7 @@ def _decaying(
     """Matrices of linear maps decay; gains, vectors and embeddings do not."""
     modules = [m for program in programs for m in program.modules()]
     embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-    decays = [p.dim() >= 2 and id(p) not in embeddings for p in beta]
-    pairs = list(zip(beta, decays, strict=True))
-    return [
-        {"params": [p for p, d in pairs if d], "weight_decay": slow.weight_decay},
-        {"params": [p for p, d in pairs if not d], "weight_decay": 0.0},
-    ]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in beta:
+        groups[p.dim() >= 2 and id(p) not in embeddings].append(p)
+    return [{"params": ps, "weight_decay": d * slow.weight_decay} for d, ps in groups.items()]

@@ -18,13 +18,7 @@ def constant(step: int, total: int) -> float:
 
 
 def cosine(step: int, total: int, final_fraction: float = 0.0) -> float:
-    """Half a cosine from 1 at the first step to `final_fraction` at the last.
-
-    Args:
-        step: Counted from 0; steps beyond the last keep the last value.
-        total: Number of steps.
-        final_fraction: Value at the last step.
-    """
+    """Half a cosine from 1 at the first step to `final_fraction` at the last, kept beyond it."""
     share = min(step / max(total - 1, 1), 1.0)
     return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * share))
 
@@ -43,15 +37,7 @@ def warmup_cosine(
 
 
 def kl_weight(step: int, total: int, start: float, hold: float, full: float) -> float:
-    """Weight of the KL term: `start` until the share `hold`, then linear to 1 at the share `full`.
-
-    Args:
-        step: Slow step, counted from 0.
-        total: Number of slow steps.
-        start: First weight, from 0 to 1.
-        hold: Share of the steps that keep the first weight.
-        full: Share of the steps after which the weight is 1.
-    """
+    """Weight of the KL: `start` until the share `hold` of the steps, linear to 1 at `full`."""
     share = step / total
     if share >= full:
         return 1.0

@@ -1,8 +1,4 @@
-"""The slow clock: AdamW on decoder, prior and shared guide parameters.
-
-What it descends is the objective at the fitted q, on fresh draws (`SlowObjective`); what it does
-with the gradient, in one process or many, is `SlowClock`.
-"""
+"""The slow clock: AdamW on decoder, prior and shared guide parameters, at the fitted q."""
 
 from __future__ import annotations
 
@@ -103,12 +99,10 @@ class SlowClock:
     """AdamW with its schedule and gradient clipping.
 
     Args:
-        parameters: The slow parameters. Matrices of linear maps decay; gains, vectors and
-            embeddings do not.
+        parameters: The slow parameters. Matrices decay; gains and vectors do not.
         slow: Settings; may be replaced between steps.
         spare: Matrices that do not decay all the same; see `embedding_weights`.
-        parallel: The processes, each with the same weights, gradients and moments; this one alone
-            by default.
+        parallel: The processes, each with the same weights and moments; by default this one alone.
     """
 
     def __init__(
@@ -150,7 +144,7 @@ class SlowClock:
             step: Slow steps done, for the error.
 
         Raises:
-            NonFiniteError: in all processes, on NaN in one; nothing is written any more then.
+            NonFiniteError: in all processes, on NaN in one.
             ProcessLostError: if a process is gone.
         """
         sums = self.parallel.total(parts, step)

@@ -1,11 +1,7 @@
 """Dual-rate variational Bayes: fast steps fit q(z_i) per sequence, slow steps fit the decoder.
 
-    for each batch:
-        fast:  T_fast steps on phi_i   of  ELBO(phi_i; beta)        beta frozen
-        slow:  one step on beta        of  ELBO(phi_i; beta)        at the fitted q, on fresh draws
-
-Kong et al. (2025), algorithm 1. Every random number is a function of (seed, slow step), so a fit
-that was interrupted goes on bit for bit.
+Kong et al. (2025), algorithm 1; `reference` is that and nothing else. Every random number is a
+function of (seed, slow step, sequence), so a fit that was interrupted goes on bit for bit.
 """
 
 from __future__ import annotations

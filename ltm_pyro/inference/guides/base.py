@@ -1,8 +1,8 @@
 """What a local guide is. One family per file, registered by name.
 
 To add a family: subclass `LocalGuide`, say which tensors a row has (`initial_rows`) and how they
-make a distribution (`posterior`), decorate with `@register_guide("name")` (`guides.registry`). The
-contract test in `tests/test_guides.py` then runs over it.
+make a distribution (`posterior`), decorate with `@register_guide("name")` (`guides.registry`);
+`check_guide("name", ...)` holds it to the contract.
 """
 
 from __future__ import annotations

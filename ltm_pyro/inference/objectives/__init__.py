@@ -19,12 +19,7 @@ from pyro.infer import ELBO
 
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.inference.guides.stopped import stopped_log_prob
-from ltm_pyro.inference.objectives.evidence import (
-    Draw,
-    Elbo,
-    Objective,
-    Terms,
-)
+from ltm_pyro.inference.objectives.evidence import Elbo, Objective, Terms
 from ltm_pyro.inference.objectives.free_bits import BetaElbo, FreeBits
 from ltm_pyro.inference.objectives.importance import (
     DoublyReparametrised,
@@ -32,11 +27,7 @@ from ltm_pyro.inference.objectives.importance import (
     Renyi,
     StickingTheLanding,
 )
-from ltm_pyro.inference.objectives.pyro_elbos import (
-    PyroElbo,
-    describe,
-    kl_estimator,
-)
+from ltm_pyro.inference.objectives.pyro_elbos import PyroElbo, describe, kl_estimator
 from ltm_pyro.registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry(
@@ -82,22 +73,6 @@ def as_objective(elbo: ELBO | str | None) -> Objective:
 
 
 __all__ = [
-    "OBJECTIVES",
-    "BetaElbo",
-    "DoublyReparametrised",
-    "Draw",
-    "Elbo",
-    "FreeBits",
-    "ImportanceWeighted",
-    "Objective",
-    "PyroElbo",
-    "Renyi",
-    "StickingTheLanding",
-    "Terms",
-    "as_objective",
-    "build_objective",
-    "describe",
-    "kl_estimator",
-    "register_objective",
-    "stopped_log_prob",
-]
+    "OBJECTIVES", "Elbo", "Objective", "PyroElbo", "Terms", "as_objective", "build_objective",
+    "describe", "kl_estimator", "register_objective", "stopped_log_prob",
+]  # fmt: skip

@@ -36,11 +36,9 @@ class Terms:
     Each term is computed when it is first asked for, and once.
 
     Args:
-        model: The model.
         guide: Holds B rows.
         prior: p(z), event shape (K, D).
         batch: B sequences, possibly prepared by the model.
-        q: The guide's posterior.
         z: (S, B, K, D).
         weight: c, the KL weight.
     """
@@ -115,7 +113,6 @@ class Objective(UnderSVI):
     Attributes:
         name: By which `build_objective` knows it.
         options: What it was built with.
-        evaluations: Sequences times draws that it has been computed on by the clocks.
     """
 
     name: ClassVar[str] = ""
@@ -123,22 +120,15 @@ class Objective(UnderSVI):
     """Whether it pays for the KL as such (`Terms.kl`), in closed form where the guide has one."""
     weighs_draws: bool = False
     """Whether draws count by their importance weights; the fast clock is then Adam's."""
+    evaluations: int = 0
+    """Sequences times draws that it has been computed on by the clocks."""
 
     def __init__(self, particles: int = 1, **options: Any) -> None:
-        whole_number("particles", particles, 1, _MOST_PARTICLES)
+        self.particles = whole_number("particles", particles, 1, _MOST_PARTICLES)
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=particles, max_plate_nesting=1, vectorize_particles=particles > 1
         )
-        self.options: dict[str, Any] = {**options, "particles": particles}
-        self.evaluations = 0
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
-
-    @property
-    def particles(self) -> int:
-        """S."""
-        return int(self.num_particles)
+        self.options = {**options, "particles": particles}
 
     @abstractmethod
     def per_sequence(self, terms: Terms) -> Tensor:

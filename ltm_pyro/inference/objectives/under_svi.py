@@ -19,6 +19,11 @@ from ltm_pyro.random import Drawing, Noise, fresh_seed
 class UnderSVI(ELBO):
     """An objective (`Objective`) in Pyro's words."""
 
+    options: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
     @abstractmethod
     def per_sequence(self, terms: Any) -> Tensor:
         """The objective of each sequence in nats, higher is better, (B,)."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ltm_pyro.course import Metrics
 from ltm_pyro.errors import InputError, shown
-
-if TYPE_CHECKING:
-    from ltm_pyro.inference.clocks.svi import DualRateSVI
 
 StopReason = Literal["finished", "stopped", "interrupted", "failed"]
 """Why a fit ends: all steps are done, a callback said so, Ctrl-C, or an error."""
@@ -25,19 +22,19 @@ class Callback:
     later.
     """
 
-    def on_step(self, svi: DualRateSVI, row: Metrics) -> bool | None:
+    def on_step(self, svi: Any, row: Metrics) -> bool | None:
         """After a slow step; `True` stops the fit here.
 
         Args:
-            svi: The fit.
+            svi: The fit, a `DualRateSVI`.
             row: The step's metrics (see `DualRateSVI.step`), with those of the held-out bound
                 where it was scored; the last of `svi.metrics`.
         """
 
-    def on_evaluate(self, svi: DualRateSVI, row: Metrics) -> bool | None:
+    def on_evaluate(self, svi: Any, row: Metrics) -> bool | None:
         """After `on_step`, where the held-out bound was scored; arguments and answer as there."""
 
-    def on_stop(self, svi: DualRateSVI, reason: StopReason) -> None:
+    def on_stop(self, svi: Any, reason: StopReason) -> None:
         """Once, when the fit ends, in whatever way."""
 
 
@@ -49,14 +46,14 @@ class Evaluation(Protocol):
         """Whether to score after slow step `step` of a fit that ends with `last`."""
         ...
 
-    def score(self, svi: DualRateSVI) -> Metrics:
+    def score(self, svi: Any) -> Metrics:
         """Numbers that join the metrics of the slow step just done, by names of their own."""
         ...
 
 
 @contextmanager
 def followed(
-    svi: DualRateSVI, callbacks: Sequence[Callback], held_out: Evaluation | None, last: int
+    svi: Any, callbacks: Sequence[Callback], held_out: Evaluation | None, last: int
 ) -> Iterator[Callable[[Metrics], bool]]:
     """Gives what is called with the metrics of each slow step up to `last`: whether to stop."""
     reason: StopReason = "failed"
