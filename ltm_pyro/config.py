@@ -181,8 +181,8 @@ class CorpusConfig:
     folder with GPT-2's vocabulary."""
     encoding: Text = "utf-8"
     """Encoding of text files that do not begin with a mark of their own."""
-    newlines: Literal["keep", "lf"] = "keep"
-    """`keep`, or `lf`: every line end becomes a line feed."""
+    newlines: Literal["lf", "keep"] | None = None
+    """By default line ends of files become line feeds; `lf`: of strings in records too; `keep`."""
     text_field: Text = "text"
     """The field of a record that is its text; dots lead into nested ones, as in `turns.text`."""
     turn_separator: Text = "\n"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ltm_pyro.data import Corpus, load_corpus
+from ltm_pyro.data.files import CHUNK_BYTES, text_size
 from ltm_pyro.errors import InputError
 
 TEXTS = [
@@ -69,8 +70,9 @@ def test_line_ends_are_kept_or_made_one(tmp_path: Path, end: str) -> None:
     plain, other = tmp_path / "plain.txt", tmp_path / "other.txt"
     plain.write_bytes(PROSE.encode())
     other.write_bytes(PROSE.replace("\n", end).encode("utf-8-sig"))
+    same(load_corpus(plain, seq_len=32), load_corpus(other, seq_len=32))
     same(load_corpus(plain, seq_len=32), load_corpus(other, seq_len=32, newlines="lf"))
-    kept = load_corpus(other, seq_len=32)
+    kept = load_corpus(other, seq_len=32, newlines="keep")
     assert kept.n_bytes == len(PROSE.replace("\n", end).encode())
     with pytest.raises(InputError, match="newlines 'crlf'"):
         load_corpus(other, newlines="crlf")  # type: ignore[call-overload]
@@ -265,3 +267,13 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe = load_corpus("~/a.txt", seq_len=32).recipe
     assert recipe is not None
     assert recipe["name"] == str((tmp_path / "a.txt").resolve())
+
+
+def test_the_size_of_a_text_is_that_of_its_line_feeds(tmp_path: Path) -> None:
+    """Blocks are cut by it: a CR LF on the edge of what is read at once counts once."""
+    plain, other = tmp_path / "plain.txt", tmp_path / "crlf.txt"
+    text = "a" * (CHUNK_BYTES - 1) + "\n" + "b\n" * 5
+    plain.write_bytes(text.encode())
+    other.write_bytes(text.replace("\n", "\r\n").encode())
+    assert text_size(other, "utf-8") == text_size(plain, "utf-8") == len(text)
+    assert text_size(other, "utf-8", "keep") == len(text) + 6

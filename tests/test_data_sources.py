@@ -63,7 +63,7 @@ def test_a_text_file_is_kept_to_the_character(
     text = random_prose(0, 400)
     file = tmp_path / "some.TXT"
     file.write_bytes(text.encode(encoding))
-    documents = texts(FileSource(file, reading=Reading(encoding)))
+    documents = texts(FileSource(file, reading=Reading(encoding, "keep")))
     assert len(documents) > 3
     assert "".join(documents) == text
 

@@ -74,7 +74,7 @@ def load_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     text_field: str = "text",
     turn_separator: str = "\n",
-    newlines: Newlines = "keep",
+    newlines: Newlines = None,
     split: SplitKind | None = None,
     split_by: str | None = None,
     **options: Any,
@@ -105,7 +105,9 @@ def load_corpus(
         text_field: The field of a record that is its text; dots lead into nested objects and
             through lists, as in `turns.text`.
         turn_separator: Between the strings of a list.
-        newlines: `keep`, or `lf`: every line end becomes a line feed.
+        newlines: By default files are read as Python reads text: their line ends become line feeds,
+            and strings (what JSON escapes, a parquet table or data in memory hold) stay as they
+            are. `lf` makes those line feeds too, `keep` leaves files as they are.
         split: `document` deals whole documents out; `group` keeps all documents together that agree
             in `split_by`; `given` leaves the splits as they are: files, or their folders, that are
             called after train, val (valid, validation, dev) and test, the splits of a Hugging Face

@@ -23,8 +23,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from ltm_pyro.errors import InputError, nearest, shown
 
-Newlines = Literal["keep", "lf"]
-NEWLINES: tuple[str, ...] = ("keep", "lf")
+Newlines = Literal["lf", "keep"] | None
 PACKED_SUFFIXES = (".gz", ".zst")
 CHUNK_BYTES = 2**20
 _LONGEST_NAME = 200
@@ -130,13 +129,13 @@ def no_regular_file(path: Path) -> InputError:
     )
 
 
-def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Iterator[str]:
+def text_chunks(path: Path, encoding: str, newlines: Newlines = None) -> Iterator[str]:
     """The text of `path`, packed or not, in chunks without its byte order mark.
 
     Args:
         path: A regular file.
         encoding: For a text that does not begin with a mark of its own.
-        newlines: `keep` leaves line ends as they are, `lf` makes each of them a line feed.
+        newlines: `keep` leaves line ends as they are; otherwise each becomes a line feed.
     """
     with opened(path) as stream:
         chunk = stream.read(CHUNK_BYTES)
@@ -144,7 +143,7 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Itera
         encoding, skipped = _recognised(chunk, encoding)
         decoder = codecs.getincrementaldecoder(encoding)()
         # The library's own translation of line ends, over any decoder.
-        text = io.IncrementalNewlineDecoder(decoder, True) if newlines == "lf" else decoder
+        text = io.IncrementalNewlineDecoder(decoder, True) if newlines != "keep" else decoder
         chunk, consumed = chunk[skipped:], skipped
         while True:
             consumed += len(chunk)
@@ -164,16 +163,27 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = "keep") -> Itera
             chunk = stream.read(CHUNK_BYTES)
 
 
-def text_size(path: Path, encoding: str, newlines: Newlines = "keep") -> int:
+def text_size(path: Path, encoding: str, newlines: Newlines = None) -> int:
     """Bytes that the text of `path` has as UTF-8: the same for all files that hold one text."""
     with opened(path) as stream:
-        first = stream.read(16)
-        plain = isinstance(stream, _Limited) and stream.plain
-    found, skipped = _recognised(first, encoding)
-    if plain and newlines == "keep" and found in ("utf-8", "ascii"):
-        return max(0, status(path).st_size - skipped)
+        chunk = stream.read(CHUNK_BYTES)
+        found, skipped = _recognised(chunk, encoding)
+        if isinstance(stream, _Limited) and stream.plain and found in ("utf-8", "ascii"):
+            size = status(path).st_size - skipped
+            return max(0, size if newlines == "keep" else size - _carriages(chunk, stream))
     # A surrogate cannot come out of a decoder, so that every chunk can be encoded.
     return sum(len(chunk.encode("utf-8")) for chunk in text_chunks(path, encoding, newlines))
+
+
+def _carriages(chunk: bytes, stream: BinaryIO) -> int:
+    """How many line ends of `chunk` and what follows it are CR LF: bytes that `lf` takes away."""
+    count = 0
+    while chunk:
+        count += chunk.count(b"\r\n")
+        following = stream.read(CHUNK_BYTES)
+        count += chunk.endswith(b"\r") and following.startswith(b"\n")
+        chunk = following
+    return count
 
 
 def check_encoding(encoding: str) -> str:

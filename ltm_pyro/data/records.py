@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ltm_pyro.checks import one_of
-from ltm_pyro.data.files import NEWLINES, Newlines
+from ltm_pyro.data.files import Newlines
 from ltm_pyro.errors import InputError, nearest, shown
 
 TEXT = "text"
@@ -71,7 +71,7 @@ class Reading:
 
     Attributes:
         encoding: Of text files that do not begin with a mark of their own.
-        newlines: `keep`, or `lf`: every line end becomes a line feed.
+        newlines: None, `lf` or `keep`; see `load_corpus`.
         text_field: Which part of a record is its text; dots lead into nested objects and through
             lists, as in `turns.text`.
         turn_separator: Between the strings of a list, such as the turns of a dialogue.
@@ -79,13 +79,14 @@ class Reading:
     """
 
     encoding: str = "utf-8"
-    newlines: Newlines = "keep"
+    newlines: Newlines = None
     text_field: str = TEXT
     turn_separator: str = "\n"
     given: bool = False
 
     def __post_init__(self) -> None:
-        one_of("newlines", self.newlines, NEWLINES)
+        if self.newlines is not None:
+            one_of("newlines", self.newlines, ("lf", "keep"))
         if not isinstance(self.text_field, str) or not self.text_field:
             raise InputError(f"text_field is {shown(self.text_field)}: must be a string")
         if not isinstance(self.turn_separator, str):
