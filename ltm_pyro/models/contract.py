@@ -232,6 +232,21 @@ def _first_difference(one: Tensor, other: Tensor) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
+def _same(
+    model: LatentModel, batch: Batch, one: Tensor, other: Tensor, ways: tuple[str, str], rule: str
+) -> None:
+    """Refuses two ways to the log likelihoods (..., B) that differ by more than rounding."""
+    row = _first_difference(one, other)
+    if row is not None:
+        draws = torch.stack((one, other))[..., row].reshape(2, -1)
+        a, b = draws[:, (draws[0] - draws[1]).abs().argmax()].tolist()
+        raise _broken(
+            model,
+            f"log_likelihood of sequence id {int(batch.ids[row])} is {a:.6g} {ways[0]} and {b:.6g} "
+            f"{ways[1]}: {rule}",
+        )
+
+
 def _z(model: LatentModel, *lead: int) -> Tensor:
     return model.prior().sample(torch.Size(lead))
 
@@ -262,14 +277,8 @@ def _draws_stack(model: LatentModel, batch: Batch) -> None:
             f"{tuple(z.shape[:2])}: let leading dimensions (S, B, K, D) pass",
         )
     each = torch.stack([_scored(model, one, batch) for one in z])
-    row = _first_difference(stacked, each)
-    if row is not None:
-        raise _broken(
-            model,
-            f"log_likelihood of sequence id {int(batch.ids[row])} is {float(stacked[0, row]):.6g} "
-            f"among {_DRAWS} draws and {float(each[0, row]):.6g} with its draw alone: draws must "
-            "not enter each other's",
-        )
+    ways = f"among {_DRAWS} draws", "with its draw alone"
+    _same(model, batch, stacked, each, ways, "draws must not enter each other's")
 
 
 def _scoring_repeats(model: LatentModel, batch: Batch) -> None:
@@ -282,28 +291,18 @@ def _scoring_repeats(model: LatentModel, batch: Batch) -> None:
             "the prior, expected a number: keep rates, scales and logits in range",
         )
     first, again = (_scored(model, z, batch) for _ in range(2))
-    row = _first_difference(first, again)
-    if row is not None:
-        raise _broken(
-            model,
-            f"log_likelihood of sequence id {int(batch.ids[row])} is {float(first[row]):.6g} and, "
-            f"asked again, {float(again[row]):.6g}: it must draw nothing (dropout?) and keep "
-            "nothing",
-        )
+    rule = "it must draw nothing (dropout?) and keep nothing"
+    _same(model, batch, first, again, ("at first", "asked again"), rule)
 
 
 def _rows_are_independent(model: LatentModel, batch: Batch) -> None:
     z = _z(model, len(batch))
     together = _scored(model, z, batch)
     for row in range(len(batch)):
-        alone = _scored(model, z[row : row + 1], batch.select(slice(row, row + 1)))
-        if _first_difference(together[row : row + 1], alone) is not None:
-            raise _broken(
-                model,
-                f"log_likelihood of sequence id {int(batch.ids[row])} is "
-                f"{float(together[row]):.6g} in its batch and {float(alone[0]):.6g} alone: rows "
-                "must not enter each other's (batch norm? a mean over the batch?)",
-            )
+        here = slice(row, row + 1)
+        alone = _scored(model, z[here], one := batch.select(here))
+        rule = "rows must not enter each other's (batch norm? a mean over the batch?)"
+        _same(model, one, together[here], alone, ("in its batch", "alone"), rule)
 
 
 def _gradient_reaches_z(model: LatentModel, batch: Batch) -> None:
@@ -326,13 +325,8 @@ def _gradient_reaches_z(model: LatentModel, batch: Batch) -> None:
 def _preparing_changes_nothing(model: LatentModel, batch: Batch) -> None:
     z = _z(model, len(batch))
     plain, prepared = (_scored(model, z, b) for b in (batch, model.prepare(batch)))
-    row = _first_difference(plain, prepared)
-    if row is not None:
-        raise _broken(
-            model,
-            f"log_likelihood of sequence id {int(batch.ids[row])} is {float(plain[row]):.6g}, and "
-            f"{float(prepared[row]):.6g} of the prepared batch: prepare must not change it",
-        )
+    ways = "of the batch", "of the prepared batch"
+    _same(model, batch, plain, prepared, ways, "prepare must not change it")
 
 
 def _runs_forward(model: LatentModel, batch: Batch) -> None:
