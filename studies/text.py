@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import ltm_pyro as ltm
-from ltm_pyro.diagnostics.collapse import ACTIVE_VARIANCE
+from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.diagnostics.held_out import spread
 from ltm_pyro.plots.style import BLUE, INK, ORANGE, house_figure, title_and_legend
@@ -49,6 +49,7 @@ def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
         scores = ltm.evaluate(run.model, post, batch, config.eval_draws)
         short = run.svi.infer(batch, config.fast.steps, progress=False)
         truncated = ltm.evaluate(run.model, short, batch, config.eval_draws // 4, controls=False)
+    panel = collapse_panel(post, scores, n_layers=config.model.n_layers)
     elbo = float(scores["elbo"].mean())
     off = clustered_mean((control["nll_z0"] - scores["nll_z0"]).values, documents_of(scores))
     return {
@@ -59,7 +60,9 @@ def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
         "nats_of_z0": float((scores["nll_z0"] - scores["nll_given_z"]).mean()),
         "off_gain_per_sequence": off.value,
         "off_gain_error": off.error,
-        "active_units": int((post.mean.var(0) >= ACTIVE_VARIANCE).sum()),
+        "active_units": panel.active_units,
+        "mutual_information": panel.mutual_information,
+        "kl_aggregate": panel.kl_aggregate,
         "documents": scores.attrs["n_documents"],
         "tokens": int(scores["n_tokens"].sum()),
         "weights": run.config.model.n_weights,
@@ -96,7 +99,8 @@ def figure(table: pd.DataFrame) -> Figure:
 
 
 _COLUMNS = {
-    "kl_per_sequence": "KL", "active_units": "active units", "nats_of_z0": "z = 0",
+    "kl_per_sequence": "KL", "mutual_information": "of it telling apart",
+    "kl_aggregate": "of it common to all", "active_units": "active units", "nats_of_z0": "z = 0",
     "nats_of_shuffled_z": "another's z", "iw_above_elbo": "IW - ELBO",
     "lost_to_truncation": "truncation",
 }  # fmt: skip
@@ -105,8 +109,9 @@ _LEGEND = (
     "where the gain over the control of that seed is above two errors clustered by document. "
     "`off - control`: the decoder that was trained with thoughts, at z = 0, against the control. "
     "`z = 0` and `another's z`: what the text loses without its own z. `IW - ELBO`: what q's shape "
-    "costs, from below. `truncation`: what the fast steps of the training lose against the longer "
-    "loop that is scored."
+    "costs, from below. The KL is what z tells apart of the sequences (mutual information under q) "
+    "and what all q have in common against the prior, which a learned prior could save. "
+    "`truncation`: what the fast steps of the training lose against the longer loop that is scored."
 )
 
 
@@ -150,8 +155,9 @@ def _verdict(name: str, rows: pd.DataFrame, paid: list[int]) -> str:
         f"**{name}.** By the ELBO thoughts pay in {paid[0]} of {n} seeds and cost in "
         f"{_seeds(rows, 'elbo', above=False)}, by importance weights they pay in {paid[1]} and "
         f"cost in {_seeds(rows, 'iw', above=False)}. z gives {means['nats_of_z0']:.2f} nats over "
-        f"z = 0 for {means['kl_per_sequence']:.2f} of KL, {net:+.2f} in all; the decoder itself, "
-        f"thoughts switched off, is {means['off_gain_per_sequence']:+.2f} against the control; a q "
-        f"of another shape could win back at least {means['iw_above_elbo']:.2f}, a longer loop in "
-        f"training up to {means['lost_to_truncation']:.2f}."
+        f"z = 0 for {means['kl_per_sequence']:.2f} of KL (of which "
+        f"{means['kl_aggregate']:.2f} is common to all sequences), {net:+.2f} in all; the decoder "
+        f"itself, thoughts switched off, is {means['off_gain_per_sequence']:+.2f} against the "
+        f"control; a q of another shape could win back at least {means['iw_above_elbo']:.2f}, a "
+        f"longer loop in training up to {means['lost_to_truncation']:.2f}."
     )

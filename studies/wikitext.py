@@ -51,7 +51,8 @@ def articles(text: str) -> list[str]:
 def cell(settings: dict[str, Any], data: Path | None) -> list[dict[str, Any]]:
     """One fit and its control; a row for each score, one for all of the test split."""
     assert data is not None
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    of_fit = {name: value for name, value in settings.items() if not name.startswith("study.")}
+    key = hashlib.sha256(json.dumps(of_fit, sort_keys=True).encode()).hexdigest()[:16]
     home = Cache(None).folder / f"wikitext-{key}"
     texts = home / "text"
     if not texts.exists():
@@ -199,7 +200,10 @@ def paragraph(table: pd.DataFrame) -> str:
             f"from {100 * first['slow.thoughts_start']:.0f} % of them; {first['gflops']:,.0f} "
             f"GFLOP with thoughts and {first['control_gflops']:,.0f} without, at equal slow steps "
             "(until thoughts join the two are one fit, done once). The control's own number on the "
-            "same text stands beside each score; errors are clustered by article.",
+            "same text stands beside each score; errors are clustered by article. The fit with "
+            f"thoughts took {first['seconds'] / 60:.0f} minutes and the control "
+            f"{first['control_seconds'] / 60:.0f}, the shared start counted in both, on one thread "
+            "of a busy machine.",
             "",
             *lines,
             "",
