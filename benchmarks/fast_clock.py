@@ -7,10 +7,10 @@
 
 Three fast clocks on the linear-Gaussian oracle and on held-out sequences of finished runs: the
 published recipe (log variance started at -5, one fixed draw, Adam at 0.34 falling by a cosine),
-Adam on fresh draws, and the natural gradient. One evaluation is one draw of one sequence, so their
-number is T_fast. Converged is the exact best mean field on the oracle, elsewhere the best that a
-clock on fresh draws reaches in `--longest` steps. The settings of the clocks were chosen on
-validation sequences; these are of the test split.
+Adam on fresh draws, and the natural gradient, of a run at the run's own rate. One evaluation is one
+draw of one sequence, so their number is T_fast. Converged is the exact best mean field on the
+oracle, elsewhere the best that a clock on fresh draws reaches in `--longest` steps. The settings of
+the clocks were chosen on validation sequences; these are of the test split.
 
 Seconds to an equal bound take engine and clock together: the published algorithm in eager PyTorch
 (`published_loop.py`) against the compiled engine, in turns. Prints Markdown tables and what made
@@ -91,7 +91,9 @@ def main() -> None:
             return float(scores["elbo"].mean())
 
         name = f"{run.config.preset}, {run.config.steps} slow steps"
-        case = Case(name, run.model, batch, scored, args.seed, args.longest_run)
+        case = Case(
+            name, run.model, batch, scored, args.seed, args.longest_run, rate=run.config.fast.lr
+        )
         steps.append(case.steps_row())
         times.append(case.time_row(run.model))
     text = "\n".join([*STEPS_HEAD, *steps, "", *TIME_HEAD, *times, "", footnote(args)])
@@ -123,6 +125,7 @@ class Case:
         seed: Of the noise.
         longest: Largest T_fast.
         best: The converged score; by default the best of the clocks on fresh draws.
+        rate: Of the natural clock.
     """
 
     def __init__(
@@ -134,7 +137,9 @@ class Case:
         seed: int,
         longest: int,
         best: float | None = None,
+        rate: float = ltm.Fast().lr,
     ) -> None:
+        self.rate = rate
         self.name, self.model, self.batch, self.score = name, model, batch, score
         self.seed, self.longest = seed, longest
         self.last = {clock: self.reached(clock, longest) for clock in CLOCKS}
@@ -146,7 +151,7 @@ class Case:
         start, fast = CLOCKS[clock]
         guide = ltm.build_guide("mean_field", self.model, init_log_variance=start)
         compiled = ltm.Execution(compile=isinstance(self.model, ltm.LatentThoughtModel))
-        fast = replace(fast, steps=steps)
+        fast = replace(fast, steps=steps, lr=self.rate if clock == "natural" else fast.lr)
         return ltm.DualRateSVI(self.model, guide, fast, seed=self.seed, execution=compiled)
 
     def reached(self, clock: str, steps: int) -> float:
