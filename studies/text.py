@@ -33,8 +33,8 @@ from studies.common import (
 
 def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
     """A fit and its control on one corpus at one window, scored on the test split."""
-    corpus_settings = settings["study.corpora"][settings["corpus.name"]]
-    config = config_of({**settings, **corpus_settings}, data)
+    text = settings["study.text"]
+    config = config_of({**settings, **settings["study.texts"][text]}, data)
     window = settings["study.window"]
     shape = replace(config.model, window=config.model.seq_len if window == "full" else window)
     config = replace(config, model=shape)
@@ -53,7 +53,7 @@ def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
     elbo = float(scores["elbo"].mean())
     off = clustered_mean((control["nll_z0"] - scores["nll_z0"]).values, documents_of(scores))
     return {
-        "corpus": corpus.name,
+        "corpus": text,
         **against_control(HeldOut("test", batch, post, None, scores, control)),
         "iw_above_elbo": float(scores["iw_bound"].mean()) - elbo,
         "lost_to_truncation": elbo - float(truncated["elbo"].mean()),
@@ -132,11 +132,17 @@ def paragraph(table: pd.DataFrame) -> str:
         cells += [f"{means[name]:.2f}" for name in _COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
         verdicts.append(_verdict(f"{corpus}, window {window}", rows, paid))
-    first = table.iloc[0]
+    first, sizes = table.iloc[0], []
+    for name, rows in table.groupby("corpus", sort=False):
+        own = first["study.texts"][name]
+        length, steps = (own.get(k, first[k]) for k in ("model.seq_len", "steps"))
+        weights = rows["weights"].iloc[0] / 1e6
+        sizes.append(f"{name}: {weights:.2f} M weights, {steps} slow steps, {length} tokens")
     size = (
-        f"{first['steps']} slow steps, thoughts from {100 * first['slow.thoughts_start']:.0f} % of "
-        "them on; until then the two are one fit, and then both go on from the same weights. Equal "
-        "slow steps, not equal FLOPs: the fast loops come on top."
+        f"{'; '.join(sizes)} a sequence, {first['batch_size']} sequences a step. Thoughts from "
+        f"{100 * first['slow.thoughts_start']:.0f} % of the steps on; until then the two are one "
+        "fit, and then both go on from the same weights. Equal slow steps, not equal FLOPs: the "
+        "fast loops come on top."
     )
     return "\n".join([size, "", *lines, "", _LEGEND, "", "\n\n".join(verdicts)])
 
