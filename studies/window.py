@@ -24,8 +24,8 @@ from studies.common import (
 
 MIXTURE: dict[str, Any] = {
     "preset": "mixture", "model.prior": "standard_normal", "model.seq_len": 64,
-    "model.width": 32, "model.mlp_hidden": 64, "fast.steps": 4, "steps": 100, "batch_size": 32,
-    "slow.lr": 0.02, "eval_sequences": 128,
+    "model.width": 32, "model.mlp_hidden": 64, "fast.steps": 4, "fast.lr": 0.4, "steps": 100,
+    "batch_size": 32, "slow.lr": 0.02, "eval_sequences": 128,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
     "preset": "nano", "model.seq_len": 128, "model.n_layers": 2, "model.width": 64,
