@@ -131,6 +131,20 @@ def slope(table: pd.DataFrame, arm: str) -> np.ndarray[Any, Any]:
     return -np.array(fits)
 
 
+def twice(table: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Nats per sequence, a row a seed, that a second use of layers saves: by shape, on average."""
+    part = table[table["arm"] == arm].assign(shape=table["shape"].astype(str))
+    loss = part.pivot(index="seed", columns="shape", values="loss")
+    tied = [shape for shape in loss.columns if "x" in shape]
+    gains = pd.DataFrame({shape: loss[shape.partition("x")[0]] - loss[shape] for shape in tied})
+    return gains.assign(**{"on average": gains.mean(axis=1)})
+
+
+def _told(gain: pd.Series[float], name: str) -> str:
+    mean, half = seeds_interval(gain)
+    return f"{name} {mean:+.2f} ± {half:.2f}"
+
+
 def figure(table: pd.DataFrame) -> Figure:
     """What each arm loses above the truth, against depth."""
     learned = table["learned"]
@@ -170,21 +184,18 @@ def paragraph(table: pd.DataFrame) -> str:
     more, half = seeds_interval(saves["own"] - saves["none"])
     than_all, half_all = seeds_interval(saves["own"] - saves["all"])
     supported = more - half > 0 and than_all - half_all > 0
-    tied = table[table["shape"].astype(str) == "2x2"].set_index(["arm", "seed"])["loss"]
-    plain = table[table["shape"].astype(str) == "2"].set_index(["arm", "seed"])["loss"]
-    shared = "Sharing layers is not in the table."
-    if len(tied) and len(plain):
-        shared = "Using 2 layers twice saves against using them once: " + ", ".join(
-            "{}: {:+.2f} ± {:.2f}".format(ARMS[arm][0], *seeds_interval((plain - tied)[arm]))
-            for arm in ARMS
-        )
+    again = {arm: twice(table, arm) for arm in ARMS}
+    shared = "Using layers twice saves against using them once: " + "; ".join(
+        f"{ARMS[arm][0]} " + ", ".join(_told(gain, str(shape)) for shape, gain in gains.items())
+        for arm, gains in again.items()
+    )
     return (
         "A doubling of depth at matched weights saves, in nats per sequence (slope by least "
         f"squares, 95 % intervals over {table['seed'].nunique()} seeds): {told['own']} where each "
         f"layer has its own thoughts, {told['all']} where each reads all, {told['none']} without "
         f"thoughts. Own thoughts against none: {more:+.2f} ± {half:.2f}; own against all: "
         f"{than_all:+.2f} ± {half_all:.2f}. That depth helps more when each layer has its own "
-        f"thoughts is {'supported' if supported else 'not supported'} here. {shared} "
+        f"thoughts is {'supported' if supported else 'not supported'} here. {shared}. "
         "One synthetic corpus whose classes thoughts "
         f"can tell, {int(table['learned'].median()):,} weights, {table['steps'].iloc[0]} slow "
         "steps: MobileLLM's claim is about 125 M weights, real text and far longer training, and "
