@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 
 _LEAST, _LARGEST = 64, 65536
+# Bytes of a text whose blocks are the largest, half of them carriage returns or not.
+SURELY_LARGE = 2 * (_LARGEST // 4) ** 2
 # Characters that a block may grow to, in units of the block, while it waits for a blank line.
 _PATIENCE = 4
 # The last line break of a run of blank lines: the block ends after it.

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from ltm_pyro.data.blocks import SURELY_LARGE
 from ltm_pyro.errors import InputError, nearest, shown
 
 Newlines = Literal["lf", "keep"] | None
@@ -164,13 +165,17 @@ def text_chunks(path: Path, encoding: str, newlines: Newlines = None) -> Iterato
 
 
 def text_size(path: Path, encoding: str, newlines: Newlines = None) -> int:
-    """Bytes that the text of `path` has as UTF-8: the same for all files that hold one text."""
+    """Bytes that the text of `path` has as UTF-8: the same for all files that hold one text.
+
+    But for those whose size can tell `block_size` no more: they are not read.
+    """
     with opened(path) as stream:
         chunk = stream.read(CHUNK_BYTES)
         found, skipped = _recognised(chunk, encoding)
         if isinstance(stream, _Limited) and stream.plain and found in ("utf-8", "ascii"):
             size = status(path).st_size - skipped
-            return max(0, size if newlines == "keep" else size - _carriages(chunk, stream))
+            counts = newlines != "keep" and size < SURELY_LARGE
+            return max(0, size - _carriages(chunk, stream) if counts else size)
     # A surrogate cannot come out of a decoder, so that every chunk can be encoded.
     return sum(len(chunk.encode("utf-8")) for chunk in text_chunks(path, encoding, newlines))
 
