@@ -127,7 +127,7 @@ def test_scraps_of_yaml_are_no_options(scrap: str) -> None:
         (["--guides", "mean_field,delta", "--subset", "0"], "subset is 0"),
         (
             ["--guides", "mean_field,delta", "--reference", "hmc", "--reference_draws", "9" * 18],
-            "'warmup'",
+            "reference_options: draws is 9999",
         ),
         (["--guides", "mean_field,delta", "--split", "dev"], "unknown split 'dev'"),
         (["--guides", "mean_field,delta", "--seed", "-1"], "seed is -1"),

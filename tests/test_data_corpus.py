@@ -218,7 +218,7 @@ def test_a_folder_of_all_kinds(tmp_path: Path) -> None:
     (folder / "a.txt").write_text(prose(1, 300))
     (folder / "b.md").write_text(prose(2, 300))
     write_documents(folder / "c.jsonl", [prose(3, 30), prose(4, 30)])
-    corpus = load_corpus(str(folder), seq_len=64)
+    corpus = load_corpus(str(folder), seq_len=64, newlines="keep")
     assert corpus.n_bytes == sum(
         len(prose(*a).encode()) for a in ((1, 300), (2, 300), (3, 30), (4, 30))
     )

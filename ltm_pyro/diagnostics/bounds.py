@@ -86,15 +86,22 @@ class Likelihoods:
         model: Whose likelihood.
         batch: B sequences.
         parallel: Processes, which share the sequences; draws are cheap, and all made by each.
+        at_once: Draws times sequences scored together; as many as `TOKENS_AT_ONCE` by default.
     """
 
-    def __init__(self, model: LatentModel, batch: Batch, parallel: Parallel | None = None) -> None:
+    def __init__(
+        self,
+        model: LatentModel,
+        batch: Batch,
+        parallel: Parallel | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self.model = model
         self.batch = batch
         shared = parallel is not None and len(batch) >= parallel.size
         self.parallel = parallel if shared else None
         mine = self.parallel.share(len(batch)) if self.parallel else slice(0, len(batch))
-        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel())
+        size = max(1, TOKENS_AT_ONCE // batch.mask[0].numel()) if at_once is None else at_once
         starts = range(mine.start, mine.stop, size)
         self.parts = [slice(start, min(start + size, mine.stop)) for start in starts]
         self.draws = max(1, size // max(1, mine.stop - mine.start))

@@ -20,13 +20,14 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ltm_pyro.checks import one_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import Likelihoods, score_terms
 from ltm_pyro.diagnostics.estimates import khat_threshold, log_mean, provenance, sequence_coords
 from ltm_pyro.diagnostics.psis import MIN_DRAWS, khat_error, pareto_khat, tail_error
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
-from ltm_pyro.inference.mcmc.annealing import Annealer, refine, rungs_needed
+from ltm_pyro.inference.mcmc.annealing import Annealer, fixed, refine, rungs_needed
 from ltm_pyro.inference.mcmc.target import check_count, setting
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
@@ -36,6 +37,7 @@ from ltm_pyro.random import Stream, derive_seed, seeded
 Columns = dict[str, tuple[Any, str]]
 """Values (B,) and their units, by name."""
 
+SCHEDULES = ("adaptive", "sigmoid", "linear")
 WIDE = 1.0
 """Nats between the two sides of a bracket above which it is flagged."""
 
@@ -45,7 +47,13 @@ FEW_WEIGHTS = 0.25
 
 @door
 def importance_bound(
-    model: LatentModel, post: Posterior, batch: Batch, draws: int = 1000, *, seed: int = 0
+    model: LatentModel,
+    post: Posterior,
+    batch: Batch,
+    draws: int = 1000,
+    *,
+    rows: int = 512,
+    seed: int = 0,
 ) -> xr.Dataset:
     """The importance-weighted bound from many draws, in pieces so that memory stays small.
 
@@ -55,6 +63,7 @@ def importance_bound(
         batch: B sequences.
         draws: S, fresh draws per sequence; `psis.MIN_DRAWS` or more for a k-hat. As many others
             are drawn to judge them by.
+        rows: Draws times sequences scored together: bounds memory, whatever S.
         seed: Of the draws.
 
     Returns:
@@ -71,12 +80,13 @@ def importance_bound(
         InputError: for too few draws, a point mass, or a posterior of other sequences.
     """
     check_count("draws", draws, 2, "since the standard error compares them")
+    check_count("rows", rows, 1, "draws times sequences")
     if not post.has_density:
         raise InputError(
             f"a {post.family!r} guide is a point mass: importance weights need a density"
         )
     with setting(model, batch, post) as place:
-        likelihoods = Likelihoods(model, place.batch)
+        likelihoods = Likelihoods(model, place.batch, at_once=rows)
         q, prior = post.distribution, place.prior
         log_weights, others = (
             score_terms(likelihoods, q, prior, draws, seed, other=other).log_weights.cpu()
@@ -128,6 +138,7 @@ def annealed_bound(
     start: Posterior | None = None,
     chains: int = 32,
     rungs: int | None = None,
+    schedule: str = "adaptive",
     max_leapfrog: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -144,8 +155,9 @@ def annealed_bound(
             the fewer rungs are needed. What a guide misses, a mode for one, the bound misses too,
             and its standard error does not show it: it stays a lower bound, too low by that mass.
         chains: Independent chains per sequence whose weights are averaged.
-        rungs: Temperatures, each sequence's equally far apart as weights count; by default as many
-            as the pilot finds the way to be long.
+        rungs: Temperatures; by default as many as the pilot finds the way to be long.
+        schedule: `adaptive`, each sequence's rungs equally far apart as weights count; `sigmoid`
+            or `linear`, the same temperatures for all.
         max_leapfrog: Gradients per transition at most.
         seed: The same seed gives the same answer; torch's global generator is left alone.
         progress: Show a progress bar.
@@ -157,7 +169,7 @@ def annealed_bound(
     Raises:
         InputError: for a bad option, or a start that is a point mass or of other sequences.
     """
-    return _anneal(model, batch, start, None, chains, rungs, max_leapfrog, seed, progress)
+    return _anneal(model, batch, start, None, chains, rungs, schedule, max_leapfrog, seed, progress)
 
 
 @door
@@ -167,6 +179,7 @@ def evidence_bracket(
     *,
     chains: int = 32,
     rungs: int | None = None,
+    schedule: str = "adaptive",
     max_leapfrog: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -180,6 +193,7 @@ def evidence_bracket(
         simulated: Of `simulate(model, n)`: sequences, and the thoughts they were made from.
         chains: As in `annealed_bound`, in each direction.
         rungs: As there.
+        schedule: As there.
         max_leapfrog: As there.
         seed: As there.
         progress: As there.
@@ -200,7 +214,16 @@ def evidence_bracket(
             "sequence was made from"
         )
     return _anneal(
-        model, simulated.batch, None, simulated.z, chains, rungs, max_leapfrog, seed, progress
+        model,
+        simulated.batch,
+        None,
+        simulated.z,
+        chains,
+        rungs,
+        schedule,
+        max_leapfrog,
+        seed,
+        progress,
     )
 
 
@@ -211,11 +234,13 @@ def _anneal(
     exact: Tensor | None,
     chains: int,
     rungs: int | None,
+    schedule: str,
     max_leapfrog: int,
     seed: int,
     progress: bool,
 ) -> xr.Dataset:
     """One direction, or both where exact draws (B, K, D) are given."""
+    one_of("schedule", schedule, SCHEDULES)
     check_count("chains", chains, 2, "since the standard error compares them")
     check_count("max_leapfrog", max_leapfrog, 1, "gradients per transition")
     if rungs is not None:
@@ -228,7 +253,9 @@ def _anneal(
         with random(1):
             annealer = Annealer(place, max_leapfrog)
             pilot = annealer.pilot()
-            ladder = refine(pilot, rungs_needed(pilot) if rungs is None else rungs)
+            n = rungs_needed(pilot) if rungs is None else rungs
+            adaptive = schedule == "adaptive"
+            ladder = refine(pilot, n) if adaptive else fixed(schedule, pilot, n)
         steps = len(ladder.beta) - 1
         length = steps * (1 if exact is None else 2)
         with tqdm(total=length, disable=not progress, desc="anneal", unit="rung") as bar:
@@ -244,6 +271,7 @@ def _anneal(
     data = _dataset(batch, columns, start=family, chains=chains, rungs=steps, seed=seed)
     cost = annealer.pilot_cost + chains * annealer.target.evaluations
     data.attrs["gradient_evaluations_per_sequence"] = cost
+    data.attrs["schedule"] = schedule
     data.attrs["flags"] = "; ".join(_annealing_flags(data, chains))
     return data
 

@@ -195,5 +195,23 @@ def rungs_needed(pilot: Ladder) -> int:
     return min(max(round(length**2 / WEIGHT_VARIANCE), FEWEST), MOST)
 
 
+def fixed(name: str, pilot: Ladder, rungs: int) -> Ladder:
+    """A schedule of temperatures that does not look at the data, with the pilot's step sizes.
+
+    Args:
+        name: `linear`, or `sigmoid` from -4 to 4, rescaled (Grosse et al. 2015).
+        pilot: Where the step sizes are read off, by temperature.
+        rungs: n.
+    """
+    share = torch.linspace(0, 1, rungs + 1).to(pilot.beta)
+    if name == "sigmoid":
+        curve = torch.sigmoid(8 * share - 4)
+        share = (curve - curve[0]) / (curve[-1] - curve[0])
+    beta = share[:, None].expand(-1, pilot.beta.shape[1]).contiguous()
+    beta[0], beta[-1] = 0.0, 1.0
+    found = torch.searchsorted(pilot.beta.T.contiguous(), beta.T.contiguous()).T
+    return Ladder(beta, pilot.step_size.gather(0, found.clamp(max=len(pilot.beta) - 1)))
+
+
 def _weights(beta: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(beta), beta])
