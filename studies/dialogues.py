@@ -25,8 +25,8 @@ from torch import Tensor
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics.estimates import clustered_mean
 from ltm_pyro.models.examples import BernoulliFactors
-from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure
-from studies.common import clear, over_seeds, with_errors
+from studies.common import clear, with_errors
+from studies.figures import bars_by_arm
 from studies.flat_sessions import build, session_code
 from studies.telling_apart import predicted, softmax_regression, two_sample_accuracy
 
@@ -195,17 +195,7 @@ def figure(table: pd.DataFrame) -> Figure:
         "c2st": "told from real", "turns_agree": "turns agree",
         "service_distance": "distance of services",
     }  # fmt: skip
-    with house_figure((8.4, 3.0), caption) as fig:
-        for axes, (column, label) in zip(fig.subplots(1, 3), panels.items(), strict=True):
-            mean = over_seeds(table, ["arm"], column)
-            colors = [
-                {"nested": BLUE, "flat": ORANGE, "turns_only": GREEN}.get(a, INK)
-                for a in mean["arm"]
-            ]
-            axes.bar(mean["arm"], mean["mean"], yerr=mean["error"].fillna(0.0), color=colors)
-            axes.tick_params("x", rotation=30)
-            axes.set_title(label)
-    return fig
+    return bars_by_arm(table, panels, caption)
 
 
 def paragraph(table: pd.DataFrame) -> str:

@@ -15,10 +15,10 @@ import ltm_pyro as ltm
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.collapse import ACTIVE_VARIANCE
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.plots.style import BLUE, INK, ORANGE, house_figure, title_and_legend
 from ltm_pyro.run import Run
 from ltm_pyro.run.scoring import HeldOut
 from studies.common import against_control, clear, config_of, fitted, over_seeds
+from studies.figures import gains_by_window
 
 
 def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
@@ -62,24 +62,7 @@ def figure(table: pd.DataFrame) -> Figure:
         "errors clustered by document; one mark a seed. Orange: ELBO. Blue: importance weights. "
         "Right of the line thoughts pay."
     )
-    names = list(table["study.recipe"].unique())
-    windows = list(table.groupby("model.window"))
-    with house_figure((4.2 * len(windows) + 1.6, 0.9 + 0.34 * len(names)), caption) as fig:
-        panels = fig.subplots(1, len(windows), sharey=True, squeeze=False)[0]
-        for axes, (window, rows) in zip(panels, windows, strict=True):
-            for bound, color, up in (("elbo", ORANGE, 0.12), ("iw", BLUE, -0.12)):
-                place = rows["study.recipe"].map(names.index) - up + 0.05 * rows["seed"]
-                axes.errorbar(
-                    rows[f"{bound}_gain_per_sequence"], place,
-                    xerr=2 * rows[f"{bound}_gain_error"].fillna(0.0), fmt="o", markersize=3,
-                    linewidth=0.8, color=color,
-                )  # fmt: skip
-            axes.axvline(0.0, color=INK, linewidth=1.0)
-            axes.set_xlabel("gain over the control, nats per sequence")
-            title_and_legend(axes, f"window {window}")
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].invert_yaxis()
-    return fig
+    return gains_by_window(table, "study.recipe", "model.window", caption)
 
 
 def paragraph(table: pd.DataFrame) -> str:

@@ -18,7 +18,6 @@ import ltm_pyro as ltm
 from ltm_pyro.diagnostics.collapse import collapse_panel
 from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of
 from ltm_pyro.diagnostics.held_out import spread
-from ltm_pyro.plots.style import BLUE, INK, ORANGE, house_figure, title_and_legend
 from ltm_pyro.run import create_run
 from ltm_pyro.run.scoring import HeldOut, control_scores
 from studies.common import (
@@ -29,6 +28,7 @@ from studies.common import (
     train_both,
     training_gflops,
 )
+from studies.figures import gains_by_window
 
 
 def cell(settings: dict[str, Any], data: Path | None) -> dict[str, Any]:
@@ -78,24 +78,7 @@ def figure(table: pd.DataFrame) -> Figure:
         "the decoder that was trained with thoughts, its thoughts switched off. Right of the line "
         "a model is better than the control; a bound left of it says nothing of the model."
     )
-    names = list(table["corpus"].unique())
-    windows = list(table.groupby("study.window"))
-    with house_figure((4.0 * len(windows) + 1.2, 1.2 + 0.6 * len(names)), caption) as fig:
-        panels = fig.subplots(1, len(windows), sharey=True, squeeze=False)[0]
-        for axes, (window, rows) in zip(panels, windows, strict=True):
-            for kind, color, up in (("elbo", ORANGE, 0.2), ("iw", BLUE, 0.0), ("off", INK, -0.2)):
-                axes.errorbar(
-                    rows[f"{kind}_gain_per_sequence"],
-                    rows["corpus"].map(names.index) - up + 0.06 * (rows["seed"] - 1),
-                    xerr=2 * rows[f"{kind}_gain_error"].fillna(0.0), fmt="o", markersize=3,
-                    linewidth=0.8, color=color,
-                )  # fmt: skip
-            axes.axvline(0.0, color=INK, linewidth=1.0)
-            axes.set_xlabel("gain over the control, nats per sequence")
-            title_and_legend(axes, f"window {window}")
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].invert_yaxis()
-    return fig
+    return gains_by_window(table, "corpus", "study.window", caption)
 
 
 _COLUMNS = {

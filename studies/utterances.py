@@ -20,9 +20,9 @@ from torch import Tensor
 import ltm_pyro as ltm
 from ltm_pyro.diagnostics.control import control
 from ltm_pyro.diagnostics.estimates import clustered_mean
-from ltm_pyro.plots.style import BLUE, GREEN, INK, ORANGE, house_figure
-from studies.common import over_seeds, seeds_interval, with_errors
+from studies.common import seeds_interval, with_errors
 from studies.dialogues import Dialogues, commonest, said, simulation
+from studies.figures import bars_by_arm
 from studies.flat_sessions import build
 from studies.telling_apart import two_sample_accuracy
 
@@ -136,17 +136,7 @@ def figure(table: pd.DataFrame) -> Figure:
         "are about one service, to classifiers of real turns. Means and standard errors over seeds."
     )
     panels = {"c2st": "told by words", "c2st_pairs": "told by pairs", "turns_agree": "turns agree"}
-    colors = {"nested": BLUE, "flat": ORANGE, "turns_only": GREEN}
-    with house_figure((8.4, 3.0), caption) as fig:
-        for axes, (column, label) in zip(fig.subplots(1, 3), panels.items(), strict=True):
-            mean = over_seeds(table, ["arm"], column)
-            axes.bar(
-                mean["arm"], mean["mean"], yerr=mean["error"].fillna(0.0),
-                color=[colors.get(arm, INK) for arm in mean["arm"]],
-            )  # fmt: skip
-            axes.tick_params("x", rotation=30)
-            axes.set_title(label)
-    return fig
+    return bars_by_arm(table, panels, caption)
 
 
 def paragraph(table: pd.DataFrame) -> str:
