@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import Namespace
 
 from ltm_pyro.checks import one_of
+from ltm_pyro.cli import yaml_text
 from ltm_pyro.cli.options import add_device, add_scoring, open_run, scoring, writing_to
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.errors import InputError, shown
+from ltm_pyro.errors import InputError, printable, shown
 from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
@@ -165,20 +166,15 @@ def _scalar(key: str, text: str) -> str | int | float | bool | None:
 
     Anything else is refused, e.g. `[`, `{a: b}`, `&x`, `!!python/name:os`, a date.
     """
-    try:
-        # The parser takes minutes for many brackets, and no option is that long.
-        events = list(yaml.parse(text, Loader=yaml.SafeLoader)) if len(text) <= LONGEST else []
-        plain = [event for event in events if isinstance(event, yaml.ScalarEvent)]
-        # Stream and document each start and end; no anchor, no tag, nothing nested.
-        fits = len(events) == 5 and len(plain) == 1 and not (plain[0].anchor or plain[0].tag)
-        value = yaml.safe_load(text) if fits else []
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = []
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise InputError(
-            f"guides gives {shown(key)} as {shown(text)}: must be a number, a word, true or false"
-        )
-    return value
+    # An anchor, a tag or a remark would be lost, and the parser takes minutes for many brackets.
+    plain = len(text) <= LONGEST and not text.lstrip().startswith(("&", "!", "#"))
+    with suppress(InputError):
+        value = yaml_text.load(text, key) if plain else []
+        if value is None or isinstance(value, str | int | float):
+            return value
+    raise InputError(
+        f"guides gives {shown(key)} as {shown(text)}: must be a number, a word, true or false"
+    )
 
 
 def _parser() -> Parser:
@@ -226,7 +222,6 @@ def _write(folder: Path, comparison: Comparison) -> str:
     import xarray as xr
 
     from ltm_pyro import plots
-    from ltm_pyro.cli.printing import printable
     from ltm_pyro.export import save_datatree
     from ltm_pyro.run.files import write_atomic
 

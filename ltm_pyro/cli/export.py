@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from ltm_pyro.checks import one_of
 from ltm_pyro.cli.options import add_run, add_scoring, open_run, scoring, writing_file
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import printable
 from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
@@ -36,7 +37,6 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from ltm_pyro.cli.artefacts import EMBEDDING, POSTERIOR
-    from ltm_pyro.cli.printing import printable
 
     folder = as_path("run folder", options.run)
     name = EMBEDDING if options.embed else POSTERIOR

@@ -22,7 +22,7 @@ from ltm_pyro.cli.settings import (
 from ltm_pyro.cli.stopping import StopSignals
 from ltm_pyro.cli.streams import hush, tell
 from ltm_pyro.config import PRESETS
-from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError
+from ltm_pyro.errors import InputError, NonFiniteError, ProcessLostError, printable
 from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _take_over(fitted: Run, given: Settings) -> None:
 
 def fit_and_report(fitted: Run, corpus: Corpus, *, new: bool, board: bool = False) -> int:
     """Trains model and control, then reports; stops cleanly when asked to. The exit status."""
-    from ltm_pyro.cli.printing import describe_fit, printable, resume_line
+    from ltm_pyro.cli.printing import describe_fit, resume_line
     from ltm_pyro.run import Interrupted
 
     watch = _Watch(fitted)
@@ -329,7 +329,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
     The run is read from its folder again, so that what is told is what anyone finds there later.
     """
     from ltm_pyro.cli.artefacts import list_files, write_artefacts, write_page
-    from ltm_pyro.cli.printing import format_scores, printable
+    from ltm_pyro.cli.printing import format_scores
     from ltm_pyro.diagnostics.collapse import format_panel
     from ltm_pyro.report.text import samples
     from ltm_pyro.run import load_run
@@ -356,7 +356,7 @@ def _report(fitted: Run, corpus: Corpus) -> None:
 
 def _print_samples(texts: Sequence[Mapping[str, str]]) -> None:
     """Two texts from the prior, and one that goes on from held-out text."""
-    from ltm_pyro.cli.printing import format_text, printable
+    from ltm_pyro.cli.printing import format_text
 
     for number, sample in enumerate(texts, start=1):
         if sample["kind"] == "prior":

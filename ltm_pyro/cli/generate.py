@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltm_pyro.cli.options import add_run, open_run
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, printable
 from ltm_pyro.reading import as_path
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ def run(arguments: list[str]) -> int:
     if options.z is not None and options.between is not None:
         raise InputError("--z and --between both say where thoughts come from: give one of them")
 
-    from ltm_pyro.cli.printing import printable
     from ltm_pyro.tasks.embedding import interpolate
     from ltm_pyro.tasks.generation import generate
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ltm_pyro.config import FitConfig
 from ltm_pyro.diagnostics.estimates import PERPLEXITIES
 from ltm_pyro.diagnostics.held_out import best_step
-from ltm_pyro.errors import InputError, shown
-from ltm_pyro.errors import printable as printable
+from ltm_pyro.errors import InputError, printable, shown
 from ltm_pyro.run import Run
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.cli.options import add_run, add_scoring, open_run, scoring, writing_file
 from ltm_pyro.cli.parsing import Parser
-from ltm_pyro.errors import InputError
+from ltm_pyro.errors import InputError, printable
 from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
@@ -37,7 +37,6 @@ def run(arguments: list[str]) -> int:
     add_scoring(parser)
     options = parser.parse_args(arguments)
 
-    from ltm_pyro.cli.printing import printable
     from ltm_pyro.report.building import PAGE
 
     folder = as_path("run folder", options.run)

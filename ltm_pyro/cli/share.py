@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ltm_pyro.cli.options import add_run, open_run
 from ltm_pyro.cli.parsing import Parser
+from ltm_pyro.errors import printable
 from ltm_pyro.reading import as_path
 
 _DESCRIPTION = """\
@@ -32,7 +33,6 @@ def run(arguments: list[str]) -> int:
     parser.option("out", str, "write the card to this file")
     options = parser.parse_args(arguments)
 
-    from ltm_pyro.cli.printing import printable
     from ltm_pyro.run.files import refuse_irregular, write_atomic
 
     if options.out is not None:

@@ -13,7 +13,7 @@ from ltm_pyro.cli.processes import many
 from ltm_pyro.cli.settings import Settings, build_config, read_yaml, typed
 from ltm_pyro.cli.streams import tell
 from ltm_pyro.config import FitConfig, merged
-from ltm_pyro.errors import InputError, NonFiniteError, shown
+from ltm_pyro.errors import InputError, NonFiniteError, printable, shown
 from ltm_pyro.reading import as_path
 
 _LISTS = ("fast.betas", "slow.betas", "corpus.options.fractions")
@@ -23,23 +23,16 @@ _LISTS = ("fast.betas", "slow.betas", "corpus.options.fractions")
 def run_sweep(
     parser: Parser, given: Settings, options: Settings, file: str, out: str | None
 ) -> int:
-    """Runs all fits of a sweep that are not done yet.
+    """Runs all fits of the sweep in a YAML `file` that are not done yet; returns the exit status.
 
-    Args:
-        parser: Knows the types of settings.
-        given: Settings of all fits, from a preset and a configuration file.
-        options: Settings of all fits from the command line, which override the sweep's.
-        file: The sweep's YAML file.
-        out: Where the run folders go.
-
-    Returns:
-        The exit status: 1 if a fit met NaN, where the others are done all the same.
+    `given` are settings of all fits, from a configuration file; `options`, from the command line,
+    override the sweep's. The status is 1 if a fit met NaN, where the others are done all the same.
     """
     if many():
         raise InputError("--sweep runs one fit after another: start it without torchrun")
     folder = as_path("out", f"runs/{Path(file).stem}" if out is None else out)
     fits = _plan(parser, given, options, file, folder)
-    from ltm_pyro.cli.printing import printable, shell_quoted
+    from ltm_pyro.cli.printing import shell_quoted
     from ltm_pyro.run.sweeping import prepare
 
     if (folder / "config.json").exists():

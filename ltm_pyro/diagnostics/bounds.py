@@ -37,7 +37,7 @@ from ltm_pyro.diagnostics.estimates import (
     sequence_coords,
     totals,
 )
-from ltm_pyro.diagnostics.psis import MIN_DRAWS, pareto_khat
+from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
@@ -78,9 +78,7 @@ def fresh_draws(
 
 
 class Likelihoods:
-    """Log p(x | z_s), z (S, B, K, D) to (S, B) float64, some draws or some rows at a time.
-
-    So memory grows neither with S nor with B.
+    """Log p(x | z_s), z (S, B, K, D) to (S, B) float64; memory grows neither with S nor with B.
 
     Args:
         model: Whose likelihood.
@@ -152,17 +150,9 @@ def score_terms(
     rows: Tensor | slice = slice(None),
     other: bool = False,
 ) -> Terms:
-    """The terms of S fresh draws of q.
+    """The terms of S fresh draws of q, batch shape (B,); `other` as in `fresh_draws`.
 
-    Args:
-        likelihoods: Of the sequences at `rows`.
-        q: Batch shape (B,).
-        prior: p(z).
-        draws: S.
-        seed: Of the draws.
-        ids: (B,) of q's sequences; those of `likelihoods` by default.
-        rows: Of q, the sequences that are scored; all by default.
-        other: As in `fresh_draws`.
+    `likelihoods` are of the sequences at `rows` of q, whose `ids` (B,) are theirs by default.
     """
     ids = likelihoods.batch.ids if ids is None else ids
     parts = []
@@ -357,8 +347,6 @@ def _prediction(terms: Terms) -> dict[str, Tensor]:
 
 
 def _khat(log_weights: Tensor) -> Tensor:
-    if len(log_weights) < MIN_DRAWS:
-        return torch.full_like(log_weights[0], torch.nan)
     return torch.from_numpy(pareto_khat(log_weights.cpu().numpy()))
 
 

@@ -18,14 +18,8 @@ from numpy.typing import NDArray
 
 from ltm_pyro.checks import refuse_other_sequences
 from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, few_documents_note
-from ltm_pyro.diagnostics.information import (
-    TIGHT,
-    by_block,
-    counts,
-    kl_by_block,
-    mutual_information,
-)
-from ltm_pyro.diagnostics.marginals import blocks, moments
+from ltm_pyro.diagnostics.information import TIGHT, measured
+from ltm_pyro.diagnostics.marginals import moments
 from ltm_pyro.errors import InputError
 from ltm_pyro.html import show
 from ltm_pyro.inference.posterior import Posterior
@@ -165,13 +159,10 @@ def collapse_panel(
         InputError: if scores and posteriors do not belong together, or there is one sequence only.
     """
     _check(post, scores)
-    n_thoughts = post.prior.event_shape[0]
-    layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
-    with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
-        found = mutual_information(post, layers, draws, again)
+    parts, as_fitted = measured(post, n_layers, draws, seed, again)
+    with torch.no_grad(), seeded(derive_seed(seed, Stream.SAMPLE), post.ids.device):
         mean = moments(post)[0]
-        kl_blocks, kind = kl_by_block(post, [*blocks(n_thoughts, n_thoughts), *layers])
-    parts = by_block(post, found, kl_blocks)
+    strength = parts.attrs["mutual_information_is"]
     documents, own = documents_of(scores), scores["nll_given_z"]
     told = (scores["kl"], scores["nll_z0"] - own, scores["nll_shuffled"] - own)
     kl, z0, shuffled = (clustered_mean(values, documents) for values in told)
@@ -184,15 +175,15 @@ def collapse_panel(
         kl_estimator=post.kl_estimator,
         kl_per_thought=parts["kl_thought"].values.mean(0),
         kl_per_layer=parts["kl_layer"].values.mean(0),
-        kl_per_block_kind=kind,
+        kl_per_block_kind=parts.attrs["kl_kind"],
         active_units=int((mean.double().var(0) >= ACTIVE_VARIANCE).sum()),
         n_units=mean[0].numel(),
-        mutual_information_is=found.strength,
-        mutual_information_cap=found.cap,
-        mutual_information_counts=counts(again),
-        mutual_information_per_block_kind=found.kind,
-        kl_aggregate=kl.value - float(found.as_fitted[0]),
-        kl_aggregate_is="at most" if found.strength == "at least" else "estimate",
+        mutual_information_is=strength,
+        mutual_information_cap=parts.attrs["mutual_information_cap"],
+        mutual_information_counts=parts.attrs["mutual_information_counts"],
+        mutual_information_per_block_kind=parts.attrs["mutual_information_kind"],
+        kl_aggregate=kl.value - as_fitted,
+        kl_aggregate_is="at most" if strength == "at least" else "estimate",
         penalty_z0=z0.value,
         penalty_z0_se=z0.error,
         penalty_shuffled=shuffled.value,

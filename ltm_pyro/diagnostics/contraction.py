@@ -11,6 +11,7 @@ import xarray as xr
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.calibration import ROWS_AT_ONCE
+from ltm_pyro.diagnostics.estimates import columns
 from ltm_pyro.diagnostics.marginals import moments
 from ltm_pyro.doors import door
 from ltm_pyro.inference.posterior import Posterior
@@ -51,14 +52,11 @@ def contraction(
         mean, variance = moments(infer(simulated.batch.select(part)))
         z_score = (simulated.z[part] - mean) / variance.sqrt()
         rows.append(torch.stack([1 - variance / prior, z_score]).flatten(2).detach().cpu())
-    both = torch.cat(rows, dim=1).double().numpy()
+    shrunk, z_score = torch.cat(rows, dim=1)
     K, D = model.thought_shape
     names = np.array([f"z[{k},{d}]" for k in range(K) for d in range(D)])
     return xr.Dataset(
-        {
-            name: (("replication", "quantity"), values, {"units": "1"})
-            for name, values in zip(("contraction", "z_score"), both, strict=True)
-        },
-        coords={"quantity": names},
-        attrs={"replications": replications, "seed": seed},
+        columns(("replication", "quantity"), "1", contraction=shrunk, z_score=z_score),
+        {"quantity": names},
+        {"replications": replications, "seed": seed},
     )

@@ -27,6 +27,7 @@ from ltm_pyro.diagnostics.estimates import (
     loss_rate,
     losses,
     scored,
+    text_sizes,
 )
 from ltm_pyro.engine.execution import Execution
 from ltm_pyro.inference.clocks.svi import DualRateSVI
@@ -75,11 +76,7 @@ def against_control(
     """
     out: dict[str, dict[str, Any]] = {}
     for name in scored(scores, COMPARED):
-        gap = losses(scores, name) - losses(control, "ppl_z0")
-        rate = clustered_ratio(gap, scores[f"n_{per}s"].values, documents_of(scores))
-        # The spread over documents holds the draws' error on average; of a few documents it may
-        # by luck not, where one sequence's draws are far noisier than the others'.
-        rate = replace(rate, se=max(rate.se, loss_rate(scores, name, per)[1]))
+        rate = paired_loss(scores, control, name, per)
         ratio = exponential(rate.value)
         out[name] = {
             "ratio": ratio,
@@ -91,6 +88,15 @@ def against_control(
             "verdict": _verdict(rate, bound=name in BOUNDS),
         }
     return out
+
+
+def paired_loss(scores: xr.Dataset, control: xr.Dataset, name: str, per: str) -> Estimate:
+    """Loss by one of `COMPARED` less the control's exact one, nats per unit, as in `loss_rate`."""
+    gap = losses(scores, name) - losses(control, "ppl_z0")
+    rate = clustered_ratio(gap, text_sizes(scores, per), documents_of(scores))
+    # The spread over documents holds the draws' error on average; of a few documents it may by luck
+    # not, where one sequence's draws are far noisier than the others'.
+    return replace(rate, se=max(rate.se, loss_rate(scores, name, per)[1]))
 
 
 def _verdict(difference: Estimate, *, bound: bool) -> str:

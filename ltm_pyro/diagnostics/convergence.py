@@ -28,6 +28,7 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import standard_error
+from ltm_pyro.diagnostics.estimates import columns, sequence_coords
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer
@@ -113,17 +114,10 @@ def continue_from(
 def judge(
     gain: Floats, error: Floats, tolerance: float, draws: int
 ) -> tuple[NDArray[np.str_], Floats]:
-    """Whether a gain is below or above the tolerance, by `CONFIDENCE` standard errors.
+    """Whether gains (B,) are below or above the tolerance, nats, by `CONFIDENCE` standard errors.
 
-    Args:
-        gain: (B,) nats that more steps would bring.
-        error: (B,) Monte Carlo standard errors.
-        tolerance: Nats that nobody would miss.
-        draws: S behind `error`.
-
-    Returns:
-        (B,) `enough`, `not enough` or `cannot tell`; and (B,) draws at which the answer would be
-        clear: those in use where it is, infinite where the gain equals the tolerance.
+    Gives `enough`, `not enough` or `cannot tell`, and the draws at which the answer would be clear:
+    the S in use where it is, infinite where the gain equals the tolerance.
     """
     distance = np.abs(gain - tolerance)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -226,14 +220,13 @@ def _columns(
         "gain_other_rate": mean_and_error(other - at),
         "gain_per_step": mean_and_error((at - half) / (steps - steps // 2)),
     }
-    noise = ("sequence", at.std(0).cpu().numpy(), {"units": "nats"})
     return xr.Dataset(
         {
             **with_errors(course, "checkpoint", "sequence"),
             **with_errors(gains, "sequence"),
-            "noise_per_draw": noise,
+            **columns("sequence", "nats", noise_per_draw=at.std(0)),
         },
-        coords={"checkpoint": done, "sequence": batch.ids.cpu().numpy()},
+        coords={**sequence_coords(batch), "checkpoint": done},
     )
 
 

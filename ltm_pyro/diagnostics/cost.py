@@ -282,16 +282,11 @@ def fast_reach(fast: Fast) -> float:
 
 
 def kl_floor_per_sequence(fast: Fast, n_dims: int, init_log_variance: float = 0.0) -> float:
-    """KL in nats that the fast schedule cannot undo, whatever the text.
+    """KL in nats of K D dimensions that the fast schedule cannot undo, whatever the text.
 
     A dimension that carries nothing starts at log variance l0 and ends at some l, where it costs
     (e^l - 1 - l) / 2 nats. Adam moves it by at most about R; a natural step, in units u, by
     u^2 rate (1 - e^l) / 2, the KL's gradient, and by at most u.
-
-    Args:
-        fast: The fast clock.
-        n_dims: K * D.
-        init_log_variance: l0, where the guide starts its log variances.
     """
     left = init_log_variance
     if not steps_naturally(fast):

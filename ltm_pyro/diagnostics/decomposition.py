@@ -12,7 +12,7 @@ from torch import Tensor
 from ltm_pyro.checks import one_of, whole_number
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import Likelihoods, fresh_draws
-from ltm_pyro.diagnostics.estimates import sequence_coords
+from ltm_pyro.diagnostics.estimates import columns, sequence_coords
 from ltm_pyro.diagnostics.information import kl_by_block
 from ltm_pyro.diagnostics.marginals import blocks
 from ltm_pyro.doors import door
@@ -67,22 +67,16 @@ def reconstruction_by_block(
         for kept in range(n_blocks + 1):
             sums[kept] -= likelihoods(_first(z, parts[:kept])).sum(0).cpu()
     kl, kind = kl_by_block(post, parts)
-    data = xr.Dataset(
-        {
-            "nll": (("kept", "sequence"), (sums / draws).numpy(), {"units": "nats"}),
-            "kl": (("block", "sequence"), kl.T.cpu().double().numpy(), {"units": "nats"}),
-        },
-        coords={
-            **sequence_coords(batch), "kept": np.arange(n_blocks + 1), "block": np.arange(n_blocks),
-        },
-        attrs={"by": by, "draws": draws, "seed": seed, "kl_kind": kind},
-    )  # fmt: skip
+    variables = columns(("kept", "sequence"), "nats", nll=sums / draws)
+    variables |= columns(("block", "sequence"), "nats", kl=kl.T)
     if isinstance(model, LatentThoughtModel):
-        right = [
-            _accuracy(model, _first(post.mean, parts[:kept]), batch) for kept in range(n_blocks + 1)
-        ]
-        data["accuracy"] = ("kept", right, {"units": "1"})
-    return data
+        means = [_first(post.mean, parts[:kept]) for kept in range(n_blocks + 1)]
+        variables |= columns("kept", "1", accuracy=[_accuracy(model, z, batch) for z in means])
+    return xr.Dataset(
+        variables,
+        {**sequence_coords(batch), "kept": np.arange(n_blocks + 1), "block": np.arange(n_blocks)},
+        {"by": by, "draws": draws, "seed": seed, "kl_kind": kind},
+    )
 
 
 def _first(z: Tensor, kept: list[slice]) -> Tensor:
@@ -141,13 +135,9 @@ def token_surprise(
                 nats -= model.token_log_likelihood(z, batch).cpu()
         zero = torch.zeros_like(z)
         without = -(control or model).token_log_likelihood(zero, batch).double().cpu()
-    mask = batch.mask.cpu()
-    columns = {"nll": nats / draws, "nll_without": without}
+    nll, without = (v.where(batch.mask.cpu(), torch.nan) for v in (nats / draws, without))
     return xr.Dataset(
-        {
-            name: (("sequence", "token"), value.where(mask, torch.nan).numpy(), {"units": "nats"})
-            for name, value in columns.items()
-        },
-        coords=sequence_coords(batch),
-        attrs={"without": "z = 0" if control is None else "the control", "draws": draws},
+        columns(("sequence", "token"), "nats", nll=nll, nll_without=without),
+        sequence_coords(batch),
+        {"without": "z = 0" if control is None else "the control", "draws": draws},
     )

@@ -41,6 +41,8 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 
 Values = NDArray[np.float64]
+Columns = dict[str, tuple[str | tuple[str, ...], Values, dict[str, str]]]
+"""By name: dimensions, values and units, as `xarray.Dataset` takes them."""
 
 FEW_DOCUMENTS = 5.0
 """Effective documents below which an error is too uncertain itself to rest a claim on."""
@@ -57,17 +59,19 @@ class Estimate:
         se: Standard error, clustered by document; `nan` from one document, or if not finite.
         documents: G, how many documents the sequences are pieces of.
         effective: As how many documents of equal length they count.
+        freedom: Degrees of freedom of `se` where more than documents were sampled.
     """
 
     value: float
     se: float
     documents: int
     effective: float
+    freedom: float | None = None
 
     @property
     def df(self) -> float:
         """Degrees of freedom of `se`, at least 1."""
-        return max(self.effective - 1.0, 1.0)
+        return max(self.effective - 1.0 if self.freedom is None else self.freedom, 1.0)
 
     @property
     def error(self) -> float:
@@ -89,26 +93,16 @@ class Estimate:
 
 
 def clustered_mean(values: ArrayLike, documents: ArrayLike | None = None) -> Estimate:
-    """Mean over sequences; for a paired comparison, of their differences.
-
-    Args:
-        values: (n,) one number per sequence.
-        documents: (n,) which document each is a piece of; `None` if unknown, when each sequence
-            stands for itself.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    return clustered_ratio(values, np.ones_like(values), documents)
+    """Mean of values or paired differences (n,), clustered as by `clustered_ratio`."""
+    return clustered_ratio(values, np.ones(np.shape(values)), documents)
 
 
 def clustered_ratio(
     totals: ArrayLike, sizes: ArrayLike, documents: ArrayLike | None = None
 ) -> Estimate:
-    """Sum of `totals` over sum of `sizes`: nats per token, or a paired difference of them.
+    """Sum of `totals` (n,) over sum of `sizes` (n,), above 0: nats per token, or a difference.
 
-    Args:
-        totals: (n,) per sequence, e.g. nats.
-        sizes: (n,) what they are divided by, e.g. tokens; above 0.
-        documents: As in `clustered_mean`.
+    `documents` (n,) tells what each sequence is a piece of; without it each stands for itself.
     """
     y, t = np.asarray(totals, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     place = np.arange(len(y)) if documents is None else np.unique(documents, return_inverse=True)[1]
@@ -121,6 +115,17 @@ def clustered_ratio(
     left_out = np.bincount(place, weights=y - value * t) / (1.0 - share)
     se = math.sqrt((groups - 1) / groups * float(np.square(left_out).sum())) / whole
     return Estimate(value, se, groups, effective)
+
+
+def as_array(values: ArrayLike | Tensor) -> Values:
+    """In double precision, on the CPU."""
+    values = values.cpu().numpy() if isinstance(values, Tensor) else values
+    return np.asarray(values, dtype=np.float64)
+
+
+def columns(dims: str | tuple[str, ...], units: str, **values: ArrayLike | Tensor) -> Columns:
+    """Variables of a Dataset with common dimensions and units."""
+    return {name: (dims, as_array(each), {"units": units}) for name, each in values.items()}
 
 
 def documents_of(data: xr.Dataset) -> NDArray[np.int64] | None:
@@ -141,13 +146,7 @@ def few_documents_note(estimate: Estimate) -> str | None:
 
 @dataclass(frozen=True)
 class LogMean:
-    """Log mean of S weights for each of B sequences.
-
-    Attributes:
-        value: (B,) nats.
-        error: (B,) its standard error over seeds, by the jackknife.
-        ess: (B,) the weights' effective number.
-    """
+    """Log mean of S weights, (B,) nats, its error by the jackknife, and their effective number."""
 
     value: Tensor
     error: Tensor
@@ -241,20 +240,21 @@ def losses(data: xr.Dataset, name: str) -> Values:
     return sign * data[column].values.astype(np.float64)
 
 
+def text_sizes(data: xr.Dataset, per: str) -> Values:
+    """Units of each sequence, (n,): `token`, `byte`, `word`, or itself as one `sequence`."""
+    return np.ones(data.sizes["sequence"]) if per == "sequence" else data[f"n_{per}s"].values
+
+
 def loss_rate(
     data: xr.Dataset, name: str, per: str = "token", clusters: ArrayLike | None = None
 ) -> tuple[Estimate, float]:
-    """Total nats of a perplexity over the total size of the text, and its Monte Carlo error.
+    """Total nats of one of `PERPLEXITIES` over the size of the text, and its Monte Carlo error.
 
-    Args:
-        data: Of `evaluate`.
-        name: Of `PERPLEXITIES`.
-        per: `token`, `byte`, `word` or `sequence`.
-        clusters: (n,) what sequences are pieces of; their documents by default.
+    Per `token`, `byte`, `word` or `sequence`, by clusters (n,), documents by default.
     """
-    nats = losses(data, name)
-    sizes = np.ones_like(nats) if per == "sequence" else data[f"n_{per}s"].values
-    rate = clustered_ratio(nats, sizes, documents_of(data) if clusters is None else clusters)
+    sizes = text_sizes(data, per)
+    clusters = documents_of(data) if clusters is None else clusters
+    rate = clustered_ratio(losses(data, name), sizes, clusters)
     return rate, monte_carlo(data, PERPLEXITIES[name][0]) / float(sizes.sum())
 
 
@@ -322,18 +322,11 @@ def provenance(batch: Batch) -> dict[str, str]:
 
 
 def partners_of(n: int, documents: Tensor | None = None) -> Tensor | None:
-    """For each of n sequences another one, whose thoughts it is given when they are shuffled.
+    """For each of n sequences the row of another, whose thoughts it gets when they are shuffled.
 
-    Of another document where documents are known: neighbouring pieces of one say similar things, so
-    that a neighbour's thoughts would look harmless where thoughts matter.
-
-    Args:
-        n: Sequences.
-        documents: (n,) the document of each; without it, each sequence is one of its own.
-
-    Returns:
-        (n,) int64 row numbers on the device of `documents`. Each row is used once, unless one
-        document has more than half of the rows. `None` where there is no other document.
+    Of another document where `documents` (n,) are known: neighbouring pieces of one say similar
+    things, so that a neighbour's thoughts would look harmless where thoughts matter. Each row is
+    used once, unless one document has more than half of them. `None` where there is no other.
     """
     if documents is None:
         return torch.arange(n).roll(1) if n > 1 else None

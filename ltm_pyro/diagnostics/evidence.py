@@ -169,7 +169,8 @@ def annealed_bound(
     Raises:
         InputError: for a bad option, or a start that is a point mass or of other sequences.
     """
-    return _anneal(model, batch, start, None, chains, rungs, schedule, max_leapfrog, seed, progress)
+    options = (chains, rungs, schedule, max_leapfrog, seed, progress)
+    return _anneal(model, batch, start, None, *options)
 
 
 @door
@@ -213,18 +214,8 @@ def evidence_bracket(
             f"simulated.z is {tuple(simulated.z.shape)}: must be {shape}, the thoughts that each "
             "sequence was made from"
         )
-    return _anneal(
-        model,
-        simulated.batch,
-        None,
-        simulated.z,
-        chains,
-        rungs,
-        schedule,
-        max_leapfrog,
-        seed,
-        progress,
-    )
+    options = (chains, rungs, schedule, max_leapfrog, seed, progress)
+    return _anneal(model, simulated.batch, None, simulated.z, *options)
 
 
 def _anneal(

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import xarray as xr
 from pyro.infer import ELBO, TraceMeanField_ELBO
-from scipy import stats
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -39,6 +38,13 @@ from ltm_pyro.diagnostics.convergence import (
     mean_and_error,
     objective_draws,
     with_errors,
+)
+from ltm_pyro.diagnostics.estimates import (
+    clustered_mean,
+    columns,
+    documents_of,
+    monte_carlo,
+    sequence_coords,
 )
 from ltm_pyro.diagnostics.psis import pareto_khat
 from ltm_pyro.doors import door
@@ -289,7 +295,7 @@ def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: s
         for name, draws in (("approximation", best), ("total", judged)):
             mean, se = mean_and_error(draws)
             pairs[f"{name}_upper"] = (upper - mean, np.hypot(error, se))
-    return xr.Dataset(with_errors(pairs, "sequence"), coords={"sequence": batch.ids.cpu().numpy()})
+    return xr.Dataset(with_errors(pairs, "sequence"), coords=sequence_coords(batch))
 
 
 def gap_means(gaps: xr.Dataset) -> xr.Dataset:
@@ -297,17 +303,15 @@ def gap_means(gaps: xr.Dataset) -> xr.Dataset:
 
     Returns:
         Dataset over `component`, nats per sequence: `mean`; `mc_se`, its Monte Carlo error given
-        these sequences; `sampling_se`, the error of having these and not other sequences.
+        these sequences; `sampling_se`, that of having sampled their documents.
     """
     names = [*gaps.attrs["components"], "total"]
-    n = gaps.sizes["sequence"]
-    values, errors = (gaps[[f"{m}{e}" for m in names]].to_array().values for e in ("", "_se"))
-    columns = {
-        "mean": values.mean(1),
-        "mc_se": np.sqrt(np.square(errors).sum(1)) / n,
-        "sampling_se": stats.sem(values, axis=1) if n > 1 else np.full(len(names), np.nan),
-    }
-    return xr.Dataset(
-        {key: ("component", value, {"units": "nats"}) for key, value in columns.items()},
-        coords={"component": names},
+    found = [clustered_mean(gaps[name], documents_of(gaps)) for name in names]
+    variables = columns(
+        "component",
+        "nats",
+        mean=[each.value for each in found],
+        mc_se=[monte_carlo(gaps, name) / gaps.sizes["sequence"] for name in names],
+        sampling_se=[each.se for each in found],
     )
+    return xr.Dataset(variables, coords={"component": names})

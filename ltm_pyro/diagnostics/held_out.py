@@ -122,8 +122,7 @@ def held_out_columns(has_density: bool) -> tuple[str, ...]:
 def held_out_bounds(metrics: Iterable[Metrics]) -> dict[int, float]:
     """The held-out bound in nats per sequence by slow step, where it was scored."""
     names = [f"{PREFIX}elbo", f"{PREFIX}log_joint"]
-    found = ((int(row["step"]), row.get(names[0], row.get(names[1]))) for row in metrics)
-    return {step: value for step, value in found if value is not None}
+    return {int(row["step"]): row[name] for row in metrics for name in names if name in row}
 
 
 def best_step(metrics: Iterable[Metrics]) -> int | None:
@@ -133,14 +132,11 @@ def best_step(metrics: Iterable[Metrics]) -> int | None:
 
 
 def spread(split: SequenceSet, count: int) -> Batch:
-    """`count` sequences drawn over the documents of a split, or all where there are fewer.
+    """`count` sequences, 1 or more, drawn over the documents of a split; all where there are fewer.
 
     Each document gives its share, to within one: as much of the draw as it is of the split, at even
     distances. So the draw holds as many documents as it can, and its perplexity estimates that of
     the split.
-
-    Raises:
-        InputError: if `count` is not above 0.
     """
     if count < 1:
         raise InputError(f"{count} sequences: must be 1 or more")

@@ -31,12 +31,12 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
 from ltm_pyro.checks import refuse_other_sequences, whole_number
+from ltm_pyro.diagnostics.estimates import columns
 from ltm_pyro.diagnostics.marginals import blocks, marginal, moments
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
@@ -60,16 +60,11 @@ TIGHT = 0.1
 
 
 def kl_by_block(post: Posterior, parts: list[slice]) -> tuple[Tensor, Kind]:
-    """KL(q_i(z_g) || p(z_g)) of each block, and what kind of number that is.
+    """KL(q_i(z_g) || p(z_g)) of each block, (B, G) nats, `nan` where `unknown`.
 
-    Args:
-        post: q for B sequences.
-        parts: G blocks of thoughts.
-
-    Returns:
-        (B, G) nats, `nan` where `unknown`; and the least certain kind among the blocks.
+    And the least certain kind of number among them.
     """
-    columns, kinds, z = [], [], None
+    found, kinds, z = [], [], None
     for part in parts:
         q, p = marginal(post.distribution, part), marginal(post.prior, part)
         kind: Kind = "exact"
@@ -91,9 +86,9 @@ def kl_by_block(post: Posterior, parts: list[slice]) -> tuple[Tensor, Kind]:
             kl, kind = 0.5 * (ratio + shift - 1.0 - ratio.log()).sum((1, 2)), "at least"
         else:
             kl, kind = torch.full(post.ids.shape, torch.nan, device=post.ids.device), "unknown"
-        columns.append(kl.double())
+        found.append(kl.double())
         kinds.append(kind)
-    return torch.stack(columns, dim=1), max(kinds, key=_RANK.index)
+    return torch.stack(found, dim=1), max(kinds, key=_RANK.index)
 
 
 def _closed_form(q: TorchDistribution, p: TorchDistribution) -> Tensor | None:
@@ -134,16 +129,10 @@ class Information:
 def mutual_information(
     post: Posterior, layers: list[slice], draws: int, again: Posterior | None = None
 ) -> Information:
-    """I between text and z on `draws` draws per sequence, from torch's global generator.
+    """I between text and z on S draws per sequence, from torch's global generator.
 
     Costs S N N densities of z, and for families with correlated thoughts as many of every block;
     twice that with a second inference.
-
-    Args:
-        post: q for N sequences.
-        layers: L blocks of thoughts, possibly none.
-        draws: S.
-        again: A second inference of the same sequences, with noise of its own.
 
     Raises:
         InputError: if the second inference is of other sequences, or a point mass.
@@ -184,9 +173,7 @@ def mutual_information(
 def _gains(log_q: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """What draws of a text tell about it: bounds from below and above, (S, C) each.
 
-    Args:
-        log_q: (S, N, C) densities of its draws under every q.
-        same: (N,) which sequences have its text, itself among them.
+    By their densities (S, N, C) under every q, `same` (N,) being of that text, itself included.
     """
     n, copies = len(same), int(same.sum())
     own = log_q[:, same].logsumexp(1) - math.log(copies)
@@ -279,59 +266,48 @@ def information_by_block(
         raise InputError("mutual information needs at least 2 sequences: it tells them apart")
     each = 8 * len(post) * math.prod(post.prior.event_shape)
     whole_number("draws", draws, 1, bytes_each=each)
-    n_thoughts = post.prior.event_shape[0]
-    layers = [] if n_layers is None else blocks(n_thoughts, n_layers)
-    parts = [*blocks(n_thoughts, n_thoughts), *layers]
+    return measured(post, n_layers, draws, seed, again)[0]
+
+
+def measured(
+    post: Posterior, n_layers: int | None, draws: int, seed: int, again: Posterior | None
+) -> tuple[xr.Dataset, float]:
+    """What `information_by_block` returns, and how far the fits behind z are told apart, nats."""
+    K = post.prior.event_shape[0]
+    layers = [] if n_layers is None else blocks(K, n_layers)
     with torch.no_grad(), seeded(derive_seed(seed, Stream.SCORE), post.ids.device):
         found = mutual_information(post, layers, draws, again)
-        kl, kind = kl_by_block(post, parts)
-    data = by_block(post, found, kl)
-    data.attrs = {
+        kl, kind = kl_by_block(post, [*blocks(K, K), *layers])
+    variables = columns(("sequence", "thought"), "nats", kl_thought=kl[:, :K])
+    variables |= columns(("sequence", "layer"), "nats", kl_layer=kl[:, K:])
+    places = {"": 0, "thought": slice(1, 1 + K), "layer": slice(1 + K, None)}
+    for dim, part in places.items():
+        for ending, bound in (("", found.value), ("_se", found.error), ("_upper", found.upper)):
+            name = f"mutual_information{dim and f'_{dim}'}{ending}"
+            variables |= columns(dim or (), "nats", **{name: bound[part]})
+    noise = "whatever tells these fits apart, the noise of the fast loop included"
+    attrs = {
         "kl_kind": kind,
         "mutual_information_kind": found.kind,
         "mutual_information_is": found.strength,
         "mutual_information_cap": found.cap,
-        "mutual_information_counts": counts(again),
-        "reason": reason(post, kind),
+        "mutual_information_counts": noise
+        if again is None
+        else "what a second inference, with noise of its own, tells apart too",
+        "reason": _reason(post, kind),
         "guide": post.family,
         "draws": draws,
         "seed": seed,
     }
-    return data
-
-
-def by_block(post: Posterior, found: Information, kl: Tensor) -> xr.Dataset:
-    """The columns of `information_by_block`; `kl` (N, K + L) of every thought and layer."""
-    K = post.prior.event_shape[0]
-    values = kl.cpu().numpy()
-    columns: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {
-        "kl_thought": (("sequence", "thought"), values[:, :K]),
-        "kl_layer": (("sequence", "layer"), values[:, K:]),
+    coords = {
+        "sequence": post.ids.cpu().numpy(),
+        "thought": np.arange(K),
+        "layer": np.arange(len(layers)),
     }
-    for name, dims, part in (
-        ("", (), 0), ("_thought", ("thought",), slice(1, 1 + K)),
-        ("_layer", ("layer",), slice(1 + K, None)),
-    ):  # fmt: skip
-        for ending, bound in (("", found.value), ("_se", found.error), ("_upper", found.upper)):
-            columns[f"mutual_information{name}{ending}"] = (dims, bound[part].numpy())
-    return xr.Dataset(
-        {name: (*column, {"units": "nats"}) for name, column in columns.items()},
-        coords={
-            "sequence": post.ids.cpu().numpy(),
-            "thought": np.arange(K),
-            "layer": np.arange(values.shape[1] - K),
-        },
-    )
+    return xr.Dataset(variables, coords, attrs), float(found.as_fitted[0])
 
 
-def counts(again: Posterior | None) -> str:
-    """What a mutual information takes for information."""
-    if again is None:
-        return "whatever tells these fits apart, the noise of the fast loop included"
-    return "what a second inference, with noise of its own, tells apart too"
-
-
-def reason(post: Posterior, kind: Kind) -> str:
+def _reason(post: Posterior, kind: Kind) -> str:
     """Why values by block are bounds, or not known; empty where they are neither."""
     if kind == "at least":
         return f"the density of a part of z under {post.family!r} is not known: normals bound it"

@@ -62,20 +62,10 @@ def token_scores(
     ids: Tensor,
     rows: Tensor,
 ) -> dict[str, Tensor]:
-    """Scores of each token, of the draws that `score_terms` takes for the same arguments.
+    """Scores of each token of the n sequences at `rows`, of the draws that `score_terms` takes.
 
-    Args:
-        likelihoods: Of the n sequences at `rows`.
-        q: Batch shape (B,).
-        prior: p(z); `None` where no KL is charged.
-        draws: S.
-        seed: Of the draws.
-        ids: (B,) of q's sequences.
-        rows: Of q, the sequences that are scored.
-
-    Returns:
-        `log_score` and `log_score_iw` (n, T), NaN where nothing is scored; `mask` (n, T), where
-        something is; and `price` (n,).
+    Without `prior` no KL is charged. Gives `log_score` and `log_score_iw` (n, T), NaN where nothing
+    is scored; `mask` (n, T), where something is; and `price` (n,).
     """
     batch, parts = likelihoods.batch, likelihoods.parts
     sums = [_Sums(batch.mask[part]) for part in parts]

@@ -36,16 +36,9 @@ def _totals(axes: Axes, panel: CollapsePanel) -> None:
         ("loss at\nz = 0", panel.penalty_z0, panel.penalty_z0_se, style.BLUE),
         ("loss at\nshuffled z", panel.penalty_shuffled, panel.penalty_shuffled_se, style.RED),
     )
-    known = [row for row in rows if math.isfinite(row[1])]
-    for place, (_, value, error, color) in enumerate(known):
-        axes.bar(place, value, color=color, alpha=0.8, width=0.6)
-        axes.errorbar(
-            place, value, yerr=2 * np.nan_to_num(error), color=style.INK, capsize=4, lw=1.2
-        )
+    style.named_bars(axes, [row for row in rows if math.isfinite(row[1])])
     style.zero_line(axes)
-    axes.set_xticks(range(len(known)), [row[0] for row in known], fontsize=8)
-    axes.set(ylabel="nats per sequence", xlabel="2 standard errors")
-    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("2 standard errors")
 
 
 def _parts(axes: Axes, panel: CollapsePanel) -> None:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ltm_pyro.diagnostics.compare import Comparison
-from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, Difference
+from ltm_pyro.diagnostics.compare.differences import ERROR_RATE
 from ltm_pyro.diagnostics.compare.summary import margin
-from ltm_pyro.diagnostics.estimates import Values
+from ltm_pyro.diagnostics.estimates import Estimate, Values
 from ltm_pyro.plots import style
 from ltm_pyro.run.run_comparison import RunComparison
 
@@ -161,7 +161,7 @@ def _run_caption(comparison: RunComparison) -> str:
 
 def _panel(
     axes: Axes,
-    found: Sequence[Difference],
+    found: Sequence[Estimate],
     fits: Sequence[Values],
     shift: float,
     color: Any,

@@ -33,24 +33,13 @@ def gap_bars(gaps: xr.Dataset) -> Figure:
         _stack(main, [gaps[name].values[order] for name in names], names)
         rank = np.arange(1, len(order) + 1)
         total, error = gaps["total"].values[order], gaps["total_se"].values[order]
-        main.errorbar(
-            rank,
-            total,
-            yerr=2 * error,
-            fmt="o",
-            ms=3,
-            color=style.INK,
-            lw=0.8,
-            label="total, 2 s.e.",
-        )
+        look: dict[str, Any] = {"fmt": "o", "ms": 3, "color": style.INK, "lw": 0.8}
+        main.errorbar(rank, total, yerr=2 * error, label="total, 2 s.e.", **look)
         if "total_upper" in gaps:
-            main.plot(
-                rank, gaps["total_upper"].values[order], "_", color=style.RED, label="at most"
-            )
-        main.set(
-            xlabel="sequence, by rank of its total gap",
-            ylabel="log p(x) - ELBO\n(nats per sequence)",
-        )
+            upper = gaps["total_upper"].values[order]
+            main.plot(rank, upper, "_", color=style.RED, label="at most")
+        main.set_xlabel("sequence, by rank of its total gap")
+        main.set_ylabel("log p(x) - ELBO\n(nats per sequence)")
         style.whole_numbers(main)
         _means(side, means)
         for axes in (main, side):
@@ -62,13 +51,9 @@ def gap_bars(gaps: xr.Dataset) -> Figure:
 def _means(axes: Axes, means: xr.Dataset) -> None:
     names = means["component"].values
     wide = np.hypot(means["mc_se"].values, np.nan_to_num(means["sampling_se"].values))
-    for place, (name, mean) in enumerate(zip(names, means["mean"].values, strict=True)):
-        color: Any = _COLORS.get(name, style.INK)
-        axes.bar(place, mean, color=color, alpha=0.8, width=0.6)
-        axes.errorbar(place, mean, yerr=2 * wide[place], color=style.INK, capsize=4, lw=1.2)
-    axes.set(title="Means", xlabel="gap", ylabel="nats per sequence")
-    axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.grid(visible=False, axis="x")
+    colors = [_COLORS.get(name, style.INK) for name in names]
+    style.named_bars(axes, list(zip(names, means["mean"].values, wide, colors, strict=True)))
+    axes.set(title="Means", xlabel="gap")
 
 
 def _stack(axes: Axes, values: list[style.Floats], names: list[str]) -> None:
@@ -94,7 +79,7 @@ def _gap_caption(gaps: xr.Dataset, means: xr.Dataset) -> str:
         text += "The evidence is a lower bound, so approximation and total are at least this. "
     text += (
         "Gaps are estimates: one that is 0 may come out below 0, by its error. "
-        "Means with 2 standard errors, of draws and of sequences."
+        "Means with 2 standard errors, of draws and of documents."
     )
     if (gaps["total"].values < -3 * gaps["total_se"].values).any():
         text += " A total far below 0 means that the evidence is too low."

@@ -98,6 +98,16 @@ def estimates(
     axes.errorbar(x, [each.value for each in found], yerr=errors, fmt=fmt, **style)
 
 
+def named_bars(axes: Axes, bars: Sequence[tuple[str, float, float, Any]]) -> None:
+    """Bars of (name, nats per sequence, error, colour), with two errors on either side."""
+    for place, (_, value, error, color) in enumerate(bars):
+        axes.bar(place, value, color=color, alpha=0.8, width=0.6)
+        axes.errorbar(place, value, yerr=2 * np.nan_to_num(error), color=INK, capsize=4, lw=1.2)
+    axes.set_ylabel("nats per sequence")
+    axes.set_xticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
+    axes.grid(visible=False, axis="x")
+
+
 def whole_numbers(axes: Axes, of: str = "x") -> None:
     """Ticks of an axis at whole numbers alone."""
     getattr(axes, f"{of}axis").set_major_locator(MaxNLocator(integer=True))

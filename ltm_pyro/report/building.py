@@ -24,9 +24,9 @@ from ltm_pyro.diagnostics.held_out import held_out_bounds
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.reading import read_json
-from ltm_pyro.report import identity as identities
 from ltm_pyro.report.checks import checks_made
 from ltm_pyro.report.drawing import Picture, picture
+from ltm_pyro.report.identity import files, identity
 from ltm_pyro.report.page import render
 from ltm_pyro.report.table import QUANTITIES, held_out_rows
 from ltm_pyro.report.text import samples, surprise, visible
@@ -130,7 +130,7 @@ def _numbers(
     numbers = {
         "format": FORMAT,
         "verdict": verdict(held_out, scores),
-        "identity": identities.identity(run),
+        "identity": identity(run),
         "data": run.facts["corpus"],
         "course": _course(run),
         "held_out": {
@@ -151,11 +151,10 @@ def _numbers(
             comparison=comparison,
             seeds=seeds,
         ),
-        "files": identities.files(run.folder, (PAGE, NUMBERS)),
+        "files": files(run.folder, (PAGE, NUMBERS)),
         "captions": {name: found.caption for name, found in pictures.items()},
     }
-    plain: dict[str, Any] = json_value(numbers)
-    return plain
+    return json_value(numbers)
 
 
 def _table(modes: dict[str, HeldOut], unit: str) -> dict[str, Any]:
@@ -181,13 +180,15 @@ def _course(run: Run) -> dict[str, Any]:
     """How the fit began and ended: means over a few steps of every column."""
     rows = run.metrics
     course, n = pd.DataFrame(rows), min(_LAST_STEPS, len(rows))  # some are not of every step
-    some: dict[str, Any] = {"steps": len(rows), "averaged": n}
-    for end, part in (("first", course.head(n)), ("last", course.tail(n))):
-        some[end] = part.mean().to_dict()
-    some["held_out"] = [
-        {"step": step, "nats_per_sequence": bound} for step, bound in held_out_bounds(rows).items()
-    ]
-    return some
+    return {
+        "steps": len(rows),
+        "averaged": n,
+        "first": course.head(n).mean().to_dict(),
+        "last": course.tail(n).mean().to_dict(),
+        "held_out": [
+            {"step": step, "nats_per_sequence": b} for step, b in held_out_bounds(rows).items()
+        ],
+    }
 
 
 def _documents(held_out: HeldOut) -> dict[str, Any] | None:
@@ -195,15 +196,15 @@ def _documents(held_out: HeldOut) -> dict[str, Any] | None:
     if held_out.control is None or "document" not in held_out.scores.coords:
         return None
     gains = gains_by_document(held_out.scores, held_out.control)
-    known, files = held_out.batch.metadata, None
+    known, first = held_out.batch.metadata, pd.DataFrame()
     if "document" in known and "file" in known:
-        files = known.groupby("document").first()
+        first = known.groupby("document").first()
     table = gains.to_dataframe().sort_values("iw_bound_gain", ascending=False, kind="stable")
     rows: Any = table.reset_index().to_dict("records")
     for row in rows:
-        if files is not None and row["document"] in files.index:
-            first = files.loc[row["document"]]
-            row |= {"file": visible(str(first["file"])), "offset": int(first["offset"])}
+        if row["document"] in first.index:
+            its = first.loc[row["document"]]
+            row |= {"file": visible(str(its["file"])), "offset": int(its["offset"])}
     return {"rows": rows, "above": sum(row["iw_bound_gain"] > 0 for row in rows)}
 
 

@@ -24,12 +24,8 @@ def checks_made(
 ) -> list[Check]:
     """Every check that this project knows for a run, with what was found, and how to make it.
 
-    Args:
-        run: The run.
-        scores: The `summary` of its held-out scores.
-        recorded: What `scores.json` holds, where there is one.
-        comparison: Of `ltm-pyro compare`, where one was made.
-        seeds: How many seeds of these settings are on the page.
+    From the `summary` of its held-out scores, what `scores.json` and `ltm-pyro compare` have
+    recorded, and how many seeds of these settings are on the page.
     """
     return [
         *_of_the_fit(run, recorded, scores),

@@ -36,24 +36,16 @@ _ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure for the page.
-
-    Attributes:
-        panels: An SVG element each.
-        caption: What it shows and what to conclude.
-    """
+    """A figure for the page: an SVG element for each panel, and its caption."""
 
     panels: list[str]
     caption: str
 
 
 def picture(figure: Figure, name: str, *, whole: bool = False) -> Picture:
-    """The panels of a figure in the house style, and its caption.
+    """The panels of a figure, not to be used any more, with ids that begin with `name`.
 
-    Args:
-        figure: Not to be used any more.
-        name: Sets its ids apart from those of other pictures on the page.
-        whole: Keep all panels together, such as a map and its colour bar.
+    All panels stay together if `whole`, such as a map and its colour bar.
     """
     caption = ""
     for text in figure.texts:

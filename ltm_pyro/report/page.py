@@ -20,12 +20,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-
 
 
 def render(numbers: Mapping[str, Any], panels: Mapping[str, list[str]]) -> str:
-    """The page as HTML.
-
-    Args:
-        numbers: What the page shows; see `building`.
-        panels: SVG elements of each picture, by name.
-    """
+    """The page as HTML, of the numbers of `building` and the SVG elements of each picture."""
     environment = templates(autoescape=True)
     environment.filters |= {"num": number, "tint": tint, "plain": plain, "label": label}
     style, script = (
@@ -54,23 +49,18 @@ def templates(*, autoescape: bool) -> Environment:
 
 
 def number(value: float | int | None, digits: int | None = None, sign: bool = False) -> Markup:
-    """A number for people, with the whole of it beside, for programs and for sorting.
-
-    Args:
-        value: The number; `None` where it is not known.
-        digits: Decimals.
-        sign: Whether a plus is shown.
-    """
+    """A number for people, with the whole of it beside, for programs and for sorting."""
     if value is None:
         return Markup('<data class="none" value="">&ndash;</data>')
+    plus = "+" if sign else ""
     if isinstance(value, int):
-        shown = f"{value:+,}" if sign else f"{value:,}"
+        shown = f"{value:{plus},}"
     elif not math.isfinite(value):
         shown = str(value)
     elif abs(value) >= _LONG:
-        shown = f"{value:{'+' if sign else ''}.5e}"
+        shown = f"{value:{plus}.5e}"
     else:
-        shown = f"{value:{'+' if sign else ''},.{_BARE if digits is None else digits}f}"
+        shown = f"{value:{plus},.{_BARE if digits is None else digits}f}"
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 

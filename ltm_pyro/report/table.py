@@ -21,17 +21,11 @@ _SCORES = {
 
 
 def held_out_rows(modes: dict[str, HeldOut], unit: str) -> list[dict[str, Any]]:
-    """One row per mode and score, and one for the control on the same tokens.
+    """One row per mode and score, and one for the control on the same tokens, `byte` or `token`.
 
-    Args:
-        modes: Scores by mode.
-        unit: What a token stands for, `byte` or `token`.
-
-    Returns:
-        Of each: `mode`, `score`, `kind` (`bound`, `no bound`, `exact`); `nats_per_sequence`,
-        `ppl_per_token`, `ppl_per_byte`, `ppl_per_word` (exp of the nats per unit) and
-        `bits_per_byte`, each with `_mc_se` and `_sampling_error`, two of which on either side hold
-        95 %; `None` where the unit is not known.
+    Of each: `mode`, `score`, `kind` (`bound`, `no bound`, `exact`), and `QUANTITIES`, `ppl` being
+    exp of the nats per unit, each with `_mc_se` and `_sampling_error`, two of which on either side
+    hold 95 %; `None` where the unit is not known.
     """
     rows: list[dict[str, Any]] = []
     for mode, held_out in modes.items():

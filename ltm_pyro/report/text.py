@@ -38,17 +38,11 @@ def visible(text: str) -> str:
 
 
 def surprise(held_out: HeldOut, run: Run, seed: int) -> list[dict[str, Any]]:
-    """Surprise of each token of some sequences, with their thoughts and without any.
+    """Surprise of each token of some sequences of mode `oracle`, with thoughts and without any.
 
-    Args:
-        held_out: Scores of mode `oracle`.
-        run: Its run.
-        seed: Chooses the sequences.
-
-    Returns:
-        By sequence: `sequence` (its id), `without` (what stands for no thoughts), `nats` and
-        `nats_without` of all its tokens shown, and `pieces`, each with `text` (one character, or
-        one token), `nats` = E_q[-log p(token | tokens before, z)] and `nats_without`.
+    By sequence, which the seed chooses: `sequence` (its id), `without` (what stands for no
+    thoughts), `nats` and `nats_without` of all its tokens shown, and `pieces`, each with `text`
+    (one character, or one token), `nats` = E_q[-log p(token | before, z)] and `nats_without`.
     """
     if held_out.post is None:
         return []
@@ -92,11 +86,7 @@ def _pieces(tokenizer: Tokenizer, ids: Any, nats: Any, without: Any) -> list[dic
 
 
 def samples(run: Run, corpus: Corpus) -> list[dict[str, str]]:
-    """Two texts from the prior, and one that goes on from held-out text; by the run's seed.
-
-    Returns:
-        Of each `kind` (`prior` or `prompt`), `prompt` and `text`.
-    """
+    """Two texts of `kind` `prior`, and one that goes on from a held-out `prompt`, by the seed."""
     kwargs: dict[str, Any] = {"svi": run.svi, "seed": run.config.seed}
     texts = generate(run.model, corpus.tokenizer, n=2, **kwargs)
     out = [{"kind": "prior", "prompt": "", "text": text} for text in texts]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ltm_pyro.diagnostics.estimates import clustered_mean, documents_of, monte_carlo
+from ltm_pyro.diagnostics.control import paired_loss
+from ltm_pyro.diagnostics.estimates import BOUNDS, PERPLEXITIES
 from ltm_pyro.run.scoring import HeldOut
 
 _LABELS = {"elbo": "the ELBO", "iw_bound": "the importance-weighted bound"}
@@ -19,14 +20,9 @@ def verdict(held_out: HeldOut, scores: dict[str, Any]) -> dict[str, Any]:
     why takes more: another document's thoughts must hurt. A bound below the control shows nothing:
     the model may still be better.
 
-    Args:
-        held_out: Scores of mode `oracle`.
-        scores: Their `summary`.
-
-    Returns:
-        `answer` in a word or two, `sentence`, `gains` (by bound: nats per sequence above the
-        control with `error`, two of which on either side hold 95 %, and whether it is `told_apart`)
-        and `not_supported`, a list of sentences.
+    Of scores of mode `oracle` and their `summary`, it gives `answer` in a word or two, `sentence`,
+    `use`, `gains` (by bound: nats per sequence above the control with `error`, two of which on
+    either side hold 95 %, and whether it is `told_apart`) and `not_supported`, a list of sentences.
     """
     gains = _gains(held_out)
     answer, sentence = _answer(gains, scores)
@@ -41,22 +37,17 @@ def verdict(held_out: HeldOut, scores: dict[str, Any]) -> dict[str, Any]:
 
 def _gains(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """Each bound less the control's log-likelihood, paired."""
-    control = held_out.control
-    if control is None:
+    if held_out.control is None:
         return {}
     out = {}
-    for name in _LABELS:
-        gain = held_out.scores[name] + control["nll_z0"]
-        found = clustered_mean(gain, documents_of(held_out.scores))
-        # The draws' error can exceed the spread over a few documents by luck.
-        drawn = monte_carlo(held_out.scores, name) / len(gain)
-        error = max(found.error, drawn)
-        out[name] = {
-            "nats_per_sequence": found.value,
-            "error": error,
+    for name in BOUNDS:
+        found = paired_loss(held_out.scores, held_out.control, name, "sequence")
+        out[PERPLEXITIES[name][0]] = {
+            "nats_per_sequence": -found.value,
+            "error": found.error,
             "documents": found.documents,
             "too_few_documents": found.few,
-            "told_apart": not found.few and abs(found.value) > max(found.margin(), 2 * drawn),
+            "told_apart": not found.few and found.differs(),
         }
     return out
 

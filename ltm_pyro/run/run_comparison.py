@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 import ltm_pyro
-from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, Difference, in_words, with_training
+from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words, with_training
 from ltm_pyro.diagnostics.estimates import Estimate, Values, few_documents_note
 from ltm_pyro.errors import shown
 from ltm_pyro.html import show
@@ -64,7 +64,7 @@ class RunComparison:
         few, most = (int(f(self.dataset["n_sequences"].values)) for f in (np.min, np.max))
         return str(few) if few == most else f"{few} to {most}"
 
-    def estimate(self, group: str, score: str = "elbo") -> Difference:
+    def estimate(self, group: str, score: str = "elbo") -> Estimate:
         """A group's mean `score` (of `SCORES`) over fits, nats per unit, with all its errors."""
         fits = self.fits(group, score).to_numpy()
         return with_training(self._contrast([(group, 1.0)], score), [fits])
@@ -75,7 +75,7 @@ class RunComparison:
         paired = mine.index.equals(others.index)
         return (mine - (others if paired else others.mean())).to_numpy()
 
-    def difference(self, group: str, other: str, score: str = "elbo") -> Difference:
+    def difference(self, group: str, other: str, score: str = "elbo") -> Estimate:
         """A group's score less that of another, paired, nats per unit, with all its errors.
 
         Groups with the same seeds are paired by seed too: the same seed means the same initial

@@ -15,45 +15,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ltm_pyro.diagnostics.estimates import Estimate, clustered_ratio
-
-Values = NDArray[np.float64]
+from ltm_pyro.diagnostics.estimates import Estimate, Values, clustered_ratio
 
 ERROR_RATE = 0.05
 """Chance that a comparison of equal guides calls any of them better or worse (Bonferroni)."""
 
 
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """A paired difference; its error includes that of training where there were several fits.
-
-    Attributes:
-        freedom: Degrees of freedom of `se`.
-    """
-
-    freedom: float
-
-    @property
-    def df(self) -> float:
-        """Degrees of freedom of `se`, at least 1."""
-        return max(self.freedom, 1.0)
-
-
 def paired_difference(
     guide: Values, base: Values, sizes: Values, documents: NDArray[np.int64] | None
-) -> Difference:
+) -> Estimate:
     """Total difference over total size, with the errors of sampling and of training.
 
     Args:
         guide: (R, n) scores of its independent fits, nats; one row if there is nothing to train.
         base: (R', n) those of the baseline.
         sizes: (n,) tokens for a difference per token, ones for one per sequence.
-        documents: (n,) which document each sequence is a piece of, or `None`.
+        documents: (n,) as in `clustered_ratio`.
     """
     with np.errstate(invalid="ignore"):  # point masses have no ELBO
         difference = guide.mean(0) - base.mean(0)
@@ -63,21 +45,17 @@ def paired_difference(
     return with_training(sampling, [fits.sum(1) / sizes.sum() for fits in finite])
 
 
-def with_training(sampling: Estimate, rates: Iterable[Values]) -> Difference:
-    """An estimate whose error includes that of training.
+def with_training(sampling: Estimate, rates: Iterable[Values]) -> Estimate:
+    """A mean over fits, its error of sampled documents joined by that of training.
 
-    Args:
-        sampling: Of the mean over fits, with the error of having sampled the documents.
-        rates: For each side (R,) the rates of its independent fits; of one fit nothing is known.
+    `rates` are, for each side, (R,) of its independent fits; of one fit nothing is known.
     """
     parts = [(sampling.se**2, sampling.df)]
     parts += [(float(r.var(ddof=1)) / len(r), len(r) - 1.0) for r in rates if len(r) > 1]
     variance = sum(v for v, _ in parts)
     spent = sum(v**2 / df for v, df in parts)
     freedom = variance**2 / spent if spent > 0 else sampling.df
-    return Difference(
-        sampling.value, math.sqrt(variance), sampling.documents, sampling.effective, freedom
-    )
+    return replace(sampling, se=math.sqrt(variance), freedom=freedom)
 
 
 def in_words(

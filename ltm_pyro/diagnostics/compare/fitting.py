@@ -73,12 +73,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A guide to compare.
+    """The guide of the first fit, and what makes another from a seed, with a start of its own.
 
-    Attributes:
-        guide: For the first fit.
-        another: Makes another from a seed, with a start of its own; `None` for a guide that was
-            given, whose shared parameters are as they are.
+    Nothing does for a guide that was given, whose shared parameters are as they are.
     """
 
     guide: LocalGuide
@@ -107,10 +104,7 @@ class Fit:
 class Plan:
     """How a guide spends its budget.
 
-    Attributes:
-        training_steps: Slow steps on the shared parameters, before the local fit.
-        training_fast_steps: T_fast within each of them.
-        local_steps: T_fast of the local fit on the compared sequences.
+    In slow steps on the shared parameters, T_fast within each, and T_fast of the local fit.
     """
 
     training_steps: int
@@ -191,9 +185,6 @@ def _plan(guide: LocalGuide, rows: int, batch_size: int, settings: Settings) -> 
 
     A family without shared parameters spends all of it on its fast loop, one without local
     parameters all of it on training; the others the `training_share` of it on training.
-
-    Raises:
-        InputError: if the budget does not suffice for one step of each kind.
     """
     local, shared = bool(guide.local_parameters()), bool(guide.shared_parameters())
     total, particles = settings.budget * rows, settings.elbo.particles

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ltm_pyro.checks import whole_number
+from ltm_pyro.diagnostics.estimates import Values
 from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.inference.mcmc import MCMCDraws
 from ltm_pyro.inference.mcmc.sampler import check_options
@@ -25,10 +25,7 @@ OPTIONS = ("chains", "warmup", "draws", "mass", "step_size", "max_leapfrog")
 
 
 def check_reference(kernel: str, options: Mapping[str, Any], reals: int) -> None:
-    """Refuses options that the chains would refuse after all guides were fitted.
-
-    Or draws of so many `reals` each that they do not fit into the memory.
-    """
+    """Refuses what chains of so many `reals` would refuse only after all guides were fitted."""
     for name in options:
         if name not in OPTIONS:
             raise unknown_name("option in reference_options", str(name), OPTIONS)
@@ -44,20 +41,14 @@ def check_reference(kernel: str, options: Mapping[str, Any], reals: int) -> None
 def against_reference(
     reference: MCMCDraws, posts: Sequence[Posterior], seed: int
 ) -> dict[str, Any]:
-    """How far each guide's means and scales are from the reference's, per sequence.
+    """How far each guide's means and scales are from those of a reference for some sequences.
 
-    Args:
-        reference: Draws for these sequences, or for some of them.
-        posts: One posterior per guide.
-        seed: Of the draws from q.
-
-    Returns:
-        `reference_mean_error` (guide, sequence): root mean square over dimensions of the difference
-        of means, in units of the reference's scale, less in squares what the errors of both means
-        alone give, not below 0; `reference_mean_floor` (sequence) is these, which the exact
-        posterior would score too. `reference_scale_ratio` (guide, sequence): geometric mean over
-        dimensions of q's scale over the reference's; below 1, q is too narrow. `reference_rhat`,
-        `reference_ess` (sequence). `nan` for what was not sampled, or whose chains disagree.
+    Gives `reference_mean_error` (guide, sequence): root mean square over dimensions of the
+    difference of means, in units of the reference's scale, less in squares what the errors of both
+    means alone give, not below 0; `reference_mean_floor` (sequence) is these, which the exact
+    posterior would score too. `reference_scale_ratio` (guide, sequence): geometric mean over
+    dimensions of q's scale over the reference's; below 1, q is too narrow. `reference_rhat`,
+    `reference_ess` (sequence). `nan` for what was not sampled, or whose chains disagree.
     """
     ids = posts[0].ids
     place = {i: row for row, i in enumerate(ids.tolist())}
@@ -67,7 +58,7 @@ def against_reference(
     floor = (relative.square() + 1.0 / MOMENT_DRAWS).flatten(1).mean(1).sqrt()
     floor[bad] = torch.nan
 
-    def column(values: Tensor) -> NDArray[Any]:
+    def column(values: Tensor) -> Values:
         """(B,), of values for the sequences that were sampled."""
         out = np.full(len(ids), np.nan)
         out[rows.cpu()] = values.cpu()

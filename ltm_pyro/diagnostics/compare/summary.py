@@ -7,18 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy import stats
 
-from ltm_pyro.diagnostics.compare.differences import (
-    ERROR_RATE,
-    Difference,
-    in_words,
-    paired_difference,
+from ltm_pyro.diagnostics.compare.differences import ERROR_RATE, in_words, paired_difference
+from ltm_pyro.diagnostics.estimates import (
+    Estimate,
+    Values,
+    clustered_mean,
+    documents_of,
+    khat_threshold,
 )
-from ltm_pyro.diagnostics.estimates import Estimate, clustered_mean, documents_of, khat_threshold
-
-Values = NDArray[np.float64]
 
 
 def add_summary(data: xr.Dataset) -> xr.Dataset:
@@ -57,7 +55,7 @@ def fits_of(data: xr.Dataset, guide: str, column: str) -> Values:
     return values
 
 
-def pair(data: xr.Dataset, guide: str, other: str) -> Difference:
+def pair(data: xr.Dataset, guide: str, other: str) -> Estimate:
     """ELBO of one guide less that of another, nats per sequence."""
     sizes = np.ones(data.sizes["sequence"])
     scores, others = fits_of(data, guide, "elbo"), fits_of(data, other, "elbo")
@@ -146,16 +144,15 @@ def _verdicts(out: xr.Dataset) -> list[str]:
     return verdicts
 
 
+_UNITS = {"n_tokens": "tokens", "seconds": "s"}
 _NATS = r"elbo|iw_|kl|gap|nll|evidence|^pair_|^log_"
 
 
 def _add_units(out: xr.Dataset) -> None:
     for name in map(str, out.data_vars):
-        units = "1"
+        units = _UNITS.get(name, "1")
         if name.endswith("_evaluations"):
             units = "decoder evaluations per sequence"
-        elif name in ("n_tokens", "seconds"):
-            units = {"n_tokens": "tokens", "seconds": "s"}[name]
         elif not name.endswith("_df") and name != "kl_estimator" and re.search(_NATS, name):
             units = "nats"
         out[name].attrs["units"] = units

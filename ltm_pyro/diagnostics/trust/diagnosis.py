@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from ltm_pyro.diagnostics.estimates import Values, as_array
 from ltm_pyro.html import show
-
-Floats = NDArray[np.float64]
-Columns = dict[str, tuple[str, Floats, dict[str, str]]]
-"""Variables over `sequence` for the dataset: dimension, values, units."""
 
 COVERAGE = 0.95
 """Of the intervals that flags state, all of one question at once."""
@@ -131,7 +127,7 @@ class Bonferroni:
         return float(stats.t.isf(self.level / max(1, tests), df))
 
     def test(
-        self, effect: Floats | Tensor, error: Floats | Tensor, tolerance: float, df: float
+        self, effect: Values | Tensor, error: Values | Tensor, tolerance: float, df: float
     ) -> Finding | None:
         """Whether an effect that may have either sign is there."""
         effect, error = _matrix(effect), _matrix(error)
@@ -142,7 +138,7 @@ class Bonferroni:
         return replace(found, column=found.column - effect.shape[1], effect=-found.effect)
 
     def test_above(
-        self, effect: Floats | Tensor, error: Floats | Tensor, tolerance: float, df: float
+        self, effect: Values | Tensor, error: Values | Tensor, tolerance: float, df: float
     ) -> Finding | None:
         """Which of the effects lie above `tolerance` beyond their errors; `None` if none do.
 
@@ -165,7 +161,7 @@ class Bonferroni:
         return Finding(ids, ids[0], column, float(effect[row, column]), margin)
 
     def _shared(
-        self, known: NDArray[np.bool_], effect: Floats, error: Floats, tolerance: float, df: float
+        self, known: NDArray[np.bool_], effect: Values, error: Values, tolerance: float, df: float
     ) -> Finding | None:
         """The finding on the means over sequences."""
         n = known.sum(0)
@@ -226,18 +222,7 @@ class Finding:
         return f"sequence {self.worst}" if self.worst >= 0 else "the mean over sequences"
 
 
-def _matrix(values: Floats | Tensor) -> Floats:
+def _matrix(values: Values | Tensor) -> Values:
     """(B,) or (B, M) as an array (B, M)."""
     array = as_array(values)
     return array[:, None] if array.ndim == 1 else array
-
-
-def as_array(values: Floats | Tensor) -> Floats:
-    """In double precision, on the CPU."""
-    values = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
-    return np.asarray(values, dtype=np.float64)
-
-
-def columns(units: str, **values: Floats | Tensor) -> Columns:
-    """Variables (B,) for the dataset, of common units."""
-    return {name: ("sequence", as_array(each), {"units": units}) for name, each in values.items()}

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.diagnostics.bounds import standard_error
-from ltm_pyro.diagnostics.trust.diagnosis import (
-    Bonferroni,
-    Columns,
-    Flag,
-    Floats,
-    as_array,
-    columns,
-)
+from ltm_pyro.diagnostics.estimates import Columns, Values, as_array, columns
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Flag
 from ltm_pyro.diagnostics.trust.draws import Draws, Joint, walk
 from ltm_pyro.diagnostics.trust.score import MOST_DIMENSIONS, moment_flags, moments_against
 from ltm_pyro.inference.posterior import Posterior
@@ -71,12 +65,12 @@ def drift_flags(
         )
         flags.append(Flag("drift", "tails", found.sequences, sentence))
     return flags, {
-        **columns("nats", drift_log_joint=rise, drift_log_joint_se=rise_error),
-        **columns("1", drift_in_tail=share, drift_acceptance=rates),
+        **columns("sequence", "nats", drift_log_joint=rise, drift_log_joint_se=rise_error),
+        **columns("sequence", "1", drift_in_tail=share, drift_acceptance=rates),
     }
 
 
-def _correlations(before: Tensor, after: Tensor) -> tuple[Floats, Floats]:
+def _correlations(before: Tensor, after: Tensor) -> tuple[Values, Values]:
     """Change of each pair's correlation, with its error, (B, pairs) each."""
     upper = torch.triu_indices(before.shape[-1], before.shape[-1], 1)
     changes, errors = [], []
@@ -94,7 +88,7 @@ def _correlations(before: Tensor, after: Tensor) -> tuple[Floats, Floats]:
     return as_array(torch.stack(changes)), as_array(torch.stack(errors))
 
 
-def _share_in_tail(post: Posterior, draws: Draws, after: Tensor) -> tuple[Floats, Floats, float]:
+def _share_in_tail(post: Posterior, draws: Draws, after: Tensor) -> tuple[Values, Values, float]:
     """Share of the draws that ended in q's tail (B,), its error, and what is expected of it."""
     with torch.no_grad():
         log_q = post.log_prob(after).double()

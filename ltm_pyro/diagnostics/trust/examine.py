@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ltm_pyro.checks import MOST_COUNT, QUIET_SECONDS, whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.diagnostics.estimates import provenance, sequence_coords
-from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Columns, Diagnosis, Flag
+from ltm_pyro.diagnostics.estimates import Columns, provenance, sequence_coords
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Diagnosis, Flag
 from ltm_pyro.diagnostics.trust.draws import Draws, Joint, draw
 from ltm_pyro.diagnostics.trust.drift import drift_flags
 from ltm_pyro.diagnostics.trust.other_side import RELIABLE, annealing_flags, row_flags

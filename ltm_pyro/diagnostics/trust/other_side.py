@@ -9,8 +9,9 @@ import torch
 
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import standard_error
+from ltm_pyro.diagnostics.estimates import Columns, Values, columns
 from ltm_pyro.diagnostics.evidence import annealed_bound
-from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Columns, Flag, Floats, columns
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Flag
 from ltm_pyro.diagnostics.trust.draws import Draws, Joint
 from ltm_pyro.models.base import LatentModel
 
@@ -33,7 +34,7 @@ ROW_DRAWS, MOST_ROWS = 16, 32
 def annealing_flags(
     model: LatentModel,
     batch: Batch,
-    iw: tuple[Floats, Floats],
+    iw: tuple[Values, Values],
     rule: Bonferroni,
     chains: int,
     rungs: int,
@@ -69,7 +70,7 @@ def annealing_flags(
             "small, else what the other flags name; fit from several starts, or use a mixture"
         )
         flags.append(Flag("annealing", "missed mass", found.sequences, sentence))
-    return flags, columns("nats", annealed_bound=lower, annealed_bound_se=error)
+    return flags, columns("sequence", "nats", annealed_bound=lower, annealed_bound_se=error)
 
 
 def row_flags(target: Joint, draws: Draws, rule: Bonferroni) -> tuple[list[Flag], Columns]:
@@ -96,4 +97,4 @@ def row_flags(target: Joint, draws: Draws, rule: Bonferroni) -> tuple[list[Flag]
             "order; check how ids were matched"
         )
         flags.append(Flag("rows", "other sequence", found.sequences, sentence))
-    return flags, columns("nats", best_other_advantage=advantage.amax(1))
+    return flags, columns("sequence", "nats", best_other_advantage=advantage.amax(1))

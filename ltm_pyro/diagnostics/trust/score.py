@@ -20,16 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltm_pyro.diagnostics.estimates import jackknife
-from ltm_pyro.diagnostics.trust.diagnosis import (
-    Bonferroni,
-    Columns,
-    Finding,
-    Flag,
-    Floats,
-    as_array,
-    columns,
-)
+from ltm_pyro.diagnostics.estimates import Columns, Values, as_array, columns, jackknife
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Finding, Flag
 from ltm_pyro.diagnostics.trust.draws import Draws
 
 GROUPS = 40
@@ -57,9 +49,9 @@ class Moments:
         correlation: (B, pairs) posterior's minus q's; `None` where dimensions were looked at alone.
     """
 
-    shift: tuple[Floats, Floats]
-    variance: tuple[Floats, Floats]
-    correlation: tuple[Floats, Floats] | None
+    shift: tuple[Values, Values]
+    variance: tuple[Values, Values]
+    correlation: tuple[Values, Values] | None
     df: float
 
 
@@ -68,21 +60,14 @@ def moments_against(
     after: Tensor,
     weight: Tensor,
     unknown: Tensor,
-    correlation: tuple[Floats, Floats] | None,
+    correlation: tuple[Values, Values] | None,
     df: float,
 ) -> Moments:
     """Mean and variance of weighted draws against those of q's own, pair by pair.
 
     Standard errors are those of the difference: where the two agree draw by draw it is 0, and so is
-    its error.
-
-    Args:
-        before: (S, B, M) q's draws in its own units, mean 0.
-        after: (S, B, M) where they are now, in the same units.
-        weight: (S, B, 1) that sum to 1 over draws.
-        unknown: (B, M) what is not to be judged.
-        correlation: As in `Moments`.
-        df: As there.
+    its error. `before` and `after` are (S, B, M) in q's own units, mean 0 before; `weight`
+    (S, B, 1) sums to 1 over draws; what is `unknown` (B, M) is not judged.
     """
     S = len(before)
     mean = (weight * after).sum(0)
@@ -196,11 +181,10 @@ def score_flags(draws: Draws, rule: Bonferroni) -> tuple[list[Flag], Columns]:
     shift, variance = moments.shift[0], moments.variance[0]
     worst = np.take_along_axis(shift, np.abs(shift).argmax(1)[:, None], 1)[:, 0]
     ratio = np.sqrt(np.maximum(variance + 1.0, 0.0))
+    scales = {"score_scale_least": ratio.min(1), "score_scale_most": ratio.max(1)}
     return flags, {
-        **columns("scales of q", score_shift=worst),
-        **columns(
-            "posterior scales", score_scale_least=ratio.min(1), score_scale_most=ratio.max(1)
-        ),
+        **columns("sequence", "scales of q", score_shift=worst),
+        **columns("sequence", "posterior scales", **scales),
     }
 
 

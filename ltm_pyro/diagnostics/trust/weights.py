@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from ltm_pyro.diagnostics.bounds import standard_error
-from ltm_pyro.diagnostics.estimates import khat_threshold, log_mean
+from ltm_pyro.diagnostics.estimates import Columns, columns, khat_threshold, log_mean
 from ltm_pyro.diagnostics.psis import pareto_khat
-from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Columns, Flag, columns
+from ltm_pyro.diagnostics.trust.diagnosis import Bonferroni, Flag
 from ltm_pyro.diagnostics.trust.draws import Draws
 from ltm_pyro.diagnostics.trust.score import moment_flags, moments_against
 
@@ -44,8 +44,8 @@ def weight_flags(draws: Draws, rule: Bonferroni) -> tuple[list[Flag], Columns]:
     flags += moment_flags("weights", moments, rule)
     nats = {"elbo": draws.elbo, "iw_bound": bound.value, "iw_bound_se": bound.error}
     return flags, {
-        **columns("1", khat=khat, effective_share=bound.ess / S),
-        **columns("nats", **nats, gap=gap, gap_se=gap_error),
+        **columns("sequence", "1", khat=khat, effective_share=bound.ess / S),
+        **columns("sequence", "nats", **nats, gap=gap, gap_se=gap_error),
     }
 
 
