@@ -476,6 +476,7 @@ def test_default_folder_names_preset_and_corpus():
     assert default_folder(PRESETS["nano"]) == "runs/nano-pydoc"
     assert default_folder(settings("--corpus", "some/book.txt")) == "runs/nano-book"
     assert default_folder(settings("--corpus", "/")) == "runs/nano-corpus"
+    assert default_folder(settings("--corpus", "books/*.md")) == "runs/nano-corpus"
 
 
 def test_scores_that_are_not_finite_are_told(fitted):

@@ -109,6 +109,24 @@ class Mute(LinearGaussian):
     log_evidence = property()
 
 
+def test_mean_gaps_have_errors_clustered_by_document() -> None:
+    """Every document twice tells no more of other documents than once."""
+    values = np.random.default_rng(0).normal(size=8)
+
+    def gaps(copies: int) -> xr.Dataset:
+        columns = {n: ("sequence", np.repeat(values, copies)) for n in ("approximation", "total")}
+        errors = {f"{n}_se": ("sequence", np.full(8 * copies, 0.1)) for n in columns}
+        documents = ("sequence", np.repeat(np.arange(8), copies))
+        return xr.Dataset(
+            {**columns, **errors}, {"document": documents}, {"components": ["approximation"]}
+        )
+
+    once, twice = gap_means(gaps(1)), gap_means(gaps(2))
+    np.testing.assert_allclose(once["sampling_se"], np.std(values, ddof=1) / np.sqrt(8))
+    np.testing.assert_allclose(twice["sampling_se"], once["sampling_se"])
+    np.testing.assert_allclose(twice["mc_se"], once["mc_se"] / np.sqrt(2))
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_the_sign_of_a_gap_that_is_zero(known: bool) -> None:
     """docs/guides.md: "against an exact or a given log p(x) a gap that is really 0 comes out on

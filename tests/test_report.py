@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 from cli_helpers import MICRO, write_text
 from report_helpers import hostile_run, numbers_of
 
@@ -22,9 +23,10 @@ from ltm_pyro.cli import main
 from ltm_pyro.cli.fit import _parser
 from ltm_pyro.cli.settings import build_config, expand_shortcuts, given_settings
 from ltm_pyro.config import FitConfig, preset
+from ltm_pyro.diagnostics.compare import Comparison
 from ltm_pyro.errors import InputError
 from ltm_pyro.report import make_report
-from ltm_pyro.report.checks import FAILED, NOT_MADE, PASSED
+from ltm_pyro.report.checks import FAILED, NOT_MADE, PASSED, _of_the_posterior
 from ltm_pyro.report.identity import fit_command
 from ltm_pyro.report.text import visible
 from ltm_pyro.report.verdict import _answer
@@ -35,6 +37,23 @@ ORDER = [
     *("Trust in the weights", "Use of thoughts", "Gaps and reference", "Map of thoughts"),
     *("Surprise", "Samples", "Checks", "Files"),
 ]
+
+
+def test_what_a_comparison_does_not_know_fails_no_check() -> None:
+    """An encoder has no fast loop to be too short, and a chain that disagrees measures nothing."""
+    guides = ["amortized", "mean_field"]
+    columns = {
+        "truncation_gap_per_sequence": [math.nan, 0.3],
+        "truncation_gap_per_sequence_error": [math.nan, 0.2],
+        "reference_scale_ratio_median": [math.nan, math.nan],
+    }
+    data = xr.Dataset({n: ("guide", v) for n, v in columns.items()}, {"guide": guides})
+    loop, scales, *_ = _of_the_posterior(Comparison(data))
+    assert loop["state"] == PASSED
+    assert "0.30 nats" in loop["found"]
+    assert scales["state"] == NOT_MADE
+    encoder = Comparison(data.isel(guide=[0]))
+    assert _of_the_posterior(encoder)[0]["state"] == NOT_MADE
 
 
 class Page(HTMLParser):

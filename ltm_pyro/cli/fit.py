@@ -279,14 +279,7 @@ def _put_back(fitted: Run, new: bool) -> str:
 
 
 class _Watch:
-    """Follows a fit: tells of its course where no progress bar can, and when to stop.
-
-    Attributes:
-        signals: Ctrl-C and SIGTERM.
-        bars: Whether this process shows progress bars: stderr is a terminal, which can.
-        stage: `fit` or `control`.
-        label: Which restart.
-    """
+    """Follows a fit: tells of its course where no progress bar can, and when to stop."""
 
     def __init__(self, fitted: Run) -> None:
         self.folder = fitted.folder
@@ -296,7 +289,7 @@ class _Watch:
         self.parallel = fitted.parallel
         self.parallel.asks_to_stop = self._asked
         self.bars = sys.stderr.isatty() and self.parallel.is_rank_0
-        self.stage, self.label = "fit", ""
+        self.stage, self.label = "fit", ""  # or `control`; which restart
 
     def _asked(self) -> bool:
         return self.signals.received is not None

@@ -29,14 +29,7 @@ _KINDS = {
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Parses the options of one command.
-
-    Args:
-        command: Its name.
-        usage: What follows it.
-        description: What it does.
-        examples: One command line per line, with what it does after two spaces.
-    """
+    """Parses the options of one command; `usage` follows its name, `examples` are one a line."""
 
     def __init__(self, command: str, usage: str, description: str, examples: str) -> None:
         super().__init__(

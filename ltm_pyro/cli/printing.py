@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,5 +221,6 @@ def shell_quoted(path: Path) -> str:
 
 def default_folder(config: FitConfig) -> str:
     """Where a run goes when nothing else is said."""
-    corpus = config.corpus.name.rstrip("/").rpartition("/")[2].partition(".")[0] or "corpus"
-    return f"runs/{config.preset}-{corpus}"
+    corpus = config.corpus.name.rstrip("/").rpartition("/")[2].partition(".")[0]
+    corpus = re.sub(r"[*?\[\]]", "", corpus)  # of a pattern, which a shell would take for one again
+    return f"runs/{config.preset}-{corpus or 'corpus'}"

@@ -39,14 +39,14 @@ class CollapsePanel:
         n_documents: That they are pieces of; `None` where documents are not known.
         draws: S, draws per sequence for the mutual information.
         kl: Mean KL(q(z_i) || prior).
-        kl_se: Its error over documents, see `sampling_error`.
+        kl_se: Its error over documents: two on either side hold 95 %.
         kl_estimator: `analytic` or `monte_carlo`.
         kl_per_thought: (K,) mean KL of each thought vector by itself; `nan` where unknown. Against
             a prior of independent thoughts their sum is at most `kl`, and less where thoughts lean
             on each other under q.
         kl_per_layer: (L,) the same of each layer's thoughts together; empty without layers.
-        kl_per_block_kind: Of these two: `exact`, `monte carlo`, `at least` (a lower bound, for
-            families whose parts have no known density) or `unknown`; see `information`.
+        kl_per_block_kind: Of these two: `exact`, `monte carlo`, `at least` or `unknown`; see
+            `information`.
         active_units: Dimensions of z whose posterior mean has a variance over sequences of at least
             `ACTIVE_VARIANCE`.
         n_units: K D.
@@ -60,8 +60,7 @@ class CollapsePanel:
         mutual_information_counts: Whether the noise of the fast loop counts as information.
         mutual_information_per_block_kind: `monte carlo`, `at least` or `unknown`.
         kl_aggregate: KL(q_agg || prior), q_agg the mixture of all q: `kl` less what z tells apart
-            under these fits. How far all posteriors together are from the prior, which a decoder
-            can exploit without telling sequences apart.
+            under these fits. A decoder can exploit it without telling sequences apart.
         kl_aggregate_is: `estimate`, or `at most` where the mutual information is `at least`.
         penalty_z0: Mean of -log p(x | z = 0) minus that at the sequence's own draws.
         penalty_shuffled: The same with the thoughts of a sequence of another document; `nan` where

@@ -61,18 +61,12 @@ def against_control(
 ) -> dict[str, dict[str, Any]]:
     """Each score's ratio to the control's exact perplexity, paired sequence by sequence.
 
-    Args:
-        scores: Of `evaluate`.
-        control: Of the decoder without thoughts, exact, for the same sequences.
-        per: What perplexities are of: `token`, `byte` or `word`, which also stands in the names.
-
-    Returns:
-        By name (`ppl_elbo` and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`;
-        `difference_per_token` (nats, below 0 where the thoughts' model is better),
-        `difference_per_token_se` clustered by document and not below the Monte Carlo error,
-        `difference_per_token_error`, of which two on either side hold 95 %; `documents` (each
-        sequence counts as one where not known) and the `verdict` that the error allows. Its 95 %
-        are for each score alone.
+    Perplexities are per `token`, `byte` or `word`, which stands in the names. By score (`ppl_elbo`
+    and `ppl_iw`, or `ppl_predictive`): `ratio` and `ratio_error`; `difference_per_token` (nats,
+    below 0 where the thoughts' model is better), `difference_per_token_se` clustered by document
+    and not below the Monte Carlo error, `difference_per_token_error`, of which two on either side
+    hold 95 %, for each score alone; `documents` (each sequence counts as one where not known) and
+    the `verdict` that the error allows.
     """
     out: dict[str, dict[str, Any]] = {}
     for name in scored(scores, COMPARED):

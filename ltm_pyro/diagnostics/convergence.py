@@ -55,13 +55,10 @@ def objective_draws(
 ) -> Tensor:
     """Log p(x | z_s) + log p(z_s) - log q(z_s) at fresh z_s ~ q: the mean over s is the ELBO.
 
-    Two posteriors of one family get the same noise from the same seed, as far as the family draws
-    by reparametrisation, so that differences of these values are far less noisy than the values.
-    Without a closed-form KL on purpose: near p(z | x) these are nearly constant. A point mass has
-    no density: its log q is left out, and the values are the log joint.
-
-    Returns:
-        (S, B) float64, nats.
+    (S, B) float64, nats. Two posteriors of one family get the same noise from the same seed, so
+    that differences of these values are far less noisy than the values. Without a closed-form KL on
+    purpose: near p(z | x) these are nearly constant. A point mass has no density: its log q is left
+    out, and the values are the log joint.
     """
     batch = batch.to(model.device)
     prepared = model.prepare(batch)

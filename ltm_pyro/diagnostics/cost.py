@@ -77,11 +77,7 @@ class CostReport:
 
 
 def cost_report(config: FitConfig) -> CostReport:
-    """The cost of a fit, without running it.
-
-    Raises:
-        InputError: for an unknown guide family or option.
-    """
+    """The cost of a fit, without running it."""
     model = config.model
     small, guide = small_fit(config)
     n_prior = sum(p.numel() for p in small.thought_prior.parameters())

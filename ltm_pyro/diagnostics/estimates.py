@@ -174,9 +174,6 @@ def khat_threshold(draws: int) -> float:
 
     Vehtari et al. (2024), section 3.2.4: the fewer the draws, the lighter the tail must be. The one
     limit everywhere; what is printed names its S.
-
-    Raises:
-        InputError: if there are fewer than 2 draws.
     """
     if draws < 2:
         raise InputError(f"{draws} draws: a k-hat needs at least 2")
@@ -279,11 +276,10 @@ _TAKEN = {
 
 
 def sequence_coords(batch: Batch) -> dict[str, Any]:
-    """Coordinates of the dimension `sequence`.
+    """Coordinates of `sequence`: stable ids, `document` and whatever else is known of them.
 
-    The stable ids, `document` where it is known, and whatever else is known of the sequences (see
-    `SequenceSet.metadata`): `file`, `offset`, `position`, `group`, the fields of the records.
-    Numbers stay numbers; all else is text, "" where missing.
+    That is `file`, `offset`, `position`, `group`, the fields of the records; see
+    `SequenceSet.metadata`. Numbers stay numbers; all else is text, "" where missing.
     """
     coords: dict[str, Any] = {"sequence": batch.ids.cpu().numpy()}
     if batch.origin is not None:

@@ -103,13 +103,12 @@ class Information:
     Of all thoughts, of each thought by itself, and of each layer's block.
 
     Attributes:
-        value: From below, in expectation over sequences; at most `cap`.
+        value: From below, in expectation over sequences; at most `cap`, log N for N texts.
         error: Its Monte Carlo standard error given these sequences and fits.
-        upper: From above; `nan` where that is not known: for parts whose density is not, and where
-            all sequences are of the same text.
+        upper: From above; `nan` for parts without a known density, and where all are of one text.
         as_fitted: From below, of z and the fit that it comes from: what the fast loop's noise tells
             apart included, copies of a text too.
-        cap: Which no lower bound can exceed: the entropy of the texts, log N for N texts.
+        cap: The entropy of the texts.
         kind: How densities of parts are known; those of all thoughts always are.
     """
 
@@ -280,7 +279,7 @@ def measured(
         kl, kind = kl_by_block(post, [*blocks(K, K), *layers])
     variables = columns(("sequence", "thought"), "nats", kl_thought=kl[:, :K])
     variables |= columns(("sequence", "layer"), "nats", kl_layer=kl[:, K:])
-    places = {"": 0, "thought": slice(1, 1 + K), "layer": slice(1 + K, None)}
+    places: dict[str, Any] = {"": 0, "thought": slice(1, 1 + K), "layer": slice(1 + K, None)}
     for dim, part in places.items():
         for ending, bound in (("", found.value), ("_se", found.error), ("_upper", found.upper)):
             name = f"mutual_information{dim and f'_{dim}'}{ending}"

@@ -91,11 +91,7 @@ class MemoryReport:
 
 
 def memory_report(config: FitConfig) -> MemoryReport:
-    """The peak memory of one process that takes the whole batch, by the formula.
-
-    Raises:
-        InputError: for an unknown guide family, objective or option.
-    """
+    """The peak memory of one process that takes the whole batch, by the formula."""
     model, guide = small_fit(config)
     rows, part = rows_at_once(config)
     draws = max(draws_at_once(config))

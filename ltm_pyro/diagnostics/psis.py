@@ -33,17 +33,13 @@ rounding; weights within a thousandth of each other estimate anything well."""
 
 
 def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
-    """Pareto k-hat of each sequence's importance weights.
+    """Pareto k-hat of each sequence's importance weights, (S, B) nats to (B,).
 
-    Args:
-        log_weights: log p(x, z) - log q(z) in nats, (S, B); a constant added to a column changes
-            nothing, and minus infinity is a draw like any other.
-
-    Returns:
-        (B,) estimates of k. Below 0.5 good, below `khat_threshold(S)` usable, otherwise unreliable.
-        `nan`: not judged, from fewer than `MIN_DRAWS` draws, with a weight that is not a number or
-        with none above zero. `inf`: a weight is infinite, or the largest are so few or so tied that
-        no tail can be fitted. 0: the weights are equal up to rounding, as of the exact posterior.
+    Of log p(x, z) - log q(z); minus infinity is a draw like any other. Below 0.5 good, below
+    `khat_threshold(S)` usable, otherwise unreliable. `nan`: not judged, from fewer than `MIN_DRAWS`
+    draws, with a weight that is not a number or with none above zero. `inf`: a weight is infinite,
+    or the largest are so few or so tied that no tail can be fitted. 0: the weights are equal up to
+    rounding, as of the exact posterior.
 
     Raises:
         InputError: if `log_weights` is not (S, B).

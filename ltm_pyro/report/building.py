@@ -121,8 +121,7 @@ def _numbers(
 ) -> dict[str, Any]:
     held_out = modes["oracle"]
     scores = summary(run, held_out)
-    compared = recorded_comparison(run.folder)
-    comparison = None if compared is None else compared.as_dict()
+    comparison = recorded_comparison(run.folder)
     recorded = run.folder / "scores.json"
     seeds = 1  # fits of these settings, each from a seed of its own
     if runs is not None:
@@ -141,7 +140,7 @@ def _numbers(
         "documents": _documents(held_out),
         "khat": scores["khat"],
         "collapse": scores["collapse"],
-        "comparison": comparison,
+        "comparison": None if comparison is None else comparison.as_dict(),
         "surprise": surprise(held_out, run, run.config.seed),
         "samples": [{name: visible(value) for name, value in sample.items()} for sample in texts],
         "checks": checks_made(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pandas as pd
+
+from ltm_pyro.diagnostics.compare import Comparison
 from ltm_pyro.diagnostics.cost import KL_FLOOR_WARNING, cost_report
 from ltm_pyro.diagnostics.estimates import FEW_DOCUMENTS
 from ltm_pyro.diagnostics.psis import MIN_DRAWS
@@ -19,7 +22,7 @@ def checks_made(
     scores: dict[str, Any],
     *,
     recorded: dict[str, Any] | None,
-    comparison: dict[str, Any] | None,
+    comparison: Comparison | None,
     seeds: int,
 ) -> list[Check]:
     """Every check that this project knows for a run, with what was found, and how to make it.
@@ -134,30 +137,26 @@ def _of_the_scores(scores: dict[str, Any]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _of_the_posterior(comparison: dict[str, Any] | None) -> list[Check]:
+def _of_the_posterior(comparison: Comparison | None) -> list[Check]:
     compare = "ltm-pyro compare RUN --guides mean_field,full_rank"
-    guides = {} if comparison is None else comparison["guides"]
-    rows = [row for row in guides.values() if row.get("truncation_gap_per_sequence") is not None]
-    gaps = [row["truncation_gap_per_sequence"] for row in rows]
-    short = [row for row in rows if row["truncation_gap_per_sequence"] > 2 * _error(row)]
-    scales = [row.get("reference_scale_ratio_median") for row in guides.values()]
-    known = [scale for scale in scales if scale is not None]
+    gap, scale = "truncation_gap_per_sequence", "reference_scale_ratio_median"
+    guides = pd.DataFrame() if comparison is None else comparison.frame
+    guides = guides.reindex(columns=[gap, f"{gap}_error", scale]).astype(float)
+    # An encoder has no loop to be too short, and not every guide a reference.
+    gaps, scales = guides[gap].dropna(), guides[scale].dropna()
+    short = gaps > 2 * guides[f"{gap}_error"].fillna(0.0)[gaps.index]
     return [
         _made(
-            "The fast loop is long enough", None if not gaps else not short,
-            f"a loop twice as long gains {max(gaps, default=0.0):.2f} nats at most",
-            f"{compare}; or ltm_pyro.fast_convergence" if not gaps else "more --eval_fast_steps",
+            "The fast loop is long enough", None if gaps.empty else not short.any(),
+            f"a loop twice as long gains {gaps.max():.2f} nats at most",
+            f"{compare}; or ltm_pyro.fast_convergence" if gaps.empty else "more --eval_fast_steps",
         ),
         _made(
             "q has the scales of a reference posterior (HMC)",
-            None if not known else all(0.8 < scale < 1.25 for scale in known),
-            ", ".join(f"{scale:.2f}" for scale in known) + " times its scales",
-            f"{compare} --reference hmc" if not known else "a richer guide",
+            None if scales.empty else bool(scales.between(0.8, 1.25, inclusive="neither").all()),
+            ", ".join(f"{scale:.2f}" for scale in scales) + " times its scales",
+            f"{compare} --reference hmc" if scales.empty else "a richer guide",
         ),
         _made("Gaps to the evidence", None, "", "ltm_pyro.gap_decomposition"),
         _made("Simulation-based calibration", None, "", "ltm_pyro.sbc, on data from the model"),
     ]  # fmt: skip
-
-
-def _error(row: dict[str, Any]) -> float:
-    return float(row.get("truncation_gap_per_sequence_error") or 0.0)

@@ -126,8 +126,7 @@ def _score_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _checks(run: Run, scores: Mapping[str, Any]) -> list[Check]:
-    compared = recorded_comparison(run.folder)
-    comparison = None if compared is None else compared.as_dict()
+    comparison = recorded_comparison(run.folder)
     found = checks_made(run, dict(scores), recorded=None, comparison=comparison, seeds=1)
     return [check for check in found if check["name"] not in _OF_A_PAGE]
 

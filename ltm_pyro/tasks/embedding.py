@@ -129,11 +129,7 @@ def interpolate(
 
 
 def svi_of(fitted: object) -> DualRateSVI:
-    """The fit of a run, or itself.
-
-    Raises:
-        InputError: if it is neither.
-    """
+    """The fit of a run, or itself; `InputError` for anything else."""
     svi = getattr(fitted, "svi", fitted)
     if not isinstance(svi, DualRateSVI):
         raise InputError(f"{shown(fitted)} is no fit: give load_run(folder), or a DualRateSVI")

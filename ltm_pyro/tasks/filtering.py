@@ -43,9 +43,6 @@ class Segment(LatentModel):
 
     Its latent is u (K, D). That has the same prior for all rows, as the contract asks, and is where
     guides start well.
-
-    Args:
-        emission: Of the segments.
     """
 
     def __init__(self, emission: LatentModel) -> None:
@@ -195,7 +192,7 @@ def _updated(one: Segment, post: Posterior, rows: Batch, u: Tensor) -> Filtered:
         covariance=scale @ covariance @ scale.mT,
         elbo=log_weight.mean(0),
         log_evidence=evidence,
-        log_evidence_se=share.std(0) * len(u) ** 0.5,
+        log_evidence_se=share.std(0) / math.sqrt(len(u)),
     )
 
 

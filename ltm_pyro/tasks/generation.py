@@ -166,11 +166,7 @@ def _thoughts(
 
 
 def _given_thoughts(z: object) -> Tensor:
-    """Thoughts as a tensor of real numbers.
-
-    Raises:
-        InputError: if they are none.
-    """
+    """Thoughts as a tensor of real numbers; `InputError` if they are none."""
     # torch warns of arrays that it could not write into, such as those of a pandas frame.
     thoughts = as_tensor("z", z.copy() if isinstance(z, np.ndarray) else z)
     if thoughts.is_meta:

@@ -29,13 +29,9 @@ ERROR_RATE = 0.05
 def paired_difference(
     guide: Values, base: Values, sizes: Values, documents: NDArray[np.int64] | None
 ) -> Estimate:
-    """Total difference over total size, with the errors of sampling and of training.
+    """Total difference over total size (n,), with the errors of sampling and of training.
 
-    Args:
-        guide: (R, n) scores of its independent fits, nats; one row if there is nothing to train.
-        base: (R', n) those of the baseline.
-        sizes: (n,) tokens for a difference per token, ones for one per sequence.
-        documents: (n,) as in `clustered_ratio`.
+    Scores (R, n) of independent fits of guide and baseline, nats; one row if none is trained.
     """
     with np.errstate(invalid="ignore"):  # point masses have no ELBO
         difference = guide.mean(0) - base.mean(0)
@@ -67,15 +63,10 @@ def in_words(
     unit: str = "nats",
     sides: tuple[str, str] = ("better", "worse"),
 ) -> str:
-    """What a difference says at its error, and no more.
+    """What a difference says at its error, and no more, if `comparisons` share the error rate.
 
-    Args:
-        found: In `unit`, above 0 where the guide is closer to the posterior.
-        comparisons: How many share the error rate.
-        guide: Its name, if the claim is about one fit of it; `None` if it is about the family.
-        base: The same of the baseline.
-        unit: Of the difference.
-        sides: What it means to be above 0, and below.
+    A `guide` or `base` is named where the claim is about one fit of it and not about the family.
+    `sides` say what it means to be above 0, and below.
     """
     value, margin = found.value, found.margin(ERROR_RATE / max(comparisons, 1))
     if not math.isfinite(value + margin):

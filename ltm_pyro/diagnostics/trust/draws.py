@@ -111,9 +111,7 @@ def walk(target: Joint, draws: Draws, steps: int) -> tuple[State, Tensor]:
     Every draw decides for itself, so draws that follow p(z | x) still follow it afterwards, however
     long or short the steps are. Step sizes are q's scales times one factor per sequence, tuned on
     the acceptance of the sequence's S draws together: too weak a dependence between them to matter.
-
-    Returns:
-        Where the draws are now, and the share of proposals accepted, (B,).
+    Gives where the draws are now, and the share of proposals accepted, (B,).
     """
     state = draws.state
     M = state.z.shape[-1]
