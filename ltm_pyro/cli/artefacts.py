@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from ltm_pyro.data.base import Corpus
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import save_datatree, to_datatree, write_datatree
-from ltm_pyro.inference.posterior import Posterior
-from ltm_pyro.models.base import LatentModel
 from ltm_pyro.run import Run
 from ltm_pyro.run.files import json_bytes, write_atomic
 from ltm_pyro.run.fitting import finished_restarts
@@ -63,30 +60,23 @@ def write_posterior(target: Path, run: Run, held_out: HeldOut) -> None:
     steps = run.config.eval_fast_steps
     chains = [held_out.post, *(again.svi.infer(held_out.batch, steps) for again in others)]
     models = [run.model, *(again.model for again in others)]
-    rows = range(0, len(held_out.post), _BLOCK)
-    trees = (_tree(run, held_out, chains, models, slice(row, row + _BLOCK)) for row in rows)
-    if len(rows) == 1:
+    blocks = [slice(row, row + _BLOCK) for row in range(0, len(held_out.post), _BLOCK)]
+    trees = (
+        to_datatree(
+            [chain[rows] for chain in chains],
+            held_out.batch.select(rows),
+            held_out.scores.isel(sequence=rows),
+            int(held_out.scores.attrs["draws"]),
+            model=models,
+            fit_trace=run.metrics,
+            seed=run.config.seed,
+        )
+        for rows in blocks
+    )
+    if len(blocks) == 1:
         save_datatree(next(trees), target)
     else:
         write_datatree(trees, target)
-
-
-def _tree(
-    run: Run,
-    held_out: HeldOut,
-    chains: Sequence[Posterior],
-    models: Sequence[LatentModel],
-    rows: slice,
-) -> xr.DataTree:
-    return to_datatree(
-        [chain[rows] for chain in chains],
-        held_out.batch.select(rows),
-        held_out.scores.isel(sequence=rows),
-        int(held_out.scores.attrs["draws"]),
-        model=models,
-        fit_trace=run.metrics,
-        seed=run.config.seed,
-    )
 
 
 def _write_figures(run: Run, held_out: HeldOut) -> None:

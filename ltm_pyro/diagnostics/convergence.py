@@ -28,7 +28,7 @@ from ltm_pyro.checks import whole_number
 from ltm_pyro.config import Fast
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.bounds import standard_error
-from ltm_pyro.diagnostics.estimates import columns, sequence_coords
+from ltm_pyro.diagnostics.estimates import Values, columns, sequence_coords
 from ltm_pyro.doors import door
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.fast import local_optimizer
@@ -37,8 +37,6 @@ from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.posterior import Posterior
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.random import Stream, derive_seed, seeded
-
-Floats = NDArray[np.float64]
 
 ENOUGH, NOT_ENOUGH, CANNOT_TELL = "enough", "not enough", "cannot tell"
 CONFIDENCE = 3.0
@@ -70,12 +68,12 @@ def objective_draws(
         return value - post.log_prob(z).double() if post.has_density else value
 
 
-def mean_and_error(draws: Tensor) -> tuple[Floats, Floats]:
+def mean_and_error(draws: Tensor) -> tuple[Values, Values]:
     """Mean of (S, ...) draws and its standard error, (...) each."""
     return draws.mean(0).cpu().numpy(), standard_error(draws).cpu().numpy()
 
 
-def with_errors(pairs: Mapping[str, tuple[Floats, Floats]], *dims: str) -> dict[str, Any]:
+def with_errors(pairs: Mapping[str, tuple[Values, Values]], *dims: str) -> dict[str, Any]:
     """Variables of a Dataset in nats: each value under its name, and its error as `_se`."""
     return {
         f"{name}{ending}": (dims, values, {"units": "nats"})
@@ -109,8 +107,8 @@ def continue_from(
 
 
 def judge(
-    gain: Floats, error: Floats, tolerance: float, draws: int
-) -> tuple[NDArray[np.str_], Floats]:
+    gain: Values, error: Values, tolerance: float, draws: int
+) -> tuple[NDArray[np.str_], Values]:
     """Whether gains (B,) are below or above the tolerance, nats, by `CONFIDENCE` standard errors.
 
     Gives `enough`, `not enough` or `cannot tell`, and the draws at which the answer would be clear:

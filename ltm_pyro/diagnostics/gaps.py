@@ -32,7 +32,6 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.diagnostics.convergence import (
     ENOUGH,
     MIN_DRAWS,
-    Floats,
     continue_from,
     judge,
     mean_and_error,
@@ -40,6 +39,7 @@ from ltm_pyro.diagnostics.convergence import (
     with_errors,
 )
 from ltm_pyro.diagnostics.estimates import (
+    Values,
     clustered_mean,
     columns,
     documents_of,
@@ -76,14 +76,14 @@ class _Evidence:
         upper: An upper bound and its standard error, where there is one.
     """
 
-    value: Floats
+    value: Values
     kind: str
     exact: bool = False
-    error: Floats | float = 0.0
+    error: Values | float = 0.0
     weights: Tensor | None = None
-    upper: tuple[Floats, Floats] | None = None
+    upper: tuple[Values, Values] | None = None
 
-    def gap(self, draws: Tensor) -> tuple[Floats, Floats]:
+    def gap(self, draws: Tensor) -> tuple[Values, Values]:
         """What it is above the mean of draws (S, B), with the error of the difference."""
         apart = -draws if self.weights is None else self.weights - draws
         mean, error = mean_and_error(draws)[0], mean_and_error(apart)[1]

@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ltm_pyro import compat_arviz
-from ltm_pyro.diagnostics.estimates import khat_threshold
+from ltm_pyro.diagnostics.estimates import Values, khat_threshold
 from ltm_pyro.errors import InputError
-
-Floats = NDArray[np.float64]
 
 _REPEATS = 200
 """Simulated means behind a `tail_error`: it is known to 1/sqrt(2 * 200) = 5 %."""
@@ -32,7 +30,7 @@ hundred terms differ by about 1e-4 nats for the exact posterior, and a fit to th
 rounding; weights within a thousandth of each other estimate anything well."""
 
 
-def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
+def pareto_khat(log_weights: ArrayLike) -> Values:
     """Pareto k-hat of each sequence's importance weights, (S, B) nats to (B,).
 
     Of log p(x, z) - log q(z); minus infinity is a draw like any other. Below 0.5 good, below
@@ -62,7 +60,7 @@ def pareto_khat(log_weights: ArrayLike) -> NDArray[np.float64]:
     return khat
 
 
-def khat_error(khat: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
+def khat_error(khat: Values, draws: int) -> Values:
     """Standard error of a k-hat of S draws, (1 + k) / sqrt(number of largest weights)."""
     tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
     return (1.0 + np.maximum(khat, 0.0)) / math.sqrt(tail)
@@ -81,7 +79,7 @@ def judged_in_words(khat: ArrayLike, draws: int) -> str:
     )
 
 
-def tail_error(log_weights: Floats, khat: Floats) -> Floats:
+def tail_error(log_weights: Values, khat: Values) -> Values:
     """Standard error of the log mean if the weights' tail is a Pareto of shape `khat`.
 
     The largest weights, as many as k-hat is fitted to, are replaced by draws from a generalised
@@ -108,5 +106,5 @@ def tail_error(log_weights: Floats, khat: Floats) -> Floats:
         rest = S - counts
         noise = generator.normal(size=_REPEATS) * np.sqrt(rest) * body[:, column].std()
         means[:, column] = (x * inside).sum(1) + rest * body[:, column].mean() + noise
-    error: Floats = np.log(np.maximum(means, np.finfo(float).tiny)).std(0, ddof=1)
+    error: Values = np.log(np.maximum(means, np.finfo(float).tiny)).std(0, ddof=1)
     return np.where(np.isfinite(khat), error, np.nan)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch, as_tensor
@@ -132,11 +133,8 @@ def _prompt_batch(encoded: list[list[int]], length: int, device: torch.device) -
             f"the prompt has {max(sizes)} tokens and the text {length}: "
             f"shorten the prompt to at most {length - 1} tokens"
         )
-    x = torch.zeros(len(encoded), max(sizes), dtype=torch.long)
-    mask = torch.zeros(x.shape, dtype=torch.bool)
-    for row, ids in enumerate(encoded):
-        x[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        mask[row, : len(ids)] = True
+    x = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in encoded], batch_first=True)
+    mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     return Batch(x, mask).to(device)
 
 
