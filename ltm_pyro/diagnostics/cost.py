@@ -84,15 +84,17 @@ def cost_report(config: FitConfig) -> CostReport:
     start_log_variance = guide.start_log_variance
     # Particles are further rows of the batch for everything that depends on z.
     particles = build_objective(config.objective, **config.objective_options).particles
-    below, above, head = _attend_flops(model), _above_flops(model), _head_flops(model)
-    fast_step = above + 2 * head + _fast_backward_flops(model)
+    parts = _Parts(model)
+    below, above, head = parts.attend, parts.above, parts.head
+    fast_step = above + 2 * head + _fast_backward_flops(model, parts)
     # With fixed noise every step averages M draws, and the end is scored once more on them.
     fixed = config.fast.noise == "fixed"
     draws = particles * (config.fast.fixed_draws if fixed else 1)
     fast_loop = below + config.fast.steps * draws * fast_step
     if fixed:
         fast_loop += draws * (above + head)
-    slow_step = below + _attend_backward_flops(model) + particles * _slow_above_flops(model, config)
+    slow_above = _slow_above_flops(parts, config, particles)
+    slow_step = below + parts.attend_backward + particles * slow_above
     if config.slow.word_dropout > 0:  # scored once more with every input token shown
         slow_step += below + particles * (above + head)
     n_local, floor = model.n_thoughts * model.thought_dim, 0.0
@@ -126,96 +128,63 @@ def paper_flops_per_token(model: ModelConfig, fast: Fast) -> float:
     return (fast.steps + 1) * (6.0 * model.n_weights + attention)
 
 
-def _self_attention_product(model: ModelConfig) -> float:
-    """FLOPs per token of one of attention's two products, masked pairs included."""
-    if model.window == 1:
-        return 0.0
-    n_blocks, block, span = block_shape(model.window, model.seq_len)
-    return 2.0 * model.width * n_blocks * block * span / model.seq_len
+class _Parts:
+    """FLOPs per token of the decoder's parts forward, and of attention's backward.
+
+    Attributes:
+        attend: A layer below its cross-attention: projections and windowed attention.
+        attend_backward: Its backward to inputs and weights: two products per projection.
+        cross: One of cross-attention's two products, all heads' thoughts at once.
+        project: Keys and values of one layer's thoughts, once per sequence, spread over its tokens.
+        meet: The same of taking the positions' projections to keys and values.
+        think: A layer from its cross-attention on.
+        head: One product of the output: logits; a second one is the gradient by h.
+        above: From the first cross-attention to the last layer's end.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.layers = model.n_layers
+        product = 0.0  # of attention's two, masked pairs included
+        if model.window > 1:
+            n_blocks, block, span = block_shape(model.window, model.seq_len)
+            product = 2.0 * model.width * n_blocks * block * span / model.seq_len
+        # Gradients of both; where it is fused, the scores once more before.
+        self.attention_backward = (5 if fused(model.window, model.seq_len) else 4) * product
+        self.attend = 2.0 * 4 * model.width**2 + 2 * product
+        self.attend_backward = 2.0 * 8 * model.width**2 + self.attention_backward
+        self.cross = 2.0 * model.width * model.n_heads * model.thoughts_per_layer
+        spread = 4.0 * model.width * model.thoughts_per_layer / model.seq_len
+        self.project, self.meet = spread * model.thought_dim, spread * model.width
+        self.mlp = 2.0 * 3 * model.width * model.mlp_hidden
+        self.think = self.project + self.meet + 2 * self.cross + self.mlp
+        self.head = 2.0 * model.width * model.vocab_size
+        self.above = (self.layers - 1) * self.attend + self.layers * self.think
 
 
-def _self_attention_backward(model: ModelConfig) -> float:
-    """Gradients of attention's two products; where it is fused, the scores once more before."""
-    products = 5 if fused(model.window, model.seq_len) else 4
-    return products * _self_attention_product(model)
-
-
-def _attend_flops(model: ModelConfig) -> float:
-    """Forward of a layer below its cross-attention: projections and windowed attention."""
-    return 2.0 * 4 * model.width**2 + 2 * _self_attention_product(model)
-
-
-def _attend_backward_flops(model: ModelConfig) -> float:
-    """Its backward to inputs and weights: two products per projection."""
-    return 2.0 * 8 * model.width**2 + _self_attention_backward(model)
-
-
-def _cross_product(model: ModelConfig) -> float:
-    """FLOPs per token of one of cross-attention's two products, all heads' thoughts at once."""
-    return 2.0 * model.width * model.n_heads * model.thoughts_per_layer
-
-
-def _thought_projection(model: ModelConfig) -> float:
-    """Keys and values of one layer's thoughts, once per sequence, spread over its tokens."""
-    return 4.0 * model.width * model.thought_dim * model.thoughts_per_layer / model.seq_len
-
-
-def _thought_meeting(model: ModelConfig) -> float:
-    """The same of taking the positions' projections to keys and values."""
-    return 4.0 * model.width**2 * model.thoughts_per_layer / model.seq_len
-
-
-def _think_flops(model: ModelConfig) -> float:
-    """Forward of a layer from its cross-attention on."""
-    projections = _thought_projection(model) + _thought_meeting(model)
-    return projections + 2 * _cross_product(model) + _mlp_flops(model)
-
-
-def _mlp_flops(model: ModelConfig) -> float:
-    return 2.0 * 3 * model.width * model.mlp_hidden
-
-
-def _head_flops(model: ModelConfig) -> float:
-    """One product of the output: logits; a second one is the gradient by h."""
-    return 2.0 * model.width * model.vocab_size
-
-
-def _above_flops(model: ModelConfig) -> float:
-    """Forward from the first cross-attention to the last layer's end."""
-    return (model.n_layers - 1) * _attend_flops(model) + model.n_layers * _think_flops(model)
-
-
-def _fast_backward_flops(model: ModelConfig) -> float:
+def _fast_backward_flops(model: ModelConfig, parts: _Parts) -> float:
     """Backward to the thoughts with frozen weights: one product per projection.
 
     Below the first cross-attention nothing depends on z, so that one's scores pass no gradient to
-    the positions, and nothing is passed on from there. The head's part is `_head_flops`.
+    the positions, and nothing is passed on from there. The head's part is `_Parts.head`.
     """
-    attend = 2.0 * 4 * model.width**2 + _self_attention_backward(model)
-    think = _think_flops(model) + 2 * _cross_product(model)
-    return (model.n_layers - 1) * attend + model.n_layers * think - _cross_product(model)
+    attend = 2.0 * 4 * model.width**2 + parts.attention_backward
+    think = parts.think + 2 * parts.cross
+    return (parts.layers - 1) * attend + parts.layers * think - parts.cross
 
 
-def _slow_above_flops(model: ModelConfig, config: FitConfig) -> float:
+def _slow_above_flops(parts: _Parts, config: FitConfig, particles: int) -> float:
     """Forward from the first cross-attention on, and backward to all weights.
 
     Two products per projection, one where the input is z; for the head the gradients by h and by
     the embedding, and where not all logits are held these once more.
     """
-    think = (
-        _thought_projection(model)
-        + 2 * _thought_meeting(model)
-        + 4 * _cross_product(model)
-        + 2 * _mlp_flops(model)
-    )
-    backward = (model.n_layers - 1) * _attend_backward_flops(model) + model.n_layers * think
-    forward = _above_flops(model)
+    think = parts.project + 2 * parts.meet + 4 * parts.cross + 2 * parts.mlp
+    backward = (parts.layers - 1) * parts.attend_backward + parts.layers * think
     # A checkpointed layer is computed again up to the input of its last product.
-    again = forward - model.n_layers * _mlp_flops(model) / 3 if config.checkpointing else 0.0
-    particles = build_objective(config.objective, **config.objective_options).particles
+    again = parts.above - parts.layers * parts.mlp / 3 if config.checkpointing else 0.0
     rows = particles * (config.micro_batch or config.batch_size)
-    held = rows * model.seq_len * model.vocab_size <= MOST_LOGITS
-    return forward + again + backward + (3 if held else 4) * _head_flops(model)
+    held = rows * config.model.seq_len * config.model.vocab_size <= MOST_LOGITS
+    return parts.above + again + backward + (3 if held else 4) * parts.head
 
 
 def format_cost(
