@@ -220,6 +220,14 @@ def test_a_verdict_is_right_as_often_as_it_claims() -> None:
     assert all(in_words(difference(row, nothing)).startswith("better") for row in rows)
 
 
+def test_few_documents_allow_no_verdict() -> None:
+    """As `evaluate` and `compare_runs` say: an error from few is too uncertain to rest on."""
+    rows = np.random.default_rng(0).normal(5.0, 0.1, size=(1, 32))
+    assert in_words(difference(rows, np.zeros_like(rows))).startswith("better")
+    few = difference(rows, np.zeros_like(rows), np.repeat(np.arange(4), 8))
+    assert in_words(few) == "too few documents to say"
+
+
 def test_pieces_of_documents_are_not_independent() -> None:
     """Eight pieces of each of twelve documents: taken for independent, half would be told apart."""
     generator = np.random.default_rng(0)

@@ -17,6 +17,7 @@ from cli_helpers import MICRO, write_text
 
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
+from ltm_pyro.cli.printing import format_table
 from ltm_pyro.diagnostics.estimates import clustered_ratio
 from ltm_pyro.errors import InputError
 
@@ -46,6 +47,16 @@ TOKENIZERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "bpe": lambda _: {"tokenizer": "bpe", "vocab_size": 290},
     "wordpiece": lambda texts: {"tokenizer": wordpiece(texts)},
 }
+
+
+def test_a_perplexity_of_many_digits_is_printed_by_its_power_of_ten() -> None:
+    """A word of a model that knows little: exp(70) has 31 digits."""
+    columns = {"elbo": [-70.0, -70.0], "n_tokens": [9, 9], "n_words": [1, 1]}
+    data = xr.Dataset({name: ("sequence", values) for name, values in columns.items()})
+    data = data.assign_coords(file=("sequence", ["a", "b"]), sequence=[0, 1])
+    told = format_table(ltm.score_table(data, "word", by="file"))
+    assert f"ppl {math.exp(70):.3e}" in told
+    assert "70.000 nats" in told
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -24,6 +24,7 @@ _MEANINGS = {
     "ppl_iw": "importance-weighted bound",
     "ppl_predictive": "q's prediction of the rest, no bound",
 }
+_LONG = 1e7  # from here on by its power of ten, as a perplexity of a word may be
 
 
 def describe_fit(run: Run) -> str:
@@ -188,7 +189,9 @@ def _khat_verdict(khat: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "none" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    if value is None or math.isnan(value):
+        return "none"
+    return f"{value:.{digits}f}" if abs(value) < _LONG else f"{value:.{digits}e}"
 
 
 def format_text(text: str) -> str:

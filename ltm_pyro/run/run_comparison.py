@@ -195,11 +195,8 @@ class RunComparison:
     def _verdict(self, group: str, base: str) -> str:
         if group == base:
             return "baseline"
-        found = self.difference(group, base)
-        if found.few:
-            return "too few documents to say"
         return in_words(
-            found,
+            self.difference(group, base),
             len(self.settings) - 1,
             unit=f"nats per {self.unit}",
             sides=("higher bound", "lower bound"),

@@ -71,6 +71,8 @@ def in_words(
     value, margin = found.value, found.margin(ERROR_RATE / max(comparisons, 1))
     if not math.isfinite(value + margin):
         return "no difference can be computed"
+    if found.few:
+        return "too few documents to say"
     if abs(value) <= margin:
         return f"not told apart (between {value - margin:+.2g} and {value + margin:+.2g} {unit})"
     subject = "" if guide is None else f"this fit of {guide} is "
