@@ -87,11 +87,7 @@ def followed(
 
 
 def followers(callbacks: object, held_out: object) -> Sequence[Callback]:
-    """The callbacks, known to be such.
-
-    Raises:
-        InputError: if they, or `held_out`, are of another kind.
-    """
+    """The callbacks, known to be such, as `held_out` is then known to be one."""
     callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
     if not isinstance(callbacks, list | tuple):
         raise InputError(f"callbacks is {shown(callbacks)}: must be a list of ltm_pyro.Callback")

@@ -152,11 +152,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:
-    """Settings of a kind, its defaults for `None`.
-
-    Raises:
-        InputError: if they are of another kind.
-    """
+    """Settings of a kind, its defaults for `None`; `InputError` if they are of another."""
     if given is None:
         return kind()
     if not isinstance(given, kind):

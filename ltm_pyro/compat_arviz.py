@@ -72,14 +72,12 @@ def _modern_khat(log_weights: NDArray[np.float64]) -> float:
 
 def rhat(data: xr.Dataset) -> xr.Dataset:
     """ArviZ's rank-normalised split R-hat of each variable with dimensions `chain` and `draw`."""
-    found: xr.Dataset = _import("arviz").rhat(data)
-    return found
+    return _import("arviz").rhat(data)
 
 
 def ess(data: xr.Dataset, method: str) -> xr.Dataset:
     """ArviZ's effective sample size, `method` being `bulk`, `tail` or `mean`."""
-    found: xr.Dataset = _import("arviz").ess(data, method=method)
-    return found
+    return _import("arviz").ess(data, method=method)
 
 
 def for_arviz(tree: xr.DataTree) -> Any:

@@ -207,8 +207,8 @@ def require_model(model: Any) -> Any:
 
 
 FIRST_USE: list[Callable[[Any, Any], None]] = []
-"""Called with a model that is not the package's own and the batch that it meets; see
-`models.contract`, which puts itself here."""
+"""Called with a model that is not the package's own and the batch that it meets; `models.base` puts
+the contract's `first_use` here."""
 
 
 def meet(model: Any, batch: Any) -> None:

@@ -168,8 +168,7 @@ def _place(
 
 
 def _fields(cls: type[Any]) -> dict[str, FieldInfo]:
-    fields: dict[str, FieldInfo] = getattr(cls, "__pydantic_fields__", {})
-    return fields
+    return getattr(cls, "__pydantic_fields__", {})
 
 
 def _model(hint: Any) -> type[Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -272,6 +274,34 @@ def test_what_numbers_depend_on_is_refused_at_the_first_use(
 ) -> None:
     with pytest.raises(ContractError, match=BROKEN[broken].replace("4", "2")):
         use(broken(), counts())
+
+
+IN_A_PROGRAM = """
+import torch
+import ltm_pyro as ltm
+import pyro.distributions as dist
+
+class Counts(ltm.LatentModel):
+    def prior(self):
+        return dist.Normal(torch.zeros(1, 2), 1.0).to_event(2)
+    def likelihood(self, z, batch):
+        rate = z.sum((-2, -1)).exp()[..., None].expand(*z.shape[:-2], 5)
+        return dist.Poisson(rate).mask(batch.mask).to_event(1)
+    def log_likelihood(self, z, batch):
+        return 2.0 * super().log_likelihood(z, batch)
+
+ltm.DualRateSVI(Counts(), "mean_field").infer(ltm.Batch(torch.ones(4, 5)))
+"""
+
+
+def test_a_program_that_never_asks_for_check_model_is_refused_too() -> None:
+    """Nothing that this file imports may be what holds the model to its contract."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROGRAM], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ContractError" in done.stderr
+    assert "log_likelihood" in done.stderr
 
 
 def fitted(model: LatentModel) -> DualRateSVI:

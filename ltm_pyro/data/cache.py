@@ -259,8 +259,7 @@ def _open_array(file: Path, spec: Mapping[str, Any], stamps: dict[str, str]) -> 
                 raise ValueError(f"{file} has been changed")
         if length > _ALWAYS_VERIFIED_BYTES:
             stamps[file.name] = stamp
-    array: NDArray[Any] = np.memmap(file, dtype=dtype, mode="r")
-    return array
+    return np.memmap(file, dtype=dtype, mode="r")
 
 
 def _read_stamps(folder: Path) -> dict[str, str]:

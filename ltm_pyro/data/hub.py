@@ -101,8 +101,7 @@ class SavedSource(HubSource):
         if self.reading.given:
             return _known_splits(found)
         if not isinstance(found, Mapping):
-            rows: Iterable[Any] = found
-            return rows
+            return found
         if self.hub_split not in found:
             raise unknown_name("hub_split", shown(self.hub_split)[1:-1], list(found))
         return found[self.hub_split]

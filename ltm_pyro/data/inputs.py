@@ -64,11 +64,7 @@ def _described(data: object) -> str:
 
 
 def training_data(data: TrainingData) -> TrainingData:
-    """Where slow steps take their batches; of a single batch, random rows.
-
-    Raises:
-        InputError: if it is nothing of the kind.
-    """
+    """Where slow steps take their batches, known to be such; of a single batch, random rows."""
     if isinstance(data, Batch):
         return data.usable().distinct()
     if not callable(getattr(data, "training_batch", None)):

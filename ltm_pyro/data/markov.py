@@ -185,8 +185,7 @@ class MarkovMixture:
         """The log of p(c, x), (C, B)."""
         x, mask = self._checked(batch)
         by_class = np.where(mask, self._token_log_probs(x), 0).sum(-1)
-        joint: Array = np.log(self.weights)[:, None] + by_class
-        return joint
+        return np.log(self.weights)[:, None] + by_class
 
     def _token_log_probs(self, x: NDArray[np.int64]) -> Array:
         """The log of p(x_t | x_1 .. x_(t-1), c), (C, B, T)."""
@@ -243,22 +242,19 @@ def _advance(law: Array, transitions: Array) -> Array:
     classes, states, symbols = transitions.shape
     by_oldest = (classes, symbols, states // symbols)
     moved = (law.reshape(by_oldest)[..., None] * transitions.reshape(*by_oldest, -1)).sum(1)
-    law_after: Array = moved.reshape(classes, states)
-    return law_after
+    return moved.reshape(classes, states)
 
 
 def _draw(cumulative: Array, rng: np.random.Generator) -> NDArray[np.int64]:
     """One index (n,) per row of cumulative probabilities (n, V)."""
     index = (cumulative <= rng.random((len(cumulative), 1))).sum(-1)
     # The sum may round to below 1.
-    capped: NDArray[np.int64] = np.minimum(index, cumulative.shape[1] - 1)
-    return capped
+    return np.minimum(index, cumulative.shape[1] - 1)
 
 
 def _log_sum_exp(values: Array) -> Array:
     """Over the first axis, the classes."""
-    total: Array = np.logaddexp.reduce(values, axis=0)
-    return total
+    return np.logaddexp.reduce(values, axis=0)
 
 
 def _like(values: Array, batch: Batch) -> Tensor:

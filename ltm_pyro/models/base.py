@@ -13,7 +13,7 @@ from torch.distributions import Independent
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.doors import exclusively
+from ltm_pyro.doors import FIRST_USE, exclusively
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.html import show
 from ltm_pyro.models.plain_svi import svi_asks, tell_parameters
@@ -30,10 +30,7 @@ def sequences(batch: Batch) -> pyro.plate:
     They are given because Pyro would count them again at every call.
     """
     device = str(batch.device)
-    plate: pyro.plate = pyro.plate(
-        PLATE, len(batch), subsample=batch.indices, dim=-1, device=device
-    )
-    return plate
+    return pyro.plate(PLATE, len(batch), subsample=batch.indices, dim=-1, device=device)
 
 
 class Program(nn.Module):
@@ -201,6 +198,15 @@ class LatentModel(Program, ABC):
         for tensor in (*self.parameters(), *self.buffers()):
             return tensor.device
         return torch.device("cpu")
+
+
+def _hold_to_contract(model: LatentModel, batch: Batch) -> None:
+    from ltm_pyro.models.contract import first_use  # which is about models
+
+    first_use(model, batch)
+
+
+FIRST_USE.append(_hold_to_contract)
 
 
 def exact_evidence(model: LatentModel, batch: Batch) -> Tensor | None:

@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ltm_pyro.data.batches import Batch
-from ltm_pyro.doors import FIRST_USE, exclusive, require_model
+from ltm_pyro.doors import exclusive, require_model
 from ltm_pyro.errors import ContractError, InputError, shown
 from ltm_pyro.models.base import PLATE, SITE_X, SITE_Z, LatentModel
 
@@ -82,9 +82,6 @@ def first_use(model: LatentModel, batch: Batch) -> None:
     _MET.add(model)
 
 
-FIRST_USE.append(first_use)
-
-
 def _run(clause: Callable[[LatentModel, Batch], None], model: LatentModel, batch: Batch) -> None:
     devices = [] if model.device.type == "cpu" else [model.device]
     with (
@@ -133,8 +130,7 @@ def _trace(model: LatentModel, batch: Batch) -> dict[str, Any]:
             f"its program fails on {len(batch)} rows with {type(error).__name__}: {shown(why, 200)}"
             "; run model(batch) to see where",
         ) from error
-    nodes: dict[str, Any] = trace.nodes
-    return nodes
+    return trace.nodes
 
 
 def _program(model: LatentModel, batch: Batch) -> None:

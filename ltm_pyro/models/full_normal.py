@@ -41,8 +41,7 @@ class FullNormal(Shaped):
     @property
     def covariance(self) -> Tensor:
         """(..., K * D, K * D), dimensions in row order: (k, d) at k * D + d."""
-        covariance: Tensor = self.flat.covariance_matrix  # type: ignore[attr-defined]
-        return covariance
+        return self.flat.covariance_matrix  # type: ignore[attr-defined]
 
 
 class BlockNormal(Shaped):
@@ -96,8 +95,7 @@ class LowRankNormal(Shaped):
     @property
     def covariance(self) -> Tensor:
         """(..., K * D, K * D), dimensions in row order."""
-        covariance: Tensor = self.flat.covariance_matrix  # type: ignore[attr-defined]
-        return covariance
+        return self.flat.covariance_matrix  # type: ignore[attr-defined]
 
 
 def is_factorised_normal(p: Distribution) -> bool:
@@ -122,8 +120,7 @@ def gaussian_kl(q: Distribution, prior: TorchDistribution) -> Tensor | None:
     """
     if not is_factorised_normal(prior) or prior.event_shape != q.event_shape:
         return None
-    kl: Tensor = _cross_entropy(q, prior).flatten(-len(prior.event_shape)).sum(-1) - q.entropy()
-    return kl
+    return _cross_entropy(q, prior).flatten(-len(prior.event_shape)).sum(-1) - q.entropy()
 
 
 def _cross_entropy(q: Distribution, prior: Distribution) -> Tensor:

@@ -91,8 +91,7 @@ class LatentThoughtModel(Scored, LatentModel):
 
     def prior(self) -> TorchDistribution:
         """p(z) of one sequence: event shape (K, D)."""
-        prior: TorchDistribution = self.thought_prior()
-        return prior
+        return self.thought_prior()
 
     def forward(
         self, batch: Batch | None = None, *, size: int = 1, length: int | None = None
@@ -132,11 +131,7 @@ class LatentThoughtModel(Scored, LatentModel):
         return self.scoring(batch, z)
 
     def check(self, batch: Batch) -> None:
-        """Refuses tokens that the decoder has no row for, and sequences that are too long.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuses tokens that the decoder has no row for, and sequences that are too long."""
         x, most = batch.observed, self.config.seq_len
         if x.is_floating_point():
             raise InputError("this batch holds real numbers, the model needs token ids (int64)")

@@ -98,8 +98,7 @@ class LinearGaussian(LatentModel):
 
     def prior(self) -> TorchDistribution:
         """p(z) of one sequence: event shape (K, D)."""
-        prior: TorchDistribution = self.thought_prior()
-        return prior
+        return self.thought_prior()
 
     def blank(self, size: int) -> Batch:
         """`size` rows still to be made."""
@@ -110,15 +109,10 @@ class LinearGaussian(LatentModel):
     def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
         """p(x | z) for thoughts (..., B, K, D): batch shape (..., B), event shape (Dx,)."""
         each = dist.Normal(self._predict(z), self.noise_scale).mask(batch.mask)
-        likelihood: TorchDistribution = each.to_event(1)
-        return likelihood
+        return each.to_event(1)
 
     def check(self, batch: Batch) -> None:
-        """Refuses what is not finite real numbers, Dx of them per sequence.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuses what is not finite real numbers, Dx of them per sequence."""
         x = batch.observed
         if not x.is_floating_point():
             raise InputError("this batch holds token ids, the linear-Gaussian model needs reals")
@@ -133,11 +127,7 @@ class LinearGaussian(LatentModel):
             )
 
     def simulate(self, n: int, seed: int = 0) -> Batch:
-        """`n` sequences from the model, ids 0..n-1; torch's global generator is left alone.
-
-        Raises:
-            InputError: if `n` is not above 0.
-        """
+        """`n` sequences from the model, ids 0..n-1; torch's global generator is left alone."""
         return self.simulate_with_thoughts(n, seed)[0]
 
     def simulate_with_thoughts(self, n: int, seed: int = 0) -> tuple[Batch, Tensor]:
@@ -179,8 +169,7 @@ class LinearGaussian(LatentModel):
         mean, cholesky = self._posterior(batch)
         precision = self._precision_diagonal(cholesky).expand_as(mean)
         q = dist.Normal(self._thoughts(mean), self._thoughts(precision.rsqrt()))
-        best: TorchDistribution = q.to_event(2)
-        return best
+        return q.to_event(2)
 
     def best_mean_field_elbo(self, batch: Batch) -> Tensor:
         """The ELBO of `best_mean_field` in nats, exact, (B,)."""
@@ -195,8 +184,7 @@ class LinearGaussian(LatentModel):
 
     def _thoughts(self, flat: Tensor) -> Tensor:
         """(..., K * D) in double precision to (..., K, D) in the model's own."""
-        thoughts: Tensor = flat.to(self.W.dtype).unflatten(-1, self.thought_shape)
-        return thoughts
+        return flat.to(self.W.dtype).unflatten(-1, self.thought_shape)
 
     def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Means (B, K * D), and the precision's lower Cholesky factor, in double precision.

@@ -43,8 +43,7 @@ class NormalMixture(TorchDistribution):
     @property
     def log_weights(self) -> Tensor:
         """Log w_c, (..., C)."""
-        log_weights: Tensor = self.component.logits
-        return log_weights
+        return self.component.logits
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> NormalMixture:
         """The same distribution over more rows."""

@@ -68,11 +68,7 @@ def has_normal_marginals(q: Distribution) -> bool:
 
 
 def rows_of(which: Any, ids: Tensor) -> Tensor:
-    """The rows that `Posterior.__getitem__` is asked for.
-
-    Raises:
-        InputError: if there is no such row.
-    """
+    """The rows that `Posterior.__getitem__` is asked for; `InputError` if there are none such."""
     n = len(ids)
     places = torch.arange(n, device=ids.device)
     if isinstance(which, slice):

@@ -168,11 +168,7 @@ class _Documents(LatentModel):
         return each.unflatten(-2, (-1, self.segments)).flatten(-2)
 
     def check(self, batch: Batch) -> None:
-        """Refuses what cannot be cut into segments, or is no segment to the emission.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuses what cannot be cut into segments, or is no segment to the emission."""
         self.emission.check(self.folded(batch))
 
     def _blocks(self) -> Iterator[int]:
@@ -215,8 +211,7 @@ class _Documents(LatentModel):
 def _standard(prior: NormalTree) -> TorchDistribution:
     """What the first block is drawn from: event shape (N,)."""
     zero = torch.zeros_like(prior.log_scale)
-    first: TorchDistribution = dist.Normal(zero, torch.ones_like(zero)).to_event(1)
-    return first
+    return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
 
 
 class SegmentedThoughtModel(_Documents):

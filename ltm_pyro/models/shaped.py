@@ -78,8 +78,7 @@ class Shaped(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, (..., K, D) to (...)."""
-        log_prob: Tensor = self.flat.log_prob(self.flatten(value))
-        return log_prob
+        return self.flat.log_prob(self.flatten(value))
 
     def rsample_and_log_prob(self, sample_shape: Shape = _NO_SHAPE) -> tuple[Tensor, Tensor]:
         """Draws and their log densities at once, which is cheaper where `flat` can do it (zuko)."""
@@ -101,8 +100,7 @@ class Shaped(TorchDistribution):
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, (...), where `flat` has one."""
-        entropy: Tensor = self.flat.entropy()
-        return entropy
+        return self.flat.entropy()
 
     @property
     def mean(self) -> Tensor:

@@ -114,13 +114,11 @@ class Run:
 
     def model_card(self, repo_id: str = "OWNER/NAME") -> str:
         """What it is, how it scores, and when not to use it; see `ltm_pyro.report.model_card`."""
-        card: str = ltm_pyro.model_card(self, repo_id)
-        return card
+        return ltm_pyro.model_card(self, repo_id)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Puts the run on the Hugging Face Hub with its card; see `ltm_pyro.push_to_hub`."""
-        address: str = ltm_pyro.push_to_hub(self, repo_id, **options)
-        return address
+        return ltm_pyro.push_to_hub(self, repo_id, **options)
 
     @property
     def metrics(self) -> Course:

@@ -144,8 +144,7 @@ def sequences_of(corpus: Corpus, split: str) -> SequenceSet:
     """A split of a corpus, or `all` of it."""
     if split == "all":
         return corpus.train.with_others(corpus.val, corpus.test)
-    found: SequenceSet = getattr(corpus, split)
-    return found
+    return getattr(corpus, split)
 
 
 @door

@@ -62,8 +62,7 @@ def prepack(weight: Tensor) -> Tensor:
 
 def prepacked(weight: Tensor) -> Prepacked | None:
     """What `prepack` made for this very tensor."""
-    found: Prepacked | None = _PREPACKED.get(weight)
-    return found
+    return _PREPACKED.get(weight)
 
 
 def can_prepack(weight: Tensor) -> bool:
@@ -77,8 +76,7 @@ def can_prepack(weight: Tensor) -> bool:
 
 def _reordered(second: Tensor) -> Tensor:
     """What a product with second^T takes."""
-    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(second.contiguous(), _ROWS)
-    return out
+    return torch.ops.mkldnn._reorder_linear_weight(second.contiguous(), _ROWS)
 
 
 @torch.library.custom_op("ltm_pyro::frozen_product", mutates_args=())
@@ -88,8 +86,7 @@ def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     if found is None:
         return x @ (weight.T if transposed else weight)
     second = found.transposed if transposed else found.plain
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, second, None, "none", [], "")
-    return out
+    return torch.ops.mkldnn._linear_pointwise(x, second, None, "none", [], "")
 
 
 @_product.register_fake
@@ -135,8 +132,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     # A compiler cannot ask; in its graphs the product itself does.
     if not torch.compiler.is_compiling() and prepacked(weight) is None:
         return F.linear(x, weight)
-    product: Tensor = _product(x.to(weight.dtype), weight, True)
-    return product
+    return _product(x.to(weight.dtype), weight, True)
 
 
 class Projection(nn.Linear):
@@ -173,8 +169,7 @@ def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         full = torch.promote_types(logits.dtype, torch.float32)
         return -F.cross_entropy(logits.to(full), targets, reduction="none")
     gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    log_prob: Tensor = vocabulary.by_chunks(h, weight, targets, gradient)[0]
-    return log_prob
+    return vocabulary.by_chunks(h, weight, targets, gradient)[0]
 
 
 def frozen_weights(decoder: Any) -> dict[str, Tensor]:
@@ -287,8 +282,7 @@ class Scoring:
         """`Decoder.score` with some weights replaced."""
         if not weights:
             return self.decoder.score(*inputs)
-        score: Tensor = functional_call(self.decoder, dict(weights), inputs)
-        return score
+        return functional_call(self.decoder, dict(weights), inputs)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "fp32":

@@ -45,12 +45,7 @@ class Parallel:
         stopping: Set by the slow step, in all processes at the same step, once one wants to.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.size = size
         self.device = device or torch.device("cpu")
@@ -69,11 +64,7 @@ class Parallel:
         return self.rank == 0
 
     def rows(self, total: int) -> slice:
-        """This process's rows of a batch of `total` sequences.
-
-        Raises:
-            InputError: if the processes cannot have equal parts.
-        """
+        """This process's rows of a batch of `total` sequences; see `refuse_unequal`."""
         refuse_unequal(total, self.size)
         part = total // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
@@ -271,11 +262,7 @@ def _alive(pid: int) -> bool:
 
 
 def refuse_unequal(total: int, size: int) -> None:
-    """Refuses a batch that the processes cannot share equally.
-
-    Raises:
-        InputError: saying what would do.
-    """
+    """Refuses a batch that the processes cannot share equally, saying what would do."""
     if total % size or total < size:
         below, above = total // size * size, -(-total // size) * size
         raise InputError(
@@ -286,11 +273,7 @@ def refuse_unequal(total: int, size: int) -> None:
 
 
 def started() -> tuple[int, int]:
-    """(rank, processes) as `torchrun` started this one; (0, 1) otherwise.
-
-    Raises:
-        InputError: if the environment holds nonsense.
-    """
+    """(rank, processes) as `torchrun` started this one; (0, 1) otherwise."""
     try:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
@@ -305,9 +288,6 @@ def join(device: str) -> Parallel:
 
     Args:
         device: `cpu`, or `cuda`: each process then takes the device of its number on its machine.
-
-    Raises:
-        InputError: if there is no such device for this process, or the others cannot be met.
     """
     rank, size = started()
     if size == 1:

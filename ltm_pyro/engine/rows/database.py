@@ -106,11 +106,7 @@ class RowDatabase:
         return f"RowDatabase({str(self.folder)!r}: {len(self)} rows, step {self.step})"
 
     def gather(self, ids: Tensor, fresh: Rows) -> Rows:
-        """Rows for `ids` (B,): the stored ones, and those of `fresh` (B, ...) where an id is new.
-
-        Raises:
-            InputError: if the rows stored are another guide's, or damaged.
-        """
+        """See `RowStore`; `InputError` if the rows stored are another guide's, or damaged."""
         if self._layout is None:
             return {name: value.clone() for name, value in fresh.items()}
         numbers = ids.tolist()
@@ -122,22 +118,14 @@ class RowDatabase:
         return self._layout.filled(fresh, records)
 
     def scatter(self, ids: Tensor, rows: Rows) -> None:
-        """Stores `rows` (B, ...) under `ids` (B,).
-
-        Raises:
-            InputError: if the rows stored are another guide's, or the disk is full.
-        """
+        """See `RowStore`; `InputError` if the rows stored are another guide's, or the disk full."""
         self._layout = self._layout or RowLayout.of(rows)
         numbers = ids.tolist()
         self._own().write(self._tag, zip(numbers, self._layout.packed(rows), strict=True))
         self._changed.update(numbers)
 
     def prepare(self, step: int) -> None:
-        """Puts what has changed on disk for good, to be taken up with a checkpoint of `step`.
-
-        Raises:
-            InputError: if the disk is full, or rows have changed after that very step.
-        """
+        """Puts what has changed on disk for good, to be taken up with a checkpoint of `step`."""
         if self._changed and step < self._tag:
             raise InputError(
                 f"rows have changed after slow step {step} was prepared: give a later step"
@@ -147,11 +135,7 @@ class RowDatabase:
         self._tag = step + 1
 
     def publish(self, step: int) -> None:
-        """Removes the rows that the checkpoint of `step` has replaced. May be repeated.
-
-        Raises:
-            InputError: if the disk is full.
-        """
+        """Removes the rows that the checkpoint of `step` has replaced. May be repeated."""
         own = self._own()
         own.remove_replaced(self._changed, step)
         own.commit(published=step, files=max(own.facts["files"], self._world))

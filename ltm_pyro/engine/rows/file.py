@@ -134,11 +134,7 @@ class RowFile:
         return out
 
     def write(self, tag: int, rows: Iterable[tuple[int, bytes]]) -> None:
-        """Puts rows under `tag`, in the place of what they have there.
-
-        Raises:
-            InputError: if the disk is full.
-        """
+        """Puts rows under `tag`, in the place of what they have there."""
         self._begin()
         with self._writing():
             for i, data in rows:
@@ -183,8 +179,7 @@ class RowFile:
     def commit(self, **facts: Any) -> None:
         """Puts on disk, for good and as a whole, what was written, and new facts.
 
-        Raises:
-            InputError: if the disk is full; what was committed before is then still there.
+        Where the disk is full, what was committed before is still there.
         """
         self.facts.update(facts)
         self._begin()

@@ -15,15 +15,12 @@ _ELEMENT = re.compile(r"Batch element (\d+)")
 
 
 def refuse_non_finite(values: Iterable[Tensor], ids: Tensor, step: int = -1) -> None:
-    """Refuses NaN and infinity.
+    """`NonFiniteError`, naming the sequences, where one of `values` (B, ...) is not finite.
 
     Args:
         values: Each (B, ...).
         ids: (B,) of the sequences.
         step: The slow step, or -1 for a fast loop alone.
-
-    Raises:
-        NonFiniteError: naming the sequences.
     """
     bad = _not_finite(values, ids)
     if bool(bad.any()):

@@ -18,11 +18,7 @@ Columns = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The tensors of a row, in the order of their names.
-
-    Attributes:
-        columns: What they are.
-    """
+    """The tensors of a row, in the order of their names."""
 
     columns: Columns
 
@@ -38,11 +34,7 @@ class RowLayout:
 
     @classmethod
     def from_json(cls, saved: Any) -> RowLayout:
-        """What `to_json` returned.
-
-        Raises:
-            ValueError: if it is anything else.
-        """
+        """What `to_json` returned; `ValueError` for anything else."""
         try:
             columns = {
                 str(name): (str(dtype), tuple(int(n) for n in shape))
@@ -62,11 +54,7 @@ class RowLayout:
         return {name: [dtype, list(shape)] for name, (dtype, shape) in self.columns.items()}
 
     def packed(self, rows: Mapping[str, Tensor]) -> list[bytes]:
-        """`rows` (B, ...) as one record for each sequence.
-
-        Raises:
-            InputError: if they are not these columns.
-        """
+        """`rows` (B, ...), of these columns, as one record for each sequence."""
         if self.columns.keys() - rows.keys():
             raise self._foreign(f"{min(self.columns.keys() - rows.keys())!r} is missing")
         self._check(rows)
@@ -84,9 +72,6 @@ class RowLayout:
         Args:
             fresh: What a row is where there is no record.
             records: By row, as `packed` made them.
-
-        Raises:
-            InputError: if `fresh` has other columns.
         """
         self._check(fresh)
         out = {name: value.clone() for name, value in fresh.items()}

@@ -40,11 +40,7 @@ class MemoryRows:
         return len(self._rows)
 
     def gather(self, ids: Tensor, fresh: Rows) -> Rows:
-        """Rows for `ids` (B,): the stored ones, and those of `fresh` (B, ...) for new ids.
-
-        Raises:
-            InputError: if the rows stored are another guide's.
-        """
+        """See `RowStore`; `InputError` if the rows stored are another guide's."""
         if self._layout is None:
             return {name: value.clone() for name, value in fresh.items()}
         numbers = ids.tolist()
@@ -64,10 +60,6 @@ class MemoryRows:
         return torch.tensor(list(self._rows), dtype=torch.int64), rows
 
     def scatter(self, ids: Tensor, rows: Rows) -> None:
-        """Stores `rows` (B, ...) under `ids` (B,).
-
-        Raises:
-            InputError: if the rows stored are another guide's.
-        """
+        """See `RowStore`; `InputError` if the rows stored are another guide's."""
         self._layout = self._layout or RowLayout.of(rows)
         self._rows.update(zip(ids.tolist(), self._layout.packed(rows), strict=True))

@@ -57,5 +57,4 @@ class EncodingGuide(LocalGuide):
 
 def factorised_normal(loc: Tensor, log_variance: Tensor) -> TorchDistribution:
     """Batch shape (B,), event shape (K, D)."""
-    normal: TorchDistribution = dist.Normal(loc, torch.exp(0.5 * log_variance)).to_event(2)
-    return normal
+    return dist.Normal(loc, torch.exp(0.5 * log_variance)).to_event(2)

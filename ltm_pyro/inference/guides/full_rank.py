@@ -78,11 +78,7 @@ class FullRank(LocalGuide):
             )
 
     def initial_rows(self, batch: Batch) -> dict[str, Tensor]:
-        """Means at 0, variances as asked, no correlation.
-
-        Raises:
-            InputError: if the covariances of so many rows do not fit in memory.
-        """
+        """Means at 0, variances as asked, no correlation."""
         self._refuse_too_large(len(batch))
         shape = (len(batch), *self.thought_shape)
         rows = {
@@ -118,11 +114,7 @@ class FullRank(LocalGuide):
 
 
 def _layers(model: LatentModel) -> int:
-    """L of a model with a decoder.
-
-    Raises:
-        InputError: for a model without layers.
-    """
+    """L of a model with a decoder; `InputError` for one without layers."""
     layers = getattr(model, "n_layers", None)
     if layers is None:
         raise InputError(

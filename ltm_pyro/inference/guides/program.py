@@ -52,11 +52,7 @@ class GuideProgram(Program, ABC):
         return next((len(rows) for rows in (*self.local.values(), *self.inputs.buffers())), 0)
 
     def check(self, batch: Batch) -> None:
-        """Refuses a batch that the guide was not reset for.
-
-        Raises:
-            InputError: saying so.
-        """
+        """Refuses a batch that the guide was not reset for."""
         if not isinstance(batch, Batch):
             raise InputError(f"batch is {shown(batch)}: must be a Batch")
         if self.n_rows != len(batch):
@@ -66,11 +62,7 @@ class GuideProgram(Program, ABC):
             )
 
     def tell_svi(self, batch: Batch | None = None) -> None:
-        """Under Pyro's `SVI` the first batch is taken up by itself, and no second one.
-
-        Raises:
-            InputError: if local parameters are those of other sequences.
-        """
+        """Under Pyro's `SVI` the first batch is taken up by itself; of others it is refused."""
         if batch is not None:
             self._take_up(batch)
         super().tell_svi(batch)

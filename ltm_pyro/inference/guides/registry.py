@@ -38,11 +38,7 @@ def build_guide(name: str, model: LatentModel, /, **options: Any) -> LocalGuide:
 
 
 def guide_for(guide: LocalGuide | str, model: LatentModel) -> LocalGuide:
-    """A guide for `model`, by name or as it is.
-
-    Raises:
-        InputError: if `model` is no model, or `guide` no guide for it.
-    """
+    """A guide for `model`, by name or as it is; `InputError` if one does not fit the other."""
     require_model(model)
     if model.device.type == "meta":
         raise InputError("model is on the meta device, which holds no numbers: build it on another")

@@ -84,8 +84,7 @@ class MCMCDraws:
     @property
     def unreliable(self) -> list[int]:
         """Ids of sequences with R-hat above `RHAT_LIMIT`."""
-        bad: list[int] = self.ids[~(self.rhat <= RHAT_LIMIT)].tolist()
-        return bad
+        return self.ids[~(self.rhat <= RHAT_LIMIT)].tolist()
 
     @property
     def mean(self) -> Tensor:

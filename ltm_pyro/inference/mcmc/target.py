@@ -141,8 +141,7 @@ class Setting:
     def start(self, target: Target, chains: int) -> State:
         """The state at independent starts, drawn again where a term is not finite.
 
-        Raises:
-            InputError: naming the sequences with no finite density at any try.
+        `InputError` names the sequences with no finite density at any try.
         """
         state = target(self.draw(chains))
         for _ in range(START_TRIES):
@@ -159,11 +158,7 @@ class Setting:
 
 @contextmanager
 def setting(model: LatentModel, batch: Batch, start: Posterior | None) -> Iterator[Setting]:
-    """Checks what was given; inside the block the model's weights are frozen.
-
-    Raises:
-        InputError: if the batch does not fit the model or the start.
-    """
+    """Checks what was given; inside the block the model's weights are frozen."""
     batch = batch.to(model.device)
     model.check(batch)
     check_start(start, batch)
@@ -174,11 +169,7 @@ def setting(model: LatentModel, batch: Batch, start: Posterior | None) -> Iterat
 
 
 def check_start(start: Posterior | None, batch: Batch) -> None:
-    """Refuses a start that is not about this batch, or that is a point.
-
-    Raises:
-        InputError: saying which.
-    """
+    """Refuses a start that is not about this batch, or that is a point."""
     if start is None:
         return
     start.refuse_other_batch(batch, "start")
@@ -190,11 +181,7 @@ def check_start(start: Posterior | None, batch: Batch) -> None:
 
 
 def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Refuses a count that is too small, or that nobody can mean.
-
-    Raises:
-        InputError: saying why.
-    """
+    """Refuses a count that is too small, or that nobody can mean."""
     whole_number(name, value, at_most=MOST_COUNT)
     if value < least:
         raise InputError(f"{name} is {value}: must be {least} or more, {why}")

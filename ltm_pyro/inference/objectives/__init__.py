@@ -52,16 +52,11 @@ def build_objective(name: str, /, **options: Any) -> Objective:
     Raises:
         InputError: for an unknown name or option, with the nearest offered, or one out of range.
     """
-    objective: Objective = OBJECTIVES.build(name, options=options)
-    return objective
+    return OBJECTIVES.build(name, options=options)
 
 
 def as_objective(elbo: ELBO | str | None) -> Objective:
-    """An objective by its name, `elbo` by default, or any Pyro ELBO as one of ours.
-
-    Raises:
-        InputError: if it is none.
-    """
+    """An objective by its name, `elbo` by default, or any Pyro ELBO as one of ours."""
     if elbo is None or isinstance(elbo, str):
         return build_objective("elbo" if elbo is None else elbo)
     if not isinstance(elbo, ELBO):

@@ -31,9 +31,6 @@ class PyroElbo(Objective):
 
     Args:
         elbo: With a `differentiable_loss(model, guide, batch)`, or a `RenyiELBO`.
-
-    Raises:
-        InputError: if it is neither.
     """
 
     def __init__(self, elbo: ELBO) -> None:

@@ -45,8 +45,7 @@ class UnderSVI(ELBO):
             return -self.per_sequence(terms).sum()
         guide.check(batch)
         draw = Drawing(Noise(fresh_seed(), batch.ids))
-        loss: Tensor = self.descend(model, guide, batch, draw)[0]
-        return loss
+        return self.descend(model, guide, batch, draw)[0]
 
     def loss(self, model: LatentModel, guide: LocalGuide, batch: Batch) -> float:
         """`differentiable_loss` as a number."""

@@ -45,22 +45,16 @@ class BernoulliFactors(LatentModel):
 
     def prior(self) -> TorchDistribution:
         """p(z) of one row: event shape (1, D)."""
-        prior: TorchDistribution = self.thought_prior()
-        return prior
+        return self.thought_prior()
 
     def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
         """p(x | z) for z (..., B, 1, D): batch shape (..., B), event shape (J,)."""
         logits = z.squeeze(-2) @ self.loadings.T + self.easiness
         # One trial: torch's Bernoulli takes no whole numbers.
-        items: TorchDistribution = dist.Binomial(logits=logits).mask(batch.mask).to_event(1)
-        return items
+        return dist.Binomial(logits=logits).mask(batch.mask).to_event(1)
 
     def check(self, batch: Batch) -> None:
-        """Refuses what is no answer to J items.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuses what is no answer to J items."""
         x = batch.observed
         if x.shape[1:] != self.x_shape:
             raise InputError(

@@ -46,15 +46,13 @@ class PoissonEffects(LatentModel):
 
     def prior(self) -> TorchDistribution:
         """p(z) of one group: event shape (1, P)."""
-        prior: TorchDistribution = self.thought_prior()
-        return prior
+        return self.thought_prior()
 
     def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
         """p(x | z) for z (..., B, 1, P): batch shape (..., B), event shape (J,)."""
         coefficients = self.weights + self.log_scales.exp() * z  # (..., B, 1, P)
         log_rate = (batch.covariates["design"].to(z) * coefficients).sum(-1)
-        counts: TorchDistribution = dist.Poisson(log_rate.exp()).mask(batch.mask).to_event(1)
-        return counts
+        return dist.Poisson(log_rate.exp()).mask(batch.mask).to_event(1)
 
     def blank(self, size: int) -> Batch:
         """`size` groups still to be counted, at a constant and at random covariates."""
@@ -65,11 +63,7 @@ class PoissonEffects(LatentModel):
         return Batch(None, mask, covariates={"design": design})
 
     def check(self, batch: Batch) -> None:
-        """Refuses what is no counts, or has no covariates that fit.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Refuses what is no counts, or has no covariates that fit."""
         x, design = batch.observed, batch.covariates["design"]
         if design.shape != (*x.shape, len(self.weights)) or x.dim() != 2:
             raise InputError(

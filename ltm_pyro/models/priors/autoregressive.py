@@ -127,8 +127,7 @@ def _kl_of_independent_normals(q: Any, p: StationaryAR1) -> Tensor:
     first = variance[..., 0, :].sum(-1)
     rest = (spread * torch.exp(-2.0 * p._log_scale)).sum((-2, -1))
     cross_entropy = 0.5 * (first + rest) - p.log_prob(mean)
-    kl: Tensor = cross_entropy - q.entropy()
-    return kl
+    return cross_entropy - q.entropy()
 
 
 register_kl(Independent, StationaryAR1)(_kl_of_independent_normals)

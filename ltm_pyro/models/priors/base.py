@@ -93,5 +93,4 @@ def build_prior(name: str, n_thoughts: int, thought_dim: int, /, **options: Any)
     """
     for size, value in (("n_thoughts", n_thoughts), ("thought_dim", thought_dim)):
         whole_number(size, value, at_least=1, at_most=MOST)
-    prior: ThoughtPrior = PRIORS.build(name, n_thoughts, thought_dim, options=options)
-    return prior
+    return PRIORS.build(name, n_thoughts, thought_dim, options=options)

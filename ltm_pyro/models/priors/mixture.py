@@ -70,18 +70,14 @@ class MixturePrior(ThoughtPrior):
 
     def forward(self) -> TorchDistribution:
         """The prior of one sequence's thoughts."""
-        prior: TorchDistribution = dist.MixtureSameFamily(
+        return dist.MixtureSameFamily(
             dist.Categorical(logits=self.logits.clone()), self._components()
         )
-        return prior
 
     def _components(self) -> TorchDistribution:
         """Batch shape (C,), event shape (K, D)."""
         variance = self.log_variance.exp().clamp_min(_LEAST_VARIANCE)
-        components: TorchDistribution = dist.Normal(
-            self.pseudo_thoughts.clone(), variance.sqrt()
-        ).to_event(2)
-        return components
+        return dist.Normal(self.pseudo_thoughts.clone(), variance.sqrt()).to_event(2)
 
     @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:

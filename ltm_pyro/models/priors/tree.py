@@ -75,8 +75,7 @@ class NormalTree(TorchDistribution):
     def step(self, parent: Tensor) -> TorchDistribution:
         """p(z_m | z_p(m)) for parents (..., N): event shape (N,)."""
         loc = parent @ self.transition.T
-        block: TorchDistribution = dist.Normal(loc, self.log_scale.exp()).to_event(1)
-        return block
+        return dist.Normal(loc, self.log_scale.exp()).to_event(1)
 
     def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D)."""
@@ -164,8 +163,7 @@ def _kl_of_normals(q: Any, p: NormalTree) -> Tensor:
     known = is_factorised_normal(q) or not isinstance(q, Independent)
     if not known or q.event_shape != p.event_shape:
         raise NotImplementedError
-    kl: Tensor = -p.expected_log_prob(q) - q.entropy()
-    return kl
+    return -p.expected_log_prob(q) - q.entropy()
 
 
 for _normal in (Independent, FullNormal, BlockNormal, LowRankNormal):
