@@ -98,29 +98,25 @@ def whole_number(
         if at_most is None or fit < at_most:
             at_most, limit = max(int(fit), at_least or 0), "for which there is memory"
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if (
-        not whole
-        or (at_least is not None and int(value) < at_least)  # type: ignore[call-overload]
-        or (at_most is not None and int(value) > at_most)  # type: ignore[call-overload]
-    ):
+    number = int(value) if whole else math.nan  # type: ignore[call-overload]
+    low = -math.inf if at_least is None else at_least
+    if not low <= number <= (math.inf if at_most is None else at_most):
         least = "" if at_least is None else f"{at_least} or more"
         most = "" if at_most is None else f"at most {at_most}"
         bounds = " and ".join(bound for bound in (least, most) if bound)
         expected = ", ".join(part for part in ("a whole number", bounds, limit) if part)
         raise InputError(f"{name} is {shown(value)}: must be {expected}")
-    return int(value)  # type: ignore[call-overload]
+    return int(number)
 
 
 def log_variance(value: object) -> float:
     """`value`, known to be a log variance that a fit can start from; `InputError` else."""
-    widest = WIDEST_LOG_VARIANCE
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and -widest <= value <= widest:  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]
-    raise InputError(
-        f"init_log_variance is {shown(value)}: must be a finite number from {-widest:g} to "
-        f"{widest:g}"
-    )
+    number, widest = finite_number("init_log_variance", value), WIDEST_LOG_VARIANCE
+    if abs(number) > widest:
+        raise InputError(
+            f"init_log_variance is {shown(value)}: must be from {-widest:g} to {widest:g}"
+        )
+    return number
 
 
 def switch(name: str, value: object) -> bool:
@@ -144,11 +140,13 @@ def real_number(name: str, value: object) -> float:
     return float(value)
 
 
-def finite_number(name: str, value: object) -> float:
+def finite_number(name: str, value: object, at_least: float = -math.inf) -> float:
     """`value` as a `float`, known to be finite; `InputError` if it is not, naming `name`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{name} is {shown(value)}: must be a finite number")
-    return float(value)
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and value >= at_least):  # type: ignore[arg-type, operator]
+        more = "" if at_least == -math.inf else f", {at_least:g} or more"
+        raise InputError(f"{name} is {shown(value)}: must be a finite number{more}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict
@@ -17,9 +17,8 @@ from ltm_pyro.errors import InputError, unknown_name
 from ltm_pyro.schema import Finite, Options, Whole, settings, validated
 
 ScheduleName = Literal["constant", "cosine", "warmup_cosine"]
-SCHEDULES: tuple[str, ...] = ("constant", "cosine", "warmup_cosine")
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 Multiplier = Callable[[int, int], float]
 """A schedule of one's own: (step, total) -> factor on the learning rate."""
 
@@ -344,9 +343,6 @@ def preset(name: str) -> FitConfig:
     return PRESETS[name]
 
 
-T = TypeVar("T")
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON types; `InputError` where a schedule is a function."""
     plain = dataclasses.asdict(config)
@@ -356,9 +352,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """What `to_dict` gave, as the dataclass `cls` again; see `schema.validated`."""
-    return validated(cls, values)
+from_dict = validated
+"""What `to_dict` gave, as the dataclass that is named first again."""
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

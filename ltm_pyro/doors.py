@@ -124,21 +124,19 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
 
+    @exclusive
     @wraps(function)
     def enter(*args: P.args, **kwargs: P.kwargs) -> R:
-        with exclusively() as outermost:
-            if not outermost:
-                return function(*args, **kwargs)
-            with usual_modes():
-                bound = signature.bind(*args, **kwargs)
-                hints = _hints(function)
-                for name, value in bound.arguments.items():
-                    if name in hints and value is not signature.parameters[name].default:
-                        bound.arguments[name] = _checked(name, value, hints[name])
-                model, batch = (bound.arguments.get(name) for name in ("model", "batch"))
-                if isinstance(model, nn.Module) and getattr(batch, "x", None) is not None:
-                    meet(model, batch)
-                return function(*bound.args, **bound.kwargs)
+        if nested():
+            return function(*args, **kwargs)
+        bound, hints = signature.bind(*args, **kwargs), _hints(function)
+        for name, value in bound.arguments.items():
+            if name in hints and value is not signature.parameters[name].default:
+                bound.arguments[name] = _checked(name, value, hints[name])
+        model, batch = (bound.arguments.get(name) for name in ("model", "batch"))
+        if isinstance(model, nn.Module) and getattr(batch, "x", None) is not None:
+            meet(model, batch)
+        return function(*bound.args, **bound.kwargs)
 
     return enter
 
@@ -174,14 +172,13 @@ def _checked(name: str, value: Any, classes: tuple[type, ...]) -> Any:
         return whole_number(name, value, at_most=MOST)
     if isinstance(value, bool) or not isinstance(value, classes):
         how = " or ".join(_HOW.get(c.__name__, f"a {c.__name__}") for c in classes)
-        raise InputError(f"{name} is {_described(value)}: must be {how}")
+        raise InputError(f"{name} is {described(value)}: must be {how}")
     return value.usable() if hasattr(value, "usable") else value
 
 
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    return shown(value)
+def described(value: object) -> str:
+    """As `shown`, but for a tensor, of which its shape is told."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
 
 
 MEMBERS = (

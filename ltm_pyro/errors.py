@@ -112,6 +112,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The question in a message, where a known name is close; else nothing."""
+    guess = nearest(name, known) if isinstance(name, str) else None
+    return f"did you mean {guess!r}? " if guess else ""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a misspelt name, with the nearest known one offered.
 
@@ -121,6 +127,5 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
         known: The names that would have worked.
     """
     names = sorted(known)
-    guess = nearest(name, names) if isinstance(name, str) else None
-    hint = f"did you mean {guess!r}? " if guess else ""
+    hint = did_you_mean(name, names)
     return InputError(f"unknown {kind} {shown(name)}: {hint}choose one of {', '.join(names)}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from ltm_pyro.data.blocks import SURELY_LARGE
-from ltm_pyro.errors import InputError, nearest, shown
+from ltm_pyro.errors import InputError, did_you_mean, shown
 
 Newlines = Literal["lf", "keep"] | None
 PACKED_SUFFIXES = (".gz", ".zst")
@@ -199,8 +199,7 @@ def check_encoding(encoding: str) -> str:
         codecs.getincrementaldecoder(name)
     except (LookupError, ValueError, TypeError):
         names = [n.replace("_", "-") for n in encodings.aliases.aliases]
-        guess = nearest(encoding, names) if isinstance(encoding, str) else None
-        hint = f"did you mean {guess!r}? " if guess else ""
+        hint = did_you_mean(encoding, names)
         raise InputError(
             f"unknown encoding {shown(encoding)}: {hint}try utf-8, utf-16, latin-1 or cp1252"
         ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ltm_pyro.data.metadata import DocumentTable
 
 SplitKind = Literal["document", "given", "group"]
-SPLIT_KINDS: tuple[str, ...] = ("document", "given", "group")
 FILE = "file"
 _PATTERN = "file:"
 
@@ -26,7 +25,7 @@ def check_split(split: str | None, split_by: str | None, is_dict: bool) -> Split
     """How documents are dealt out; what was left open is filled in."""
     if split is None:
         split = "group" if split_by is not None else "given" if is_dict else "document"
-    one_of("split", split, SPLIT_KINDS)
+    one_of("split", split, get_args(SplitKind))
     if split == "group" and (not isinstance(split_by, str) or not split_by):
         raise InputError(
             f'split="group" needs split_by, and it is {shown(split_by)}: name a field, or the '

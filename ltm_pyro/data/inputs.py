@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.data.sequences import SequenceSet
 from ltm_pyro.data.tokenizer import Tokenizer
-from ltm_pyro.errors import InputError, shown
+from ltm_pyro.doors import described
+from ltm_pyro.errors import InputError
 
 Sequences = Batch | SequenceSet | str | Sequence[str] | pd.Series | NDArray[Any]
 """What inference takes: a batch, a split of a corpus, a text, or several, also as a column."""
@@ -32,7 +33,7 @@ def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
     texts = [data] if isinstance(data, str) else listed(data)
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise InputError(
-            f"batch is {_described(data)}: must be a Batch (ltm_pyro.Batch(x), corpus.val.batch), "
+            f"batch is {described(data)}: must be a Batch (ltm_pyro.Batch(x), corpus.val.batch), "
             "a split of a corpus, a text, or a list of texts"
         )
     if tokenizer is None:
@@ -59,17 +60,13 @@ def _tokens(texts: list[str], tokenizer: Tokenizer) -> Batch:
     return Batch(x, torch.arange(x.shape[1]) < lengths[:, None])
 
 
-def _described(data: object) -> str:
-    return f"a tensor {tuple(data.shape)}" if isinstance(data, torch.Tensor) else shown(data)
-
-
 def training_data(data: TrainingData) -> TrainingData:
     """Where slow steps take their batches, known to be such; of a single batch, random rows."""
     if isinstance(data, Batch):
         return data.usable().distinct()
     if not callable(getattr(data, "training_batch", None)):
         raise InputError(
-            f"data is {_described(data)}: must be the training split of a corpus "
+            f"data is {described(data)}: must be the training split of a corpus "
             "(load_corpus(...).train) or a Batch"
         )
     return data

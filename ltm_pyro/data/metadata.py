@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ltm_pyro.data.grouping import FILE, file_groups
-from ltm_pyro.errors import InputError, nearest, shown
+from ltm_pyro.errors import InputError, did_you_mean, shown
 
 OWN = ("document", "file", "offset", "position", "group")
 """Columns that every sequence has; a record's field of the same name gets `record.` before it."""
@@ -75,10 +75,8 @@ class DocumentTable:
             return
         if name not in self.fields:
             known = [FILE, *self.fields]
-            guess = nearest(name, known)
-            hint = f"did you mean {guess!r}? " if guess else ""
             raise InputError(
-                f"the corpus has no field {shown(name)}: {hint}it has "
+                f"the corpus has no field {shown(name)}: {did_you_mean(name, known)}it has "
                 f"{shown(', '.join(known), 200)[1:-1]}"
             )
         key = str(self.fields.index(name))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ltm_pyro.checks import one_of
 from ltm_pyro.data.files import Newlines
-from ltm_pyro.errors import InputError, nearest, shown
+from ltm_pyro.errors import InputError, did_you_mean, shown
 
 TEXT = "text"
 _SHOWN_FIELDS, _SHOWN_NAMES = 8, 20
@@ -133,8 +133,7 @@ class Reading:
         else:
             names = [str(name) for name, _ in _flat(record)]
             listed = ", ".join(shown(n)[1:-1] for n in names[:_SHOWN_FIELDS]) or "none"
-            guess = nearest(self.text_field, names)
-            hint = f"did you mean {guess!r}? " if guess else ""
+            hint = did_you_mean(self.text_field, names)
             found = f"{hint}its fields are {listed}{', ...' if len(names) > _SHOWN_FIELDS else ''}"
         return (
             f'{where} has no string "{shown(self.text_field)[1:-1]}": {found}; name the field with '

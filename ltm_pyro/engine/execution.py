@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ltm_pyro.checks import one_of, switch, whole_number
-from ltm_pyro.config import PRECISIONS, Precision
+from ltm_pyro.config import Precision
 from ltm_pyro.data.batches import Batch, TrainingData
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError, NonFiniteError, shown
@@ -76,7 +76,7 @@ class Execution:
     def __post_init__(self) -> None:
         for name in ("compile", "checkpointing"):
             switch(name, getattr(self, name))
-        one_of("precision", self.precision, PRECISIONS)
+        one_of("precision", self.precision, get_args(Precision))
         if self.micro_batch is not None:
             whole_number("micro_batch", self.micro_batch, at_least=1)
         if not isinstance(self.parallel, Parallel):
@@ -86,11 +86,7 @@ class Execution:
             )
 
     def prepare(self, model: Any) -> None:
-        """Compiles what is to be compiled.
-
-        Raises:
-            InputError: if the model knows one way to compute alone and another is asked for.
-        """
+        """Compiles what is to be; refuses a model that knows another way to compute alone."""
         if not isinstance(model, Computes):
             if self.compile or self.checkpointing or self.precision != "fp32":
                 raise InputError(
@@ -130,8 +126,7 @@ class Execution:
 
     def parts(self, rows: int) -> list[slice]:
         """The batch's `rows` in parts of `micro_batch`."""
-        size = rows if self.micro_batch is None else self.micro_batch
-        return [slice(i, min(i + size, rows)) for i in range(0, rows, max(size, 1))]
+        return _cut(slice(0, rows), self.micro_batch or rows)
 
     def by_rows(
         self, batch: Batch, work: Callable[[Batch], dict[str, Tensor]]
@@ -163,6 +158,8 @@ class Execution:
 
     def parts_of(self, batch: Batch, rows: slice) -> list[slice]:
         """These rows of a batch of any size in parts that memory has room for."""
-        size = self.micro_batch or max(1, TOKENS_AT_ONCE // batch.mask[0].numel())
-        starts = range(rows.start, rows.stop, size)
-        return [slice(i, min(i + size, rows.stop)) for i in starts]
+        return _cut(rows, self.micro_batch or max(1, TOKENS_AT_ONCE // batch.mask[0].numel()))
+
+
+def _cut(rows: slice, size: int) -> list[slice]:
+    return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]

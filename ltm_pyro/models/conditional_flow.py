@@ -22,12 +22,10 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
-from ltm_pyro.checks import MOST, refuse_too_large, whole_number
-from ltm_pyro.errors import unknown_name
+from ltm_pyro.checks import MOST, one_of, refuse_too_large, whole_number
+from ltm_pyro.models.drawn import Drawn, Shape
 from ltm_pyro.models.zuko_import import (
     MaskedAutoregressiveTransform,
     MonotonicAffineTransform,
@@ -35,7 +33,6 @@ from ltm_pyro.models.zuko_import import (
 )
 
 FlowKind = Literal["affine", "spline"]
-FLOW_KINDS: tuple[str, ...] = get_args(FlowKind)
 SPLINE_BOUND = 5.0
 """Splines bend eps between -5 and 5, in units of the base's standard deviation, and nothing else:
 one draw in 1.7 million of a dimension lies outside. Tails are therefore those of a normal, however
@@ -48,8 +45,6 @@ beyond, its own `scale` gives; without a bound, inverses of a badly fitted flow 
 LOWER_GAIN = 8.0
 """Correlations are what a posterior needs first: they learn this much faster than the networks."""
 
-Shape = torch.Size | list[int] | tuple[int, ...]
-_NO_SHAPE = torch.Size()
 _MOMENT_DRAWS = 1024
 _MOMENT_SEED = 20131220
 _MOMENT_CHUNK = 1 << 22  # numbers held at once while moments are computed
@@ -86,19 +81,14 @@ class ConditionalFlow(nn.Module):
         bins: int = 8,
     ) -> None:
         super().__init__()
-        if kind not in FLOW_KINDS:
-            raise unknown_name("flow kind", str(kind), FLOW_KINDS)
+        one_of("flow kind", kind, get_args(FlowKind))
         whole_number("flow transforms", transforms, 1, _MOST_TRANSFORMS)
         whole_number("flow bins", bins, 1, _MOST_BINS)
         whole_number("flow context_dim", context, 1, MOST)
         whole_number("flow hidden", hidden, 1, MOST)
         weights = transforms * hidden * (2 * features + context + hidden)
-        refuse_too_large(
-            f"a flow of {transforms} transforms with {hidden} hidden units and context_dim "
-            f"{context}",
-            4 * weights,
-            "choose smaller ones",
-        )
+        size = f"{transforms} transforms with {hidden} hidden units and context_dim {context}"
+        refuse_too_large(f"a flow of {size}", 4 * weights, "choose smaller ones")
         self.features = features
         # A vector: the slow clock's weight decay of matrices would pull correlations to zero.
         self.lower = nn.Parameter(torch.zeros(features * (features - 1) // 2))
@@ -203,7 +193,7 @@ def _solve(transform: Any, y: Tensor) -> Tensor:
     return x
 
 
-class FlowDistribution(TorchDistribution):
+class FlowDistribution(Drawn):
     """z = loc + scale * T(eps; context): batch shape (...), event shape (K, D).
 
     The density of the last draw is kept with the draw, so that scoring one's own draws costs
@@ -218,10 +208,6 @@ class FlowDistribution(TorchDistribution):
         scale: (..., K, D), above 0.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own interface
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
-
     def __init__(
         self,
         network: ConditionalFlow,
@@ -235,7 +221,7 @@ class FlowDistribution(TorchDistribution):
         self.loc = loc
         self.scale = scale
         self._drawn: tuple[Tensor, Tensor] | None = None
-        super().__init__(loc.shape[:-2], loc.shape[-2:], validate_args=validate_args)
+        super().__init__(loc, loc.shape[:-2], loc.shape[-2:], validate_args)
 
     def expand(self, batch_shape: Shape, _instance: object = None) -> FlowDistribution:
         """The same distribution over more rows."""
@@ -253,16 +239,6 @@ class FlowDistribution(TorchDistribution):
         """The rows at `index`."""
         context = self.context.expand(*self.batch_shape, self.context.shape[-1])[index]
         return FlowDistribution(self.network, context, self.loc[index], self.scale[index])
-
-    def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
-        """Reparametrised draws, (*sample_shape, ..., K, D); their density is kept."""
-        shape = (*sample_shape, *self.batch_shape, self.noise_size)
-        return self.from_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
-
-    @property
-    def noise_size(self) -> int:
-        """Normal numbers that a draw takes, K * D."""
-        return self.network.features
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Draws from standard normal numbers, (..., K * D) to (..., K, D); the density is kept."""

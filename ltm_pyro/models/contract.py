@@ -8,7 +8,8 @@ The twin of `check_guide`. Every failure is one line: what was found, what was e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -66,13 +67,7 @@ _MET: WeakSet[nn.Module] = WeakSet()
 def first_use(model: LatentModel, batch: Batch) -> None:
     """Holds a model to what scores depend on, on two rows of the first batch that it meets.
 
-    Args:
-        model: The model.
-        batch: On its device, and checked by it.
-
-    Raises:
-        ContractError: for a second latent site, another name, or a `log_likelihood` that is not
-            the program's.
+    That are its sites, their names, and a `log_likelihood` that is the program's.
     """
     if model in _MET or not batch.holds_numbers:
         return
@@ -100,6 +95,18 @@ def _broken(model: object, what: str) -> ContractError:
     return ContractError(f"model {type(model).__name__}: {what}")
 
 
+@contextmanager
+def _failing(model: object, batch: Batch, what: str, remedy: str) -> Iterator[None]:
+    """What the model stumbles over inside the block is part of the answer."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        raise _broken(model, f"{what} fails on {len(batch)} rows with {why}; {remedy}") from error
+
+
 def _prior_has_a_shape(model: LatentModel, batch: Batch) -> None:
     prior = model.prior()
     event, lead = tuple(prior.event_shape), tuple(prior.batch_shape)
@@ -118,18 +125,9 @@ def _prior_has_a_shape(model: LatentModel, batch: Batch) -> None:
 def _trace(model: LatentModel, batch: Batch) -> dict[str, Any]:
     """The sites of one run."""
     program: Any = poutine.trace(model)
-    try:
+    with _failing(model, batch, "its program", "run model(batch) to see where"):
         trace = program.get_trace(batch)
         trace.compute_log_prob()
-    except InputError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise _broken(
-            model,
-            f"its program fails on {len(batch)} rows with {type(error).__name__}: {shown(why, 200)}"
-            "; run model(batch) to see where",
-        ) from error
     return trace.nodes
 
 
@@ -156,12 +154,16 @@ def _sites(model: LatentModel, batch: Batch, nodes: dict[str, Any]) -> None:
             model, "site 'x' is drawn though the batch has an x: give pyro.sample obs=batch.x"
         )
     if latent != [SITE_Z]:
-        others = [name for name in latent if name != SITE_Z]
-        what = "a second latent site" if SITE_Z in latent else "no latent site 'z'"
+        what, renamed = "a second latent site", ""
+        if SITE_Z not in latent:
+            what = "no latent site 'z'"
+            renamed = (
+                f", and call its site 'z' instead of {latent[0]!r}" if len(latent) == 1 else ""
+            )
         raise _broken(
             model,
             f"{what}: found {shown(latent)}, expected ['z']: put all that is latent of a row into "
-            f"z (K, D){_renamed(others) if SITE_Z not in latent else ''}",
+            f"z (K, D){renamed}",
         )
     if observed != [SITE_X]:
         raise _broken(
@@ -185,10 +187,6 @@ def _sites(model: LatentModel, batch: Batch, nodes: dict[str, Any]) -> None:
             f"z is {tuple(z.shape)}, expected (B, K, D) = "
             f"{(len(batch), *model.thought_shape)}: sample it from prior()",
         )
-
-
-def _renamed(others: list[str]) -> str:
-    return f", and call its site 'z' instead of {others[0]!r}" if len(others) == 1 else ""
 
 
 def _compare(
@@ -248,18 +246,9 @@ def _z(model: LatentModel, *lead: int) -> Tensor:
 
 
 def _scored(model: LatentModel, z: Tensor, batch: Batch) -> Tensor:
-    """`log_likelihood`; what it stumbles over is part of the answer."""
-    try:
+    what = f"log_likelihood of z {tuple(z.shape)}"
+    with _failing(model, batch, what, "it must take (..., B, K, D)"):
         return model.log_likelihood(z, batch)
-    except InputError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise _broken(
-            model,
-            f"log_likelihood of z {tuple(z.shape)} for {len(batch)} rows fails with "
-            f"{type(error).__name__}: {shown(why, 200)}; it must take (..., B, K, D)",
-        ) from error
 
 
 def _draws_stack(model: LatentModel, batch: Batch) -> None:

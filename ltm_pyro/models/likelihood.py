@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.drawn import Shape
 from ltm_pyro.models.sampling import write_tokens
 
 
@@ -50,9 +51,7 @@ class TokenSequence(TorchDistribution):
         last = self.decoder.config.vocab_size - 1
         return constraints.independent(constraints.integer_interval(0, last), 1)
 
-    def expand(
-        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
-    ) -> Any:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Any:
         """The same distribution with leading dimensions of z repeated."""
         shape = (*batch_shape, *self.z.shape[-2:])
         return TokenSequence(self.decoder, self.score, self.z.expand(shape), self.event_shape[0])
@@ -67,7 +66,7 @@ class TokenSequence(TorchDistribution):
             self._scored = (value, self.score(value, self.z))
         return self._scored[1]
 
-    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         """Token sequences, (*sample_shape, ..., B, T)."""
         shape = (*sample_shape, *self.batch_shape)
         z = self.z.expand((*shape, *self.z.shape[-2:]))

@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 import torch
-from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions import Categorical
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributions import constraints
 
-Shape = torch.Size | list[int] | tuple[int, ...]
-_NO_SHAPE = torch.Size()
+from ltm_pyro.models.drawn import Drawn, Shape
 
 
-class NormalMixture(TorchDistribution):
+class NormalMixture(Drawn):
     """sum_c w_c N(loc_c, diag(scale_c^2)): batch shape (...), event shape (K, D).
 
     Draws are reparametrised with the transport equation (Jankowiak & Karaletsos 2019, "Pathwise
@@ -29,16 +27,12 @@ class NormalMixture(TorchDistribution):
         scale: (..., C, K, D), above 0.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own interface
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
-
     def __init__(
         self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None
     ) -> None:
         self.component = Categorical(logits=logits, validate_args=validate_args)
         self.loc, self.scale = loc, scale
-        super().__init__(loc.shape[:-3], loc.shape[-2:], validate_args=validate_args)
+        super().__init__(loc, loc.shape[:-3], loc.shape[-2:], validate_args)
 
     @property
     def log_weights(self) -> Tensor:
@@ -58,11 +52,6 @@ class NormalMixture(TorchDistribution):
     def select_rows(self, index: Tensor) -> NormalMixture:
         """The rows at `index`."""
         return NormalMixture(self.log_weights[index], self.loc[index], self.scale[index])
-
-    def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
-        """Reparametrised draws, (*sample_shape, ..., K, D)."""
-        shape = (*sample_shape, *self.batch_shape, self.noise_size)
-        return self.from_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
 
     @property
     def noise_size(self) -> int:

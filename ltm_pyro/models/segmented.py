@@ -25,6 +25,7 @@ from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import exclusive
 from ltm_pyro.errors import InputError, shown
 from ltm_pyro.models.base import SITE_X, SITE_Z, LatentModel, sequences
+from ltm_pyro.models.drawn import Shape
 from ltm_pyro.models.priors import HierarchicalPrior, NormalTree, StateSpacePrior
 
 
@@ -52,9 +53,7 @@ class Joined(TorchDistribution):
         support: Any = self.flat.support
         return support
 
-    def expand(
-        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None
-    ) -> Joined:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Joined:
         """The same distribution with more leading dimensions."""
         *lead, rows = batch_shape
         return Joined(self.flat.expand(torch.Size([*lead, rows * self.segments])), self.segments)
@@ -65,7 +64,7 @@ class Joined(TorchDistribution):
         each: Tensor = self.flat.log_prob(rows)
         return each.unflatten(-1, (-1, self.segments)).sum(-1)
 
-    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         """Documents, (*sample_shape, ..., B, S * T)."""
         rows: Tensor = self.flat.sample(torch.Size(sample_shape))
         return rows.unflatten(-2, (-1, self.segments)).flatten(-2)

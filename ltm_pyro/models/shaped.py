@@ -9,10 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from ltm_pyro.models.drawn import NO_SHAPE, Shape
 from ltm_pyro.random import from_noise, noise_size
-
-Shape = torch.Size | list[int] | tuple[int, ...]
-_NO_SHAPE = torch.Size()
 
 
 class Shaped(TorchDistribution):
@@ -67,11 +65,11 @@ class Shaped(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
+    def rsample(self, sample_shape: Shape = NO_SHAPE) -> Tensor:
         """Reparametrised draws, (*sample_shape, ..., K, D)."""
         return self.shape_up(self.flat.rsample(torch.Size(sample_shape)))
 
-    def sample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
+    def sample(self, sample_shape: Shape = NO_SHAPE) -> Tensor:
         """Draws without a gradient, (*sample_shape, ..., K, D)."""
         with torch.no_grad():
             return self.shape_up(self.flat.sample(torch.Size(sample_shape)))
@@ -80,7 +78,7 @@ class Shaped(TorchDistribution):
         """Log density in nats, (..., K, D) to (...)."""
         return self.flat.log_prob(self.flatten(value))
 
-    def rsample_and_log_prob(self, sample_shape: Shape = _NO_SHAPE) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: Shape = NO_SHAPE) -> tuple[Tensor, Tensor]:
         """Draws and their log densities at once, which is cheaper where `flat` can do it (zuko)."""
         both = getattr(self.flat, "rsample_and_log_prob", None)
         if both is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from ltm_pyro.engine.processes.group import alive
 from ltm_pyro.errors import InputError
 from ltm_pyro.run.files import writing
 
@@ -100,17 +101,7 @@ def writer_of(place: str | Path) -> str | None:
     if told is None:
         return None
     who, pid, host = told
-    return who if host != socket.gethostname() or _alive(pid) else None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another's process
-    return True
+    return who if host != socket.gethostname() or alive(pid) else None
 
 
 def _told(file: Path) -> tuple[str, int, str] | None:

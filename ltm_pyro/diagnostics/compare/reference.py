@@ -30,12 +30,12 @@ def check_reference(kernel: str, options: Mapping[str, Any], reals: int) -> None
         if name not in OPTIONS:
             raise unknown_name("option in reference_options", str(name), OPTIONS)
     try:
-        check_options(kernel, **options)
+        known = check_options(kernel, options)
     except InputError as error:
         raise InputError(f"reference_options: {error}") from None
-    chains, draws = options.get("chains", 4), options.get("draws", 1000)
     # As they come, and stacked.
-    whole_number("reference_options['draws']", draws, bytes_each=16 * chains * reals)
+    each = 16 * known["chains"] * reals
+    whole_number("reference_options['draws']", known["draws"], bytes_each=each)
 
 
 def against_reference(

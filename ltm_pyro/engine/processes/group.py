@@ -242,14 +242,14 @@ class Parallel:
             lost = [
                 rank
                 for rank, (host, pid) in enumerate(self._whereabouts)
-                if host == here and not _alive(pid)
+                if host == here and not alive(pid)
             ]
             if lost or time.monotonic() > until:
                 return lost
             time.sleep(0.02)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     """Whether a process of this machine still runs; one that only waits to be buried does not."""
     try:
         os.kill(pid, 0)

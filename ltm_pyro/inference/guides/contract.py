@@ -16,6 +16,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ Clause = Callable[..., None]
 CONTRACT: dict[str, Clause] = {}
 """Clauses by name."""
 
+_LONGEST = 400  # characters of a comparison that did not hold
 _KL_DRAWS = 4000
 _SIGMAS = 5.0
 """Standard errors that a Monte Carlo mean may be off: one in two million by chance."""
@@ -76,16 +78,11 @@ def check_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -
             clause(family, model, batch, **options)
         except AssertionError as error:
             found = " ".join(str(error).split()) or _failed_line(error)
-            broken = ContractError(
-                f"guide {family!r} breaks {name!r} ({_meaning(clause)}): {shown_text(found)}"
-            )
+            cut = found if len(found) <= _LONGEST else f"{found[: _LONGEST - 3]}..."
+            meaning = " ".join((clause.__doc__ or "").split()).rstrip(".")
+            broken = ContractError(f"guide {family!r} breaks {name!r} ({meaning}): {cut}")
             broken.add_note(f"guide {family!r} breaks {name!r}")
             raise broken from error
-
-
-def _meaning(clause: Clause) -> str:
-    """What a clause asks for, in a line."""
-    return " ".join((clause.__doc__ or "").split()).rstrip(".")
 
 
 def _failed_line(error: AssertionError) -> str:
@@ -112,14 +109,17 @@ def _brief(value: object) -> str:
     return shown(value)
 
 
-def shown_text(text: str, longest: int = 400) -> str:
-    """A long comparison, cut."""
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+def _clause(check: Callable[[LocalGuide, LatentModel, Batch], None]) -> Clause:
+    """Makes a check of a guide that has moved known as a clause."""
 
+    @wraps(check)
+    def clause(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+        guide = moved_guide(family, model, batch, **options)
+        assert guide.family == family
+        check(guide, model, batch)
 
-def _clause(check: Clause) -> Clause:
-    CONTRACT[check.__name__.removeprefix("_")] = check
-    return check
+    CONTRACT[check.__name__.removeprefix("_")] = clause
+    return clause
 
 
 def moved_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -> LocalGuide:
@@ -135,10 +135,9 @@ def moved_guide(family: str, model: LatentModel, batch: Batch, **options: Any) -
 
 
 @_clause
-def _shapes(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _shapes(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """Rows of everything, and a distribution of batch shape (B,) and event shape (K, D)."""
-    guide, rows = moved_guide(family, model, batch, **options), len(batch)
-    assert guide.family == family
+    rows = len(batch)
     assert guide.n_rows == rows
     assert all(len(p) == rows for p in guide.local_parameters().values())
     assert guide.local_parameters() or guide.shared_parameters()
@@ -155,11 +154,8 @@ def _shapes(family: str, model: LatentModel, batch: Batch, **options: Any) -> No
 
 
 @_clause
-def _every_parameter_gets_a_gradient(
-    family: str, model: LatentModel, batch: Batch, **options: Any
-) -> None:
+def _every_parameter_gets_a_gradient(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """In every row of the local ones."""
-    guide = moved_guide(family, model, batch, **options)
     with seeded(0, batch.device):
         loss = TraceMeanField_ELBO()(cast("nn.Module", model), guide)(batch)
     names, params = zip(*guide.named_parameters(), strict=True)
@@ -171,9 +167,8 @@ def _every_parameter_gets_a_gradient(
 
 
 @_clause
-def _sites_match_the_model(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _sites_match_the_model(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """One site `z`, in the same plate and of the same shape as the model's."""
-    guide = moved_guide(family, model, batch, **options)
     q: Any = poutine.trace(guide).get_trace(batch)
     p: Any = poutine.trace(model).get_trace(batch)
     assert [name for name in q.stochastic_nodes if name != PLATE] == [SITE_Z]
@@ -185,11 +180,8 @@ def _sites_match_the_model(family: str, model: LatentModel, batch: Batch, **opti
 
 
 @_clause
-def _log_prob_agrees_with_pyros_trace(
-    family: str, model: LatentModel, batch: Batch, **options: Any
-) -> None:
+def _log_prob_agrees_with_pyros_trace(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """At the value that was drawn."""
-    guide = moved_guide(family, model, batch, **options)
     trace: Any = poutine.trace(guide).get_trace(batch)
     trace.compute_log_prob()
     z = trace.nodes[SITE_Z]
@@ -197,12 +189,10 @@ def _log_prob_agrees_with_pyros_trace(
 
 
 @_clause
-def _rows_are_independent(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _rows_are_independent(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """A permuted batch gets the permuted posterior."""
     order = torch.arange(len(batch), device=batch.device).roll(1)
     order[-2:] = order[-2:].flip(0)
-    # One guide for both, so that shared parameters are the same, and away from their start.
-    guide = moved_guide(family, model, batch, **options)
     svi = DualRateSVI(model, guide, Fast(steps=5))
     straight = svi.infer(batch)
     permuted = svi.infer(batch.select(order))
@@ -216,9 +206,8 @@ def _rows_are_independent(family: str, model: LatentModel, batch: Batch, **optio
 
 
 @_clause
-def _no_row_reads_another(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _no_row_reads_another(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """One sequence's draws and mean have no gradient by another's local parameters."""
-    guide = moved_guide(family, model, batch, **options)
     drawn = _draw(guide.posterior(), 1, batch)[0]
     second = drawn[1].sum() + guide.posterior().mean[1].sum()
     local = list(guide.local_parameters().values())
@@ -230,11 +219,9 @@ def _no_row_reads_another(family: str, model: LatentModel, batch: Batch, **optio
 
 
 @_clause
-def _state_dict_round_trip(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _state_dict_round_trip(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """Into a fresh guide, and into one that holds other rows already."""
-    guide = moved_guide(family, model, batch, **options)
-    fresh = build_guide(family, model, **options)
-    other = build_guide(family, model, **options)
+    fresh, other = _built_again(guide, model), _built_again(guide, model)
     other.reset(batch.select(slice(2)))
     for target in (fresh, other):
         target.load_state_dict(guide.state_dict())
@@ -246,11 +233,9 @@ def _state_dict_round_trip(family: str, model: LatentModel, batch: Batch, **opti
 
 
 @_clause
-def _reset_is_eager_and_repeats(
-    family: str, model: LatentModel, batch: Batch, **options: Any
-) -> None:
+def _reset_is_eager_and_repeats(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """Rows exist after `reset` and not before, the same each time; another batch is refused."""
-    guide = build_guide(family, model, **options)
+    guide = _built_again(guide, model)
     _assert_refused(guide, batch)
     guide.reset(batch)
     start = guide.rows()
@@ -263,11 +248,8 @@ def _reset_is_eager_and_repeats(
 
 
 @_clause
-def _parameters_are_local_or_shared(
-    family: str, model: LatentModel, batch: Batch, **options: Any
-) -> None:
+def _parameters_are_local_or_shared(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """And never both."""
-    guide = moved_guide(family, model, batch, **options)
     local = {id(p) for p in guide.local_parameters().values()}
     shared = {id(p) for p in guide.shared_parameters()}
     assert local.isdisjoint(shared)
@@ -275,9 +257,8 @@ def _parameters_are_local_or_shared(
 
 
 @_clause
-def _closed_form_kl(family: str, model: LatentModel, batch: Batch, **options: Any) -> None:
+def _closed_form_kl(guide: LocalGuide, model: LatentModel, batch: Batch) -> None:
     """Where the family states one, draws from q agree with it."""
-    guide = moved_guide(family, model, batch, **options)
     with torch.no_grad():
         kl = guide.kl(model.prior())
         if kl is None:
@@ -288,6 +269,10 @@ def _closed_form_kl(family: str, model: LatentModel, batch: Batch, **options: An
         terms = q.log_prob(z) - model.prior().log_prob(z)
     error = terms.std(0) / math.sqrt(_KL_DRAWS)
     assert ((terms.mean(0) - kl).abs() <= _SIGMAS * error).all(), (terms.mean(0), kl, error)
+
+
+def _built_again(guide: LocalGuide, model: LatentModel) -> LocalGuide:
+    return build_guide(guide.family, model, **(guide.built_with or {}))
 
 
 def _draw(q: Any, draws: int, batch: Batch) -> Tensor:

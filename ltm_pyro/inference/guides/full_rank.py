@@ -6,10 +6,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from ltm_pyro.checks import log_variance
+from ltm_pyro.checks import log_variance, one_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.engine.rows.optimizers import LOG_VARIANCE_UNIT, Unit
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.inference.guides.registry import register_guide
 from ltm_pyro.models.base import LatentModel
@@ -51,8 +51,7 @@ class FullRank(LocalGuide):
     def __init__(
         self, model: LatentModel, block: str = "whole", init_log_variance: float = 0.0
     ) -> None:
-        if block not in BLOCKS:
-            raise unknown_name("block", str(block), BLOCKS)
+        one_of("block", block, BLOCKS)
         super().__init__(model)
         self.block = block
         self.init_log_variance = self.start_log_variance = log_variance(init_log_variance)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ltm_pyro.checks import finite_number, one_of
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.doors import door
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.mcmc.draws import MCMCDraws
 from ltm_pyro.inference.mcmc.mover import KERNELS, MASSES, Mover
 from ltm_pyro.inference.mcmc.target import check_count, setting
@@ -63,7 +66,8 @@ def sample_posterior(
     Raises:
         InputError: for a bad option, or a start that does not belong to the batch.
     """
-    check_options(kernel, chains, warmup, draws, mass, step_size, max_leapfrog)
+    options = {"chains": chains, "warmup": warmup, "draws": draws, "mass": mass}
+    check_options(kernel, {**options, "step_size": step_size, "max_leapfrog": max_leapfrog})
     how = KERNELS[kernel]
     with (
         setting(model, batch, start) as place,
@@ -92,26 +96,19 @@ def sample_posterior(
     )
 
 
-def check_options(
-    kernel: str = "hmc",
-    chains: int = 4,
-    warmup: int = 400,
-    draws: int = 1000,
-    mass: str = "auto",
-    step_size: float | None = None,
-    max_leapfrog: int = MAX_LEAPFROG,
-) -> None:
-    """Refuses what `sample_posterior` cannot use, by its own defaults."""
-    if kernel not in KERNELS:
-        raise unknown_name("kernel", kernel, KERNELS)
-    if mass not in MASSES:
-        raise unknown_name("mass", mass, MASSES)
-    check_count("chains", chains, 2, "since R-hat compares independent starts")
-    check_count("draws", draws, MIN_DRAWS, "since R-hat compares halves of each chain")
-    check_count("max_leapfrog", max_leapfrog, 1, "gradients per draw")
-    if step_size is None:
-        check_count("warmup", warmup, MIN_WARMUP, "to adapt the step size, or give step_size")
-    else:
-        check_count("warmup", warmup, 0, "steps")
-        if not (step_size > 0 and math.isfinite(step_size)):
-            raise InputError(f"step_size is {step_size}: must be a finite number above 0")
+def check_options(kernel: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `sample_posterior` by name, what is left out at its default; known to do."""
+    parameters = inspect.signature(sample_posterior).parameters.values()
+    given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(options)
+    one_of("kernel", kernel, KERNELS)
+    one_of("mass", given["mass"], MASSES)
+    check_count("chains", given["chains"], 2, "since R-hat compares independent starts")
+    check_count("draws", given["draws"], MIN_DRAWS, "since R-hat compares halves of each chain")
+    check_count("max_leapfrog", given["max_leapfrog"], 1, "gradients per draw")
+    least, why = MIN_WARMUP, "to adapt the step size, or give step_size"
+    if given["step_size"] is not None:
+        least, why = 0, "steps"
+        if finite_number("step_size", given["step_size"]) <= 0:
+            raise InputError(f"step_size is {given['step_size']}: must be a number above 0")
+    check_count("warmup", given["warmup"], least, why)
+    return given

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ltm_pyro.checks import finite_number
-from ltm_pyro.errors import InputError, unknown_name
+from ltm_pyro.checks import finite_number, one_of
+from ltm_pyro.errors import InputError
 from ltm_pyro.inference.objectives.evidence import Elbo, Terms
 from ltm_pyro.models.full_normal import kl_by_group
 
@@ -24,9 +23,7 @@ class BetaElbo(Elbo):
     name: ClassVar[str] = "beta"
 
     def __init__(self, weight: float = 1.0, particles: int = 1) -> None:
-        weight = finite_number("weight", weight)
-        if weight < 0:
-            raise InputError(f"weight is {weight}: must be 0 or more")
+        weight = finite_number("weight", weight, at_least=0)
         super().__init__(particles, weight=weight)
         self.beta = weight
 
@@ -36,7 +33,6 @@ class BetaElbo(Elbo):
 
 
 Level = Literal["total", "layer", "thought"]
-LEVELS = ("total", "layer", "thought")
 
 
 class FreeBits(Elbo):
@@ -60,11 +56,8 @@ class FreeBits(Elbo):
     name: ClassVar[str] = "free_bits"
 
     def __init__(self, nats: float = 1.0, level: Level = "total", particles: int = 1) -> None:
-        nats = finite_number("nats", nats)
-        if nats < 0:
-            raise InputError(f"nats is {nats}: must be 0 or more")
-        if level not in LEVELS:
-            raise unknown_name("level of free_bits", str(level), LEVELS)
+        nats = finite_number("nats", nats, at_least=0)
+        one_of("level of free_bits", level, get_args(Level))
         super().__init__(particles, nats=nats, level=level)
         self.nats = nats
         self.level = level
@@ -72,10 +65,7 @@ class FreeBits(Elbo):
     def charge(self, terms: Terms) -> Tensor:
         """C sum_g max(nats, KL_g), (B,)."""
         if self.level == "total":
-            free = torch.as_tensor(
-                self.nats * terms.weight, dtype=terms.z.dtype, device=terms.z.device
-            )
-            return torch.maximum(terms.kl(), free)
+            return terms.kl().clamp(min=self.nats * terms.weight)
         by_group = kl_by_group(terms.q, terms.prior, terms.z, self._groups(terms))
         if by_group is None:
             raise InputError(

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal, constraints, register_kl
+from torch.distributions import Independent, Normal, register_kl
 from torch.nn.functional import softplus
 
 from ltm_pyro.errors import InputError
+from ltm_pyro.models.drawn import NO_SHAPE, Drawn, Shape
 from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 
-Shape = torch.Size | list[int] | tuple[int, ...]
-_NO_SHAPE = torch.Size()
 
-
-class StationaryAR1(TorchDistribution):
+class StationaryAR1(Drawn):
     """K steps of a stationary AR(1) process in D independent dimensions, each of unit variance.
 
     Batch shape (...), event shape (K, D).
@@ -35,20 +33,15 @@ class StationaryAR1(TorchDistribution):
         batch_shape: Independent copies of the process.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own interface
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
-
     def __init__(
         self,
         raw: Tensor,
         n_thoughts: int,
-        batch_shape: Shape = _NO_SHAPE,
+        batch_shape: Shape = NO_SHAPE,
         validate_args: bool | None = None,
     ) -> None:
         self.raw = raw
-        event_shape = torch.Size([n_thoughts, *raw.shape])
-        super().__init__(torch.Size(batch_shape), event_shape, validate_args=validate_args)
+        super().__init__(raw, batch_shape, (n_thoughts, *raw.shape), validate_args)
 
     @property
     def coefficient(self) -> Tensor:
@@ -64,16 +57,6 @@ class StationaryAR1(TorchDistribution):
     def expand(self, batch_shape: Shape, _instance: object = None) -> StationaryAR1:
         """The same process for more rows."""
         return StationaryAR1(self.raw, self.event_shape[0], batch_shape, self._validate_args)
-
-    def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
-        """Reparametrised draws, (*sample_shape, ..., K, D)."""
-        shape = torch.Size(sample_shape) + self.batch_shape + (self.noise_size,)
-        return self.from_noise(torch.randn(shape, dtype=self.raw.dtype, device=self.raw.device))
-
-    @property
-    def noise_size(self) -> int:
-        """Normal numbers that a draw takes, K * D."""
-        return self.event_shape.numel()
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Draws from standard normal numbers, (..., K * D) to (..., K, D)."""

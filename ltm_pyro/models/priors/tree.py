@@ -16,10 +16,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent, constraints, register_kl
+from torch.distributions import Independent, register_kl
 
 from ltm_pyro.checks import whole_number
 from ltm_pyro.errors import InputError
+from ltm_pyro.models.drawn import NO_SHAPE, Drawn, Shape
 from ltm_pyro.models.full_normal import (
     BlockNormal,
     FullNormal,
@@ -28,11 +29,8 @@ from ltm_pyro.models.full_normal import (
 )
 from ltm_pyro.models.priors.base import ThoughtPrior, register_prior
 
-Shape = torch.Size | list[int] | tuple[int, ...]
-_NO_SHAPE = torch.Size()
 
-
-class NormalTree(TorchDistribution):
+class NormalTree(Drawn):
     """M blocks of thoughts, each but the first normal around a linear function of its parent.
 
     Batch shape (...), event shape (K, D), K a multiple of M.
@@ -45,21 +43,17 @@ class NormalTree(TorchDistribution):
         batch_shape: Independent copies.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own interface
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
-
     def __init__(
         self,
         transition: Tensor,
         log_scale: Tensor,
         parents: tuple[int, ...],
         shape: tuple[int, int],
-        batch_shape: Shape = _NO_SHAPE,
+        batch_shape: Shape = NO_SHAPE,
         validate_args: bool | None = None,
     ) -> None:
         self.transition, self.log_scale, self.parents = transition, log_scale, parents
-        super().__init__(torch.Size(batch_shape), torch.Size(shape), validate_args=validate_args)
+        super().__init__(log_scale, batch_shape, shape, validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> NormalTree:
         """The same tree for more rows."""
@@ -76,17 +70,6 @@ class NormalTree(TorchDistribution):
         """p(z_m | z_p(m)) for parents (..., N): event shape (N,)."""
         loc = parent @ self.transition.T
         return dist.Normal(loc, self.log_scale.exp()).to_event(1)
-
-    def rsample(self, sample_shape: Shape = _NO_SHAPE) -> Tensor:
-        """Reparametrised draws, (*sample_shape, ..., K, D)."""
-        shape = torch.Size(sample_shape) + self.batch_shape + (self.noise_size,)
-        like = self.log_scale
-        return self.from_noise(torch.randn(shape, dtype=like.dtype, device=like.device))
-
-    @property
-    def noise_size(self) -> int:
-        """Normal numbers that a draw takes, K * D."""
-        return self.event_shape.numel()
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Draws from standard normal numbers, (..., K * D) to (..., K, D)."""
