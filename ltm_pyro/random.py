@@ -103,12 +103,9 @@ class Noise:
         return _mixed(self._draws(draws, first)[..., None] + index * _GOLDEN)
 
     def uniform(self, size: int, draws: int = 1, first: int = 0) -> Tensor:
-        """Numbers from the open interval (0, 1), (S, B, size) float64.
+        """Numbers from the open interval (0, 1), (S, B, size) float64, from draw `first` on.
 
-        Args:
-            size: Numbers of a draw; what they are does not depend on how many are asked for.
-            draws: S.
-            first: The first draw's number.
+        What the numbers of a draw are does not depend on how many are asked for.
         """
         bits = self._bits(size, draws, first)
         return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
@@ -255,9 +252,7 @@ class Drawing:
     def __call__(self, q: TorchDistribution, draws: int = 1) -> Tensor:
         """The next S draws from q, (S, B, *event_shape), with a path to q's parameters.
 
-        Args:
-            q: Batch shape (B,), or (S, B) for one draw of each.
-            draws: S.
+        Q's batch shape is (B,), or (S, B) for one draw of each.
         """
         first, self.next = self.next, self.next + draws
         size, many = noise_size(q), len(q.batch_shape) > 1

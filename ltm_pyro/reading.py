@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ltm_pyro.errors import InputError, shown
 
@@ -31,7 +32,7 @@ def as_path(what: str, name: str | Path) -> Path:
     return path
 
 
-def open_regular(path: Path, *, links: bool = False) -> BinaryIO:
+def open_regular(path: Path, *, links: bool = False) -> BufferedReader:
     """Opens the regular file `path` for reading, and never waits for anyone.
 
     `OSError` if it is a pipe, a device, a folder or, without `links`, a link.

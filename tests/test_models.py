@@ -325,7 +325,7 @@ def test_a_model_can_be_built_on_the_meta_device() -> None:
 def test_batches_that_do_not_fit_are_refused(model: LatentThoughtModel) -> None:
     for x, message in (
         (torch.full((1, 4), 7), "token id 7 is outside the model's vocabulary of 7"),
-        (torch.full((1, 4), -1), "outside the model's vocabulary"),
+        (torch.tensor([[3, -1, 2, 0]]), "token id -1 is outside the model's vocabulary"),
         (torch.zeros(1, 13, dtype=torch.long), "13 tokens: the model takes at most 12"),
         (make_oracle().simulate(1).observed, "needs token ids"),
     ):

@@ -134,6 +134,15 @@ def test_a_sweep_in_python_skips_what_is_done_and_refuses_what_is_other(tmp_path
     assert not folders[0].exists()  # nothing of a sweep that cannot be done
 
 
+def test_a_sweep_in_python_fits_restarts_and_controls_as_the_command_does(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt", 40)
+    many = config(text, restarts=2, control=True)
+    [folder] = ltm.sweep(tmp_path / "runs", many, {"seed": [3]}, progress=False)
+    again = ltm.load_run(folder / "restarts" / "1")
+    assert (again.config.seed, again.svi.slow_step) == (4, 2)
+    assert [fit.control().slow_step for fit in (ltm.load_run(folder), again)] == [2, 2]
+
+
 def test_the_corpus_of_a_sweep_may_be_in_memory(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt", 40).read_text().split("\n\n")
     corpus = ltm.load_corpus(text, seq_len=16, fractions=[0.5, 0.4, 0.1])

@@ -44,10 +44,8 @@ class HuggingFaceTokenizer:
     Nothing is added to a text: no special tokens, no padding; nothing is cut off or left to chance.
 
     Args:
-        state: The JSON state of a `tokenizers.Tokenizer`, as `to_json` holds it.
-
-    Raises:
-        InputError: if `state` is damaged, or would take up memory without limit.
+        state: The JSON state of a `tokenizers.Tokenizer`, as `to_json` holds it; refused where it
+            is damaged, or would take up memory without limit.
     """
 
     kind = "huggingface"

@@ -14,7 +14,6 @@ import importlib
 import io
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from ltm_pyro.data.blocks import SURELY_LARGE
 from ltm_pyro.errors import InputError, did_you_mean, shown
+from ltm_pyro.reading import open_regular
 
 Newlines = Literal["lf", "keep"] | None
 PACKED_SUFFIXES = (".gz", ".zst")
@@ -90,29 +90,22 @@ def unreadable(path: Path | str, error: Exception) -> InputError:
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of the regular file `path`, unpacked where it is packed."""
     try:
-        # Without waiting: opening a FIFO would wait for somebody to write.
-        flags = getattr(os, "O_NONBLOCK", 0)
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | flags)) as raw:
-            info = os.fstat(raw.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise no_regular_file(path)
-            first = raw.peek(8)
-            largest = max(_ALWAYS_BYTES, _LARGEST_RATIO * info.st_size)
+        with open_regular(path, links=True) as raw:
+            size, first = os.fstat(raw.fileno()).st_size, raw.peek(8)
+            largest = max(_ALWAYS_BYTES, _LARGEST_RATIO * size)
             if first.startswith(_GZIP):
                 packed = gzip.GzipFile(fileobj=raw)
                 yield _limited(cast("BinaryIO", packed), largest, path)
             elif first.startswith(_ZSTANDARD):
-                reader = (
-                    _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                )
-                yield _limited(reader, largest, path)
+                library = _zstandard(path).ZstdDecompressor()
+                yield _limited(library.stream_reader(raw, read_across_frames=True), largest, path)
             elif first and path.suffix.lower() in PACKED_SUFFIXES:
                 raise InputError(
                     f"{name_of(path)} is packed neither by gzip nor by zstandard: take "
                     f"{path.suffix} off its name if it is plain"
                 )
             else:
-                yield _limited(raw, info.st_size, path)
+                yield _limited(raw, size, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(path, error) from None
     except OSError as error:

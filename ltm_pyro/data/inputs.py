@@ -21,11 +21,7 @@ Sequences = Batch | SequenceSet | str | Sequence[str] | pd.Series | NDArray[Any]
 
 
 def batch_of(data: Sequences, tokenizer: Tokenizer | None) -> Batch:
-    """Sequences as a batch; texts get the ids 0, 1, ...
-
-    Raises:
-        InputError: if there are none, ids repeat, or text has no tokenizer.
-    """
+    """Sequences as a batch, with ids that do not repeat; texts get 0, 1, ..."""
     if isinstance(data, SequenceSet):
         return data.batch(range(len(data)))
     if isinstance(data, Batch):

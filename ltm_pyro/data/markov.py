@@ -115,11 +115,7 @@ class MarkovMixture:
     def simulate(
         self, n: int, length: int, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Draws `n` sequences of T = `length` symbols.
-
-        Returns:
-            Symbols (n, T) and classes (n,).
-        """
+        """Draws `n` sequences of T = `length` symbols: symbols (n, T), and classes (n,)."""
         rng = np.random.default_rng([seed, 1])  # a stream apart from that of the chains
         labels = _draw(np.broadcast_to(np.cumsum(self.weights), (n, self.classes)), rng)
         state = np.empty(n, dtype=np.int64)
@@ -140,10 +136,8 @@ class MarkovMixture:
     def log_likelihood(self, batch: Batch) -> Tensor:
         """Exact log p(x), (B,) float64, nats per sequence: a sum over the classes.
 
-        Where the mask covers only the start of a sequence, the likelihood of that start.
-
-        Raises:
-            InputError: if the batch has no symbols of this process, or its mask is not a prefix.
+        Where the mask covers only the start of a sequence, the likelihood of that start; a mask
+        with gaps is refused, and so are another corpus's symbols.
         """
         return _like(_log_sum_exp(self._joint(batch)), batch)
 
@@ -159,11 +153,8 @@ class MarkovMixture:
         chains are stationary, its place in the sequence tells it nothing more.
 
         Args:
-            batch: B sequences.
+            batch: B sequences; as in `log_likelihood`.
             window: Symbols that it sees, at least k.
-
-        Raises:
-            InputError: as `log_likelihood` does, or if `window` is below k.
         """
         whole_number("window", window, at_least=self.order)
         x, mask = self._checked(batch)

@@ -30,15 +30,12 @@ CONCENTRATION = 0.3
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MixtureCorpus(Corpus):
-    """Sequences of a `MarkovMixture`, each a document of its own.
-
-    Attributes:
-        process: What generated them, and scores them.
-        labels: (n,) class of the sequence with each id.
-    """
+    """Sequences of a `MarkovMixture`, each a document of its own."""
 
     process: MarkovMixture
+    """What generated them, and scores them."""
     labels: NDArray[np.int64]
+    """(n,) class of the sequence with each id."""
 
     @property
     def weights(self) -> Array:

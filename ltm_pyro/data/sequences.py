@@ -54,13 +54,8 @@ class SequenceLayout:
         table: DocumentTable | None = None,
         text: TextStore | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self._table = table
-        self._text = text
-        self.tokens = tokens
-        self.seq_len = seq_len
-        self.corpus = corpus
-        self.lengths = lengths
+        self.tokens, self.lengths, self.seq_len, self.corpus = tokens, lengths, seq_len, corpus
+        self.tokenizer, self._table, self._text = tokenizer, table, text
         self._ends = np.cumsum(lengths)
         self._pieces = -(-lengths // seq_len)
         self._first_id = np.concatenate([[0], np.cumsum(self._pieces)])
@@ -151,8 +146,7 @@ class SequenceSet:
     tokenizer: Tokenizer | None = None
 
     def __init__(self, layout: SequenceLayout, documents: NDArray[np.int64], name: str) -> None:
-        self._layout = layout
-        self._name = name
+        self._layout, self._name = layout, name
         self._order_key: tuple[int, ...] = ()
         self._orders: dict[int | None, Order] = {}
         self.ids = layout.ids_of(documents)
@@ -201,17 +195,11 @@ class SequenceSet:
     @overload
     def batch(self, *, ids: ArrayLike) -> Batch: ...
     def batch(self, positions: Positions | None = None, *, ids: ArrayLike | None = None) -> Batch:
-        """The chosen sequences, in the order given.
+        """Chosen sequences in the order given, on the CPU; others than this split's are refused.
 
         Args:
             positions: From 0 to `len(self) - 1`, as a range, list, array or slice.
             ids: Or stable ids, as a list or array.
-
-        Returns:
-            Batch of x (B, T), mask (B, T) and ids (B,), on the CPU.
-
-        Raises:
-            InputError: if a position or id is not in this split, or none is given.
         """
         if (positions is None) == (ids is None):
             raise InputError("batch() takes either positions or ids=...")
@@ -266,9 +254,6 @@ class SequenceSet:
             seed: 0 or more.
             lanes: Deal the sequences out into B lanes.
             rows: Only these rows of the batch, which are then all that is read from disk.
-
-        Raises:
-            InputError: if an argument is not a whole number in its range, or `rows` is empty.
         """
         self._refuse_empty()
         whole_number("step", step, at_least=0)

@@ -53,10 +53,6 @@ def split_documents(
 
     Returns:
         For each split, its documents: indices from 0 to n - 1, rising.
-
-    Raises:
-        InputError: if there are fewer than three groups of documents that may be parted, or
-            `fractions` are no shares.
     """
     shares = check_fractions(fractions)
     group_of, firsts = _groups(digests, together)
@@ -103,16 +99,13 @@ def warn_of_shares(
     asked: Mapping[str, float] | None,
     corpus: str,
 ) -> list[str]:
-    """Warns of a split that is empty, or has less than a tenth of what was asked for.
+    """Warns of a split that is empty, or has less than a tenth of what was asked for; the lines.
 
     Args:
         parts: Documents of each split.
         sizes: (n,) bytes of each document's text.
         asked: The share of each split; `None` where splits are as they were given.
         corpus: Its name.
-
-    Returns:
-        What was said, a line for each such split.
     """
     total = int(sizes.sum())
     told = []

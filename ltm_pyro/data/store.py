@@ -108,17 +108,14 @@ class TextStore:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The tokens of a `TextStore`, memory-mapped, in the same documents.
-
-    Attributes:
-        tokens: (n_tokens,) unsigned, one document after another.
-        lengths: (n,) int64, tokens of each document, 1 or more.
-        tokenizer: What they were made with, as its `to_json` gave it.
-    """
+    """The tokens of a `TextStore`, memory-mapped, in the same documents."""
 
     tokens: NDArray[Any]
+    """(n_tokens,) unsigned, one document after another."""
     lengths: NDArray[np.int64]
+    """(n,) tokens of each document, 1 or more."""
     tokenizer: Mapping[str, Any]
+    """What they were made with, as its `to_json` gave it."""
 
 
 def store_text(cache: Cache, source: Source) -> TextStore:
@@ -145,11 +142,8 @@ def store_text(cache: Cache, source: Source) -> TextStore:
     table = DocumentTable(tuple(entry.meta["files"]), tuple(entry.meta["fields"]), **own)
     for name, width in (("digests", hashlib.sha256().digest_size), ("near", _NEAR_BYTES)):
         arrays[name] = arrays[name].reshape(-1, width)
-    return TextStore(
-        **arrays,
-        table=table,
-        sha256={k: entry.sha256[k] for k in ("text", "lengths")},
-    )
+    sha256 = {k: entry.sha256[k] for k in ("text", "lengths")}
+    return TextStore(**arrays, table=table, sha256=sha256)
 
 
 _Written = tuple[Document, bytes, bytes]

@@ -69,15 +69,7 @@ class StreamTokenizer(Tokenizer, Protocol):
         ...
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[Part]:
-        """The tokens of documents that come in pieces.
-
-        Args:
-            pieces: Texts, each with whether its document ends there.
-
-        Yields:
-            Tokens (n,), one document after another, and the lengths (m,) of the documents that end
-            in them.
-        """
+        """The tokens of documents in pieces, each with whether its document ends there."""
         ...
 
 
@@ -121,13 +113,10 @@ _FURTHER_LETTERS = 0x0100  # Latin Extended-A onwards, for alphabets beyond lett
 @TOKENIZERS.register("symbols")
 @dataclass(frozen=True)
 class SymbolTokenizer:
-    """The abstract symbols of a synthetic corpus, printed as letters.
-
-    Attributes:
-        vocab_size: V, from 1 to 4096.
-    """
+    """The abstract symbols of a synthetic corpus, printed as letters."""
 
     vocab_size: int
+    """V, from 1 to 4096."""
     unit: Unit = field(default="token", init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -64,9 +64,6 @@ class ConditionalFlow(nn.Module):
         transforms: n, autoregressive transforms.
         hidden: Units in each of the two hidden layers of a transform's network.
         bins: Pieces of a spline.
-
-    Raises:
-        InputError: for an unknown kind or a size below 1.
     """
 
     places: Tensor

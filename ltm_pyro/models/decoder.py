@@ -42,14 +42,11 @@ def fused(window: int, length: int) -> bool:
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embeddings (Su et al. 2021, eq. 34).
+    """Cosines and sines, (T, head_dim / 2) each, of rotary embeddings (Su et al. 2021, eq. 34).
 
     Args:
-        positions: (T,) positions counted from 0.
+        positions: (T,) counted from 0.
         head_dim: Width of one attention head, even.
-
-    Returns:
-        Two tensors (T, head_dim / 2).
     """
     rates = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * torch.pow(10000.0, -rates)
@@ -75,14 +72,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Queries are cut into blocks, and each block meets only the keys that it can see, so time and
     memory grow with T * window and not with T * T.
 
-    Args:
-        q: Queries (B, heads, T, head_dim); `k` and `v` likewise.
-        k: Keys.
-        v: Values.
-        window: Positions seen, at least 1.
-
-    Returns:
-        (B, heads, T, head_dim).
+    Queries `q`, keys `k`, values `v` and what comes out are (B, heads, T, head_dim) each.
     """
     rows, heads, length, head_dim = q.shape
     if window >= length:
@@ -261,12 +251,9 @@ class Decoder(nn.Module):
         positions = torch.arange(config.seq_len)
         self.cosines: Tensor
         self.sines: Tensor
-        for name, angles in zip(
-            ("cosines", "sines"),
-            rotary_angles(positions, config.width // config.n_heads),
-            strict=True,
-        ):
-            self.register_buffer(name, angles, persistent=False)
+        cosines, sines = rotary_angles(positions, config.width // config.n_heads)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -350,16 +337,13 @@ class Decoder(nn.Module):
         return self.above(self.trunk(tokens), z) @ self.embedding.weight.T
 
     def score(self, trunk: Tensor, tokens: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """Log p(x | z) per row, in nats, without ever holding all logits.
+        """Log p(x | z) per row, (B,), in nats, without ever holding all logits.
 
         Args:
             trunk: `self.trunk(tokens)`, (B, T, H).
             tokens: (B, T).
             mask: (B, T) bool; only true positions count.
             z: (B, K, D).
-
-        Returns:
-            (B,).
         """
         return torch.where(mask, self.score_tokens(trunk, tokens, z), 0.0).sum(-1)
 

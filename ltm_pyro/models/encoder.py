@@ -28,19 +28,13 @@ _MOST_LAYERS = 256
 def build_encoder(
     model: LatentModel, answers: int, width: int | None = None, layers: int = 2
 ) -> nn.Module:
-    """The encoder for a model's kind of sequences.
+    """The encoder for a model's kind of sequences: (x (B, T), mask (B, T)) to (B, K, answers * D).
 
     Args:
         model: Tells what a sequence is: tokens (`LatentThoughtModel`) or reals (`LinearGaussian`).
         answers: Numbers per dimension of a thought.
         width: H; by default the decoder's for tokens, and 64 for reals.
         layers: Transformer layers for tokens; hidden layers for reals.
-
-    Returns:
-        A module `(x (B, T), mask (B, T)) -> (B, K, answers * D)`.
-
-    Raises:
-        InputError: for a size out of range, or a model of another kind.
     """
     whole_number("encoder layers", layers, 1, _MOST_LAYERS)
     if width is not None:
@@ -77,10 +71,7 @@ def _start(*linear: nn.Linear) -> None:
 class Attention(nn.Module):
     """Multi-head attention from every query to every visible key, in both directions.
 
-    Args:
-        width: H.
-        n_heads: Heads.
-        depth: Layers of the network: residual branches start that much smaller.
+    Residual branches start the smaller the more layers (`depth`) the network has.
     """
 
     def __init__(self, width: int, n_heads: int, depth: int) -> None:
@@ -100,13 +91,10 @@ class Attention(nn.Module):
         visible: Tensor,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, Q, H) and (B, T, H) to (B, Q, H).
+        """Queries (B, Q, H) and keys (B, T, H) to (B, Q, H).
 
-        Args:
-            queries: What asks.
-            keys: What is asked.
-            visible: (B, T) bool, at least one true per row.
-            angles: Rotary angles of T positions, where queries and keys have positions.
+        Of `visible` (B, T) at least one is true per row; `angles` are rotary, of T positions, where
+        queries and keys have positions.
         """
         rows = len(queries)
         q = self.query(queries).view(rows, queries.shape[1], self.n_heads, -1).transpose(1, 2)
@@ -143,13 +131,7 @@ class EncoderLayer(nn.Module):
 class TokenEncoder(nn.Module):
     """Bidirectional Transformer over tokens, read out by one learned query per thought.
 
-    Args:
-        vocab_size: V.
-        width: H, a multiple of twice the heads.
-        n_heads: Attention heads.
-        layers: Transformer layers.
-        thoughts: K.
-        outputs: Numbers per thought.
+    H = `width` is a multiple of twice the heads; `outputs` are numbers per thought.
     """
 
     def __init__(
@@ -191,14 +173,8 @@ class TokenEncoder(nn.Module):
 class VectorEncoder(nn.Module):
     """Linear map plus perceptron over real vectors.
 
-    The linear map is there because a linear-Gaussian posterior's mean is linear in x.
-
-    Args:
-        inputs: Dx.
-        width: Hidden units.
-        layers: Hidden layers.
-        thoughts: K.
-        outputs: Numbers per thought.
+    The linear map is there because a linear-Gaussian posterior's mean is linear in x. `inputs` is
+    Dx, `width` and `layers` are of hidden units, and `outputs` numbers per thought.
     """
 
     def __init__(self, inputs: int, width: int, layers: int, thoughts: int, outputs: int) -> None:

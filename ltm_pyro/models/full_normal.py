@@ -108,15 +108,9 @@ def is_factorised_normal(p: Distribution) -> bool:
 
 
 def gaussian_kl(q: Distribution, prior: TorchDistribution) -> Tensor | None:
-    """KL(q || prior) in nats.
+    """KL(q || prior) in nats, (...), for any q with entropy, mean and variance in closed form.
 
-    Args:
-        q: Batch shape (...), event shape (K, D), with `entropy`, `mean` and `variance` in closed
-            form.
-        prior: Event shape (K, D).
-
-    Returns:
-        (...), or `None` where the prior is not a factorised normal over the same event.
+    `None` where the prior is not a factorised normal over the same event (K, D).
     """
     if not is_factorised_normal(prior) or prior.event_shape != q.event_shape:
         return None
@@ -147,16 +141,8 @@ def kl_by_group(
     """KL in nats of each of `groups` equal blocks of thoughts, (B, groups).
 
     Against a factorised normal prior in closed form, since the cross-entropy needs q's marginal
-    moments alone; else the mean over the draws `z`.
-
-    Args:
-        q: Batch shape (B,), event shape (K, D).
-        prior: Event shape (K, D).
-        z: (S, B, K, D) draws from q.
-        groups: G, a divisor of K.
-
-    Returns:
-        `None` where q or the prior is not a product over groups.
+    moments alone; else the mean over draws `z` (S, B, K, D) from q. `None` where q or the prior is
+    not a product over groups.
     """
     q_factors = _factors(q, groups)
     if q_factors is None:

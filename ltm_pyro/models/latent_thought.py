@@ -139,9 +139,9 @@ class LatentThoughtModel(Scored, LatentModel):
             raise InputError(f"x is {tuple(x.shape)}: must be (B, T); add a batch axis to one text")
         if x.shape[1] > most:
             raise InputError(f"sequences of {x.shape[1]} tokens: the model takes at most {most}")
-        top = int(x.max())
-        if top >= self.config.vocab_size or int(x.min()) < 0:
-            raise InputError(
-                f"token id {top} is outside the model's vocabulary of {self.config.vocab_size}: "
-                "build the model with vocab_size=corpus.vocab_size"
-            )
+        for token in (int(x.max()), int(x.min())):
+            if not 0 <= token < self.config.vocab_size:
+                raise InputError(
+                    f"token id {token} is outside the model's vocabulary of "
+                    f"{self.config.vocab_size}: build the model with vocab_size=corpus.vocab_size"
+                )

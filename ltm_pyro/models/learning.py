@@ -33,14 +33,8 @@ def refuse_runaway(model: LatentModel, family: str) -> None:
     """Refuses to learn a prior from point masses, where its density at them has no sensible limit.
 
     Both would be fitted with log p(z): the prior closes in on the points and the points on its
-    peaks, whatever the text says. With a density q pays for that by its entropy.
-
-    Args:
-        model: The model.
-        family: The guide's, a point mass.
-
-    Raises:
-        InputError: for a learned prior that can concentrate.
+    peaks, whatever the text says. With a density q pays for that by its entropy. `family` is the
+    guide's; a prior that cannot concentrate is not refused.
     """
     prior = getattr(model, "thought_prior", None)
     bounded = isinstance(prior, ThoughtPrior) and prior.cannot_concentrate

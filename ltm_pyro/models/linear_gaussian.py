@@ -167,7 +167,7 @@ class LinearGaussian(LatentModel):
             Batch shape (B,), event shape (K, D).
         """
         mean, cholesky = self._posterior(batch)
-        precision = self._precision_diagonal(cholesky).expand_as(mean)
+        precision = cholesky.square().sum(-1).expand_as(mean)  # its diagonal
         q = dist.Normal(self._thoughts(mean), self._thoughts(precision.rsqrt()))
         return q.to_event(2)
 
@@ -175,7 +175,7 @@ class LinearGaussian(LatentModel):
         """The ELBO of `best_mean_field` in nats, exact, (B,)."""
         _, cholesky = self._posterior(batch)
         log_det = 2 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        gap = 0.5 * (self._precision_diagonal(cholesky).log().sum(-1) - log_det)
+        gap = 0.5 * (cholesky.square().sum(-1).log().sum(-1) - log_det)
         return self.log_evidence(batch) - gap.to(self.W.dtype)
 
     def _predict(self, z: Tensor) -> Tensor:
@@ -203,10 +203,6 @@ class LinearGaussian(LatentModel):
         projected = (residual @ W / variance)[..., None]
         mean = torch.cholesky_solve(projected, cholesky.expand(len(batch), -1, -1))
         return mean.squeeze(-1), cholesky
-
-    @staticmethod
-    def _precision_diagonal(cholesky: Tensor) -> Tensor:
-        return cholesky.square().sum(-1)
 
     def _log_joint(self, z: Tensor, batch: Batch) -> Tensor:
         """Log p(x, z) in double precision, z (B, K * D) to (B,)."""

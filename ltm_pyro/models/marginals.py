@@ -32,7 +32,7 @@ def quantiles(q: TorchDistribution, ids: Tensor, at: float | Sequence[float]) ->
     if isinstance(q, Delta):
         values = q.v.expand(len(levels), *q.v.shape)
     elif has_normal_marginals(q):
-        z = torch.tensor([_normal_quantile(p) for p in levels]).to(q.mean)
+        z = torch.special.ndtri(torch.tensor(levels, dtype=torch.float64)).to(q.mean)
         values = q.mean + z[:, None, None, None] * q.stddev
     else:
         values = _of_draws(q, ids, lambda z: np.quantile(z, levels, axis=0))
@@ -64,10 +64,6 @@ def summary(q: TorchDistribution, ids: Tensor, prob: float, kind: str) -> pd.Dat
     )
     flat = {n: v.detach().flatten().cpu().numpy() for n, v in columns.items()}
     return pd.DataFrame(flat, index=index)
-
-
-def _normal_quantile(p: float) -> float:
-    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
 
 
 def _of_draws(q: TorchDistribution, ids: Tensor, statistic: Any) -> Tensor:

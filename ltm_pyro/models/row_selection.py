@@ -30,10 +30,7 @@ def select_rows(q: Any, index: Tensor) -> Any:
     """The rows of q (batch shape (B,)) at `index`, in that order.
 
     A distribution of one's own may have a method `select_rows(index)`; torch's are made anew from
-    their parameters.
-
-    Raises:
-        InputError: for a distribution that is known by neither.
+    their parameters; others are refused.
     """
     if hasattr(q, "select_rows"):
         return q.select_rows(index)

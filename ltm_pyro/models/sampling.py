@@ -39,10 +39,7 @@ class SamplingRule:
     def choose(self, logits: Tensor, place: Tensor) -> Tensor:
         """The next token, (B, V) logits to (B,).
 
-        Args:
-            logits: (B, V).
-            place: (B,) random numbers between 0 and 1: the token is the one in whose part of the
-                distribution the number falls.
+        It is the one in whose part of the distribution `place` (B,), between 0 and 1, falls.
         """
         if self.greedy:
             return logits.argmax(-1)
@@ -95,10 +92,7 @@ def write_tokens(
         noise: That of the B sequences; from torch's global random generator by default.
 
     Returns:
-        (B, T) int64.
-
-    Raises:
-        InputError: if the decoder's logits are not finite.
+        (B, T) int64; `InputError` if the decoder's logits are not finite.
     """
     # Made outside inference mode: the caller may train on these tokens.
     tokens = torch.zeros(len(z), length, dtype=torch.long, device=z.device)

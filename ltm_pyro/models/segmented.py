@@ -79,10 +79,6 @@ class _Documents(LatentModel):
         segments: S; every document is x (B, S * T), padded and masked where it is shorter. A
             covariate (B, S * C, ...) is read as C entries for each segment.
         prior: Over the thoughts of all blocks.
-
-    Raises:
-        InputError: if the emission is no model or its own prior learns, or a number is out of
-            range.
     """
 
     thought_prior: StateSpacePrior | HierarchicalPrior

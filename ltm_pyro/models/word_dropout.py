@@ -31,9 +31,6 @@ class WordDropout:
         model: The model; need not be able to hide anything where `share` is 0.
         share: Probability that a token is hidden.
         seed: Of the choice.
-
-    Raises:
-        InputError: if `share` is above 0 and the model has no token inputs.
     """
 
     def __init__(self, model: LatentModel, share: float, seed: int) -> None:
@@ -42,9 +39,7 @@ class WordDropout:
                 f"slow.word_dropout is {share} and {type(model).__name__} reads no tokens that "
                 "could be hidden: leave it at 0"
             )
-        self.model = model
-        self.share = share
-        self.seed = seed
+        self.model, self.share, self.seed = model, share, seed
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         """The batch of slow step `step` with its hidden tokens; itself where none can be."""

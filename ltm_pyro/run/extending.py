@@ -16,14 +16,9 @@ from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
 def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
     """Takes over settings that no step done depends on; more `steps` extend the fit.
 
-    An extended fit goes on with schedules over all of its steps: see `restated`.
-
-    Args:
-        run: At any step.
-        changes: Of `changes.CHANGEABLE`, nested as in a configuration.
-
-    Returns:
-        What an extension restates, in lines; nothing where there is none.
+    An extended fit goes on with schedules over all of its steps: see `restated`. `changes` are of
+    `changes.CHANGEABLE`, nested as in a configuration; the answer is what an extension restates, in
+    lines.
     """
     before = run.config
     config = from_dict(FitConfig, merged(to_dict(before), changes))
@@ -72,14 +67,10 @@ def restated(slow: Slow, before: int, after: int) -> Slow:
     that joined, a KL weight that has reached 1) it does not pass again. The cosine alone is
     stretched to the new end.
     """
-
-    def share(value: float) -> float:
-        return value * before / after
-
     return replace(
         slow,
         warmup=round(slow.warmup * before) / after,
         thoughts_start=round(slow.thoughts_start * before) / after,
-        kl_hold=share(slow.kl_hold),
-        kl_full=share(slow.kl_full),
+        kl_hold=slow.kl_hold * before / after,
+        kl_full=slow.kl_full * before / after,
     )

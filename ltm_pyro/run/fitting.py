@@ -51,14 +51,19 @@ def fit_run(
     try:
         with suppress(Interrupted):
             train(run, corpus, progress=progress, callbacks=callbacks, after_step=stop)
-            if run.config.control:
-                train_control(run, corpus, progress=progress)
-            fit_restarts(run, corpus, progress=progress)
+            fit_others(run, corpus, progress=progress)
     except KeyboardInterrupt:
         if run.svi.whole and run.svi.slow_step > (run.saved_step() or 0):
             run.save()  # of the last whole step
         raise
     return Course(run.metrics[first:])
+
+
+def fit_others(run: Run, corpus: Corpus, *, progress: bool) -> None:
+    """What a run whose fit has ended has besides, to the end: its control and its restarts."""
+    if run.config.control:
+        train_control(run, corpus, progress=progress)
+    fit_restarts(run, corpus, progress=progress)
 
 
 def fit_restarts(

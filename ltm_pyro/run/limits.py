@@ -18,12 +18,7 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
 
     The least is `LEAST_SHARE` of what the formula of `ltm-pyro cost` gives. What lies between may
     fit or not; if not, the fit ends in the line on memory that has run out, or by the system's
-    hand.
-
-    Args:
-        config: The fit.
-        processes: That share it.
-        most: Bytes that there are; those of the fit's device by default.
+    hand. `most` bytes are those of the fit's device by default.
     """
     model, most = config.model, _memory_of(config.device) if most is None else most
     refuse_too_large(

@@ -28,9 +28,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, owner: str, later: Sequence[str] = ()) -> None:
-        self.path = path
-        self.owner = owner
-        self.later = later
+        self.path, self.owner, self.later = path, owner, later
 
     def append(self, row: Metrics) -> None:
         """Adds one row; the first brings the header."""

@@ -148,10 +148,8 @@ def _start_from(run: Run, other: Run) -> dict[str, bytes]:
     """Gives a new run the weights of another, and its control those of the other's control.
 
     The guide's shared weights go along where the guide is the same one. A run that was fitted
-    without a control lends its own decoder to the new control: both start alike, as always.
-
-    Returns:
-        The files of the control's first checkpoint, if there is one.
+    without a control lends its own decoder to the new control: both start alike, as always. Returns
+    the files of the control's first checkpoint, if there is one.
     """
     mine, its = run.config, other.config
     asked = {k: v for k, v in to_dict(its.model).items() if k != "seq_len"}

@@ -162,9 +162,6 @@ def published_table(
     Returns:
         The table of `diagnostics.published.as_published`: the published loop takes the run's own
         T_fast, the last row its `eval_fast_steps`.
-
-    Raises:
-        InputError: if an argument is out of range.
     """
     one_of("split", split, SPLITS)
     sequences = run.config.eval_sequences if sequences is None else sequences

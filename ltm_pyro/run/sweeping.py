@@ -16,10 +16,11 @@ from ltm_pyro.reading import as_path
 from ltm_pyro.run.building import absolute_paths, open_corpus
 from ltm_pyro.run.changes import SCORING, difference, refuse_change
 from ltm_pyro.run.files import sha256
+from ltm_pyro.run.fitting import fit_others
 from ltm_pyro.run.folder import CONFIG
 from ltm_pyro.run.opening import create_run, load_run, recorded_config
 from ltm_pyro.run.replacing import undo_new
-from ltm_pyro.run.training import train, train_control
+from ltm_pyro.run.training import train
 
 MOST_FITS = 1000
 _LONGEST_NAME = 150  # of the 255 bytes that file systems allow, with room for partial names
@@ -37,7 +38,7 @@ def sweep(
     """Fits every point of a grid, each in a run folder of its own; goes on where it was stopped.
 
     Called again with the same arguments it skips the fits that are done, and goes on with one that
-    was interrupted from its last checkpoint. Every point is checked before the first fit starts.
+    was interrupted from its last checkpoint; so with controls and restarts. Every point is checked before the first fit starts.
 
     Args:
         folder: Where the run folders lie, named by their settings: `guide=low_rank,seed=1`.
@@ -65,8 +66,7 @@ def sweep(
         run = load_run(each)
         text = run.corpus() if corpus is None else corpus
         train(run, text, progress=progress)
-        if run.config.control:
-            train_control(run, text, progress=progress)
+        fit_others(run, text, progress=progress)
     return list(fits)
 
 

@@ -79,10 +79,7 @@ def train_control(
 ) -> DualRateSVI:
     """Fits the same decoder without thoughts, for as many slow steps, or goes on with it.
 
-    Arguments and what is raised are as in `train`.
-
-    Returns:
-        The control, fitted to the end.
+    Arguments and what is raised are as in `train`; returns the control, fitted to the end.
     """
     fit, metrics = run.control(), run.control_metrics_file
     if fit.slow_step >= run.last_step:
@@ -123,10 +120,7 @@ def _saving(
 ) -> Iterator[None]:
     """Saves when the block ends; where an error ends it, what there is of whole steps.
 
-    Args:
-        fit: What the block fits.
-        save: Called in all processes.
-        save_alone: Called where other processes are gone, or may be.
+    `save` is called in all processes, `save_alone` where others are gone, or may be.
     """
     try:
         yield
@@ -149,11 +143,7 @@ def _saving(
 class Keeper(Callback):
     """Writes metrics and checkpoints, before other callbacks, which may fail.
 
-    Args:
-        run: The run.
-        metrics: Where rows of metrics go.
-        save: Replaces the last checkpoint.
-        after_step: Says whether to stop, by the metrics of a slow step.
+    `save` replaces the last checkpoint, `after_step` says by a step's metrics whether to stop.
     """
 
     def __init__(

@@ -32,11 +32,8 @@ _RECENT = 20  # slow steps whose speed counts
 def sparkline(values: Sequence[float], width: int = _WIDTH, bars: str = BARS) -> str:
     """The course of a series in one line, from its lowest to its highest value.
 
-    Args:
-        values: In order; where they are more than `width`, each character is the mean of a stretch.
-            NaN leaves a gap.
-        width: Characters at most.
-        bars: From low to high.
+    Where there are more values than `width`, each character is the mean of a stretch; NaN leaves a
+    gap.
     """
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)] if n else []

@@ -69,10 +69,7 @@ def cache_of_compiled_code() -> Path:
 def remove_torn(folder: Path) -> None:
     """Removes what a process killed while it compiled has left of libraries; once per process.
 
-    torch takes a library that is there for whole, and would fail at each later start.
-
-    Args:
-        folder: torch's cache of compiled code.
+    torch takes a library that is in `folder`, its cache, for whole, and would fail at each start.
     """
     for file in folder.glob("*/*.so"):
         try:
@@ -96,11 +93,7 @@ def _torn(file: Path) -> bool:
 
 
 class CompiledScore:
-    """`score`, compiled per bucket; where no compiler works, uncompiled, with a warning.
-
-    Args:
-        score: What to compile.
-    """
+    """`score`, compiled per bucket; where no compiler works, uncompiled, with a warning."""
 
     def __init__(self, score: Score) -> None:
         self._plain = score

@@ -67,12 +67,7 @@ class Norm:
 
 
 class RotaryTable:
-    """Rotary angles of queries, keys and values at once; values are turned by an angle of zero.
-
-    Args:
-        cos: (T, head_dim / 2).
-        sin: Likewise.
-    """
+    """Rotary angles, (T, head_dim / 2), of queries, keys and values at once: of values zero."""
 
     __slots__ = ("cos", "sin")
 
@@ -196,11 +191,7 @@ class CachedDecoder:
 
     @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
-        """Logits of the next token, (B, V), advancing by one position.
-
-        Args:
-            previous: (B,) the token before, or `None` at the first position (BOS).
-        """
+        """Logits of the next token, (B, V); `previous` (B,) is the one before, `None` for BOS."""
         if previous is None:
             h = self.decoder.bos.expand(self.thoughts[0].shape[1], -1)
         else:

@@ -49,11 +49,7 @@ _PREPACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def prepack(weight: Tensor) -> Tensor:
-    """The same matrix, detached, and prepacked while that tensor lives.
-
-    Args:
-        weight: (out, in); must not change as long as the result is used.
-    """
+    """The same matrix (out, in), detached, prepacked while it lives; it must not change."""
     weight = weight.detach()
     if can_prepack(weight):
         _PREPACKED[weight] = Prepacked(_reordered(weight), _reordered(weight.T))
@@ -116,15 +112,7 @@ _product.register_autograd(_product_backward, setup_context=_keep_weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x W^T, from the layout of a prepacked weight where there is one.
-
-    Args:
-        x: (..., in).
-        weight: (out, in).
-
-    Returns:
-        (..., out).
-    """
+    """X (..., in) times weight (out, in)^T, from the layout of a weight that is prepacked."""
     casting = torch.is_autocast_enabled("cpu")
     low = weight.dtype == torch.get_autocast_dtype("cpu")
     if weight.requires_grad or not weight.is_cpu or (casting and not low):
@@ -147,19 +135,16 @@ class Projection(nn.Linear):
 
 
 def token_log_prob(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log probability of each target, in nats.
+    """Log probability of each target, (N,), in nats.
 
     Under autocast the products are in its lower precision; sums and exponentials are in single
-    precision at least.
+    precision at least. Of a large vocabulary at most `MOST_LOGITS` logits live at a time, forward
+    and backward.
 
     Args:
         h: (N, H) hidden states.
         weight: (V, H) output embedding.
         targets: (N,) int64 in 0..V-1, at padded positions too.
-
-    Returns:
-        (N,) log probabilities. Of a large vocabulary at most `MOST_LOGITS` logits live at a time,
-        forward and backward.
     """
     if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
         low = torch.get_autocast_dtype(h.device.type)
@@ -204,9 +189,6 @@ class Scoring:
     A fast loop asks for it T_fast times with weights and tokens that stay: what does not depend on
     z is then computed once (`prepare`). Both clocks may be compiled, each to a graph of its own;
     scores and simulations stay uncompiled.
-
-    Args:
-        decoder: The decoder.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -217,14 +199,14 @@ class Scoring:
         self._weights = WeakTensorKeyDictionary()  # of a trunk, while it lives
 
     def compile(self) -> None:
-        """Compiles the likelihood where the two clocks ask for it; falls back, with a warning."""
+        """See `Scored.compile_fast_loop`."""
         if self._learning is None:
             self._frozen = CompiledScore(self._score)
             self._learning = CompiledScore(self.decoder.score_embedded)
 
     @contextmanager
     def computing(self, precision: Precision, checkpointing: bool) -> Iterator[None]:
-        """Inside the block the decoder computes in this way; see `Scored.computing`."""
+        """See `Scored.computing`."""
         before = self.precision, self.decoder.checkpointing
         self.precision, self.decoder.checkpointing = precision, checkpointing
         try:
@@ -249,13 +231,7 @@ class Scoring:
         return replace(batch, x=x, mask=mask, covariates=known)
 
     def __call__(self, batch: Batch, z: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Log p(tokens | z) in nats, (..., B).
-
-        Args:
-            batch: B sequences, possibly from `prepare`.
-            z: (..., B, K, D).
-            tokens: (..., B, T), instead of the batch's.
-        """
+        """Log p(x | z) in nats, z (..., B, K, D) to (..., B), of `tokens` (..., B, T) if given."""
         mask, hidden = batch.mask, batch.covariates.get(HIDDEN)
         trunk = batch.covariates.get(TRUNK) if tokens is None else None
         tokens = batch.observed if tokens is None else tokens

@@ -81,17 +81,11 @@ class Parallel:
         return values
 
     def total(self, parts: Sequence[Mapping[str, Tensor]], step: int) -> dict[str, float]:
-        """Sums over parts and processes by name, in double precision.
+        """Sums by name over the parts of this process's rows and over processes, in float64.
 
         One small message of each slow step, before the gradient's: none waits in vain. It also
-        tells whether one wants to stop; all then find `stopping`.
-
-        Args:
-            parts: Numbers by name, of each part of this process's rows.
-            step: The slow step, for the error.
-
-        Raises:
-            NonFiniteError: in all processes, if one has failed (`report`).
+        tells whether one wants to stop; all then find `stopping`. Where one has failed (`report`),
+        all raise its `NonFiniteError`.
         """
         numbers = [torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]]
         total = self._agreed(torch.stack(numbers), [], step)
@@ -196,8 +190,7 @@ class Parallel:
     def on_rank_0(self, work: Callable[[], T]) -> T | None:
         """Rank 0 does `work` while the others wait; its answer there, else `None`.
 
-        Raises:
-            ToldElsewhereError: in the other processes, where the first one failed.
+        Where it fails, the others raise `ToldElsewhereError`.
         """
         if self.size == 1:
             return work()
@@ -216,12 +209,8 @@ class Parallel:
     def reports(self, lost: list[int]) -> bool:
         """Whether this process tells of those that are gone: the first one left on its machine."""
         here = self._whereabouts[self.rank][0] if self._whereabouts else ""
-        alive = [
-            rank
-            for rank, (host, _) in enumerate(self._whereabouts)
-            if host == here and rank not in lost
-        ]
-        return not alive or alive[0] == self.rank
+        hosts = enumerate(host for host, _ in self._whereabouts)
+        return self.rank == next((r for r, h in hosts if h == here and r not in lost), self.rank)
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
@@ -286,8 +275,7 @@ def started() -> tuple[int, int]:
 def join(device: str) -> Parallel:
     """Meets the other processes that `torchrun` started; alone where it started none.
 
-    Args:
-        device: `cpu`, or `cuda`: each process then takes the device of its number on its machine.
+    With `cuda` each process takes the device of its number on its machine.
     """
     rank, size = started()
     if size == 1:
@@ -326,12 +314,9 @@ def _own_device(device: str) -> torch.device:
 
 
 def leave(together: bool = True) -> None:
-    """Closes the connections, where there are any.
+    """Closes the connections, where there are any; `together`, none before all have come here.
 
     A process that ends with open ones may be aborted by its own threads, all its work done.
-
-    Args:
-        together: All processes come here, so none closes before all have done.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

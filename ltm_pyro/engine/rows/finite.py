@@ -31,15 +31,13 @@ def tell_non_finite(error: Exception, local: Iterable[Tensor], ids: Tensor) -> N
     """Tells what torch says of NaN, infinity and singular matrices as a `NonFiniteError`.
 
     A distribution refuses its parameters, a factorisation its matrix, `multinomial` its
-    probabilities, each in words of its own, before any objective is there to look at.
+    probabilities, each in words of its own, before any objective is there to look at. Another error
+    is left alone; sequences are named where they are known.
 
     Args:
-        error: What torch raised; another error is left alone.
+        error: What torch raised.
         local: Local parameters, each (B, ...).
         ids: (B,) of the sequences.
-
-    Raises:
-        NonFiniteError: naming the sequences where they are known.
     """
     bad = _not_finite(local, ids)
     singular = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]

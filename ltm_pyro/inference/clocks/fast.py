@@ -86,16 +86,15 @@ class FastLoop:
     ) -> tuple[FastResult, RowOptimizer]:
         """A fast loop on rows as `store` knows them, fresh ones where it does not.
 
+        The guide holds the rows afterwards, and the optimiser their moments.
+
         Args:
-            batch: B sequences; the guide holds their rows afterwards.
+            batch: B sequences.
             fast: The fast clock.
             seed: Of the noise.
             weight: Of the KL.
             store: Rows and moments by sequence id; read alone.
             watch: Is shown every step.
-
-        Returns:
-            The loop's report, and the optimiser with the rows' moments.
 
         Raises:
             NonFiniteError: if the objective or local parameters are not finite any more.

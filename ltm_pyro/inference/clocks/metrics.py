@@ -30,21 +30,12 @@ def sums_of(batch: Batch, loss: SlowLoss, fitted: FastResult) -> Sums:
 
 
 def metrics_row(has_density: bool, sums: Mapping[str, float], told: Mapping[str, float]) -> Metrics:
-    """A slow step's metrics, see `DualRateSVI.step`.
-
-    Args:
-        has_density: False for a point mass.
-        sums: Over the batch's sequences.
-        told: Numbers of the step as they are.
-    """
+    """A slow step's metrics, see `DualRateSVI.step`, from sums over sequences, and what is told."""
     rows, tokens = sums["n_sequences"], sums["n_tokens"]
     nll, kl = sums["nll"] / rows, sums["kl"] / rows
     total = -(nll + kl)
-    if has_density:
-        bound = {"elbo": total, "nll": nll, "kl": kl, "elbo_per_token": total / (tokens / rows)}
-    else:
-        bound = {"log_joint": total, "nll": nll, "log_prior": -kl}
-        bound["log_joint_per_token"] = total / (tokens / rows)
+    name, cost = ("elbo", {"kl": kl}) if has_density else ("log_joint", {"log_prior": -kl})
+    bound = {name: total, "nll": nll, **cost, f"{name}_per_token": total / (tokens / rows)}
     return {
         "step": told["step"],
         **bound,

@@ -52,13 +52,9 @@ class SlowObjective:
         self.model, self.guide, self.objective = model, guide, objective
 
     def at_fitted(self, batch: Batch, read: Batch, weight: float, seed: int) -> SlowLoss:
-        """At the fitted q, on fresh draws.
+        """At the fitted q, on fresh draws by `seed`, with the KL's weight.
 
-        Args:
-            batch: The rows.
-            read: The same after word dropout, or the same object without.
-            weight: Of the KL.
-            seed: Of the draws.
+        `read` is the batch after word dropout, or the same object without.
         """
         model, guide = self.model, self.guide
         draw = Drawing(Noise(seed, batch.ids), guide.anchor.dtype)

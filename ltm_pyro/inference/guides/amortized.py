@@ -20,7 +20,6 @@ class Amortized(EncodingGuide):
     bidirectional Transformer, for the linear-Gaussian model a linear map with a perceptron.
 
     Args:
-        model: The model.
         width: H of the encoder; by default the decoder's, or 64 for real-valued x.
         layers: Layers of the encoder.
     """

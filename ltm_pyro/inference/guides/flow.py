@@ -39,9 +39,6 @@ class Flow(LocalGuide):
         init_log_variance: Where the log variances start; see `mean_field`.
 
     Local parameters: `loc` and `log_variance`, each (B, K, D), and `context` (B, C).
-
-    Raises:
-        InputError: for an option out of range, or a model in half precision.
     """
 
     def __init__(

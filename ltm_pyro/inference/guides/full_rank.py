@@ -34,7 +34,6 @@ class FullRank(LocalGuide):
     posterior overshoot and do not come back.
 
     Args:
-        model: The model.
         block: Which dimensions lean on each other: `"whole"` (all K * D), `"layer"` (those that
             feed one decoder layer) or `"thought"` (the D of one thought).
         init_log_variance: Log of the variances at the start. 0 is the standard normal prior's.

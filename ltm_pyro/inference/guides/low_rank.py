@@ -30,15 +30,11 @@ class LowRank(LocalGuide):
     density factors, I + A'A, is never singular. With r = K * D every covariance can be reached.
 
     Args:
-        model: The model.
         rank: r, from 1 to K * D.
         init_log_variance: Log of the marginal variances at the start. 0 is the standard normal
             prior's.
 
     Local parameters: `loc` and `log_variance` (B, K, D), `factor` (B, K, D, r).
-
-    Raises:
-        InputError: if `rank` is not a whole number from 1 to K * D.
     """
 
     def __init__(self, model: LatentModel, rank: int = 2, init_log_variance: float = 0.0) -> None:

@@ -20,7 +20,6 @@ class MeanField(LocalGuide):
     """Diagonal normal, the family of Kong et al. (2025, section 3.2).
 
     Args:
-        model: The model.
         init_log_variance: Where the log variances start. 0 is the standard-normal prior; far below
             it a short fast loop cannot return (see `kl_floor_per_sequence`).
 

@@ -38,16 +38,12 @@ class Mixture(LocalGuide):
     Between modes of unequal mass this costs something, at most log C nats.
 
     Args:
-        model: The model.
         components: C.
         init_log_variance: Where the components' log variances start. 0 is the standard normal
             prior's.
 
     Local parameters: `logits` (B, C), the log weights before normalisation in units of
     `WEIGHT_RATE`; `loc` and `log_variance` (B, C, K, D).
-
-    Raises:
-        InputError: if `components` is not a whole number above 0.
     """
 
     def __init__(

@@ -36,7 +36,6 @@ class SemiAmortized(EncodingGuide):
     a stored q moves with the encoder.
 
     Args:
-        model: The model.
         width: H of the encoder; by default the decoder's, or 64 for real-valued x.
         layers: Layers of the encoder.
 

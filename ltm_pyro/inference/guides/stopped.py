@@ -28,11 +28,8 @@ def stopped_log_prob(guide: LocalGuide, z: Tensor) -> Tensor:
     a flow reads its network when it is asked for a density.
 
     Args:
-        guide: Holds B rows.
+        guide: Holds B rows; one that is another Pyro program is refused.
         z: (..., B, K, D).
-
-    Raises:
-        InputError: for a guide that is another Pyro program.
     """
     if not isinstance(guide, LocalGuide):
         raise InputError(

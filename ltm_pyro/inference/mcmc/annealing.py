@@ -54,15 +54,12 @@ FEWEST, MOST = 200, 4000
 
 @dataclass(frozen=True)
 class Ladder:
-    """Where and how the chains move.
-
-    Attributes:
-        beta: (n + 1, B) from 0 to 1, increasing.
-        step_size: (n + 1, B) leapfrog step sizes in units of the preconditioner there.
-    """
+    """Where and how the chains move."""
 
     beta: Tensor
+    """(n + 1, B) from 0 to 1, increasing."""
     step_size: Tensor
+    """(n + 1, B) leapfrog step sizes in units of the preconditioner there."""
 
 
 class Bridge:
@@ -165,12 +162,7 @@ class Annealer:
 
 
 def refine(pilot: Ladder, rungs: int) -> Ladder:
-    """The pilot's ladder with another number of rungs, spread as the pilot's are.
-
-    Args:
-        pilot: (P + 1) rungs.
-        rungs: n; the finer ladder has n + 1 temperatures, 0 and 1 among them.
-    """
+    """The pilot's ladder with n = `rungs` rungs, spread as the pilot's are."""
     # A sequence that reached 1 early waits there: its own way is stretched over all rungs.
     last = (pilot.beta < 1).sum(0).double()
     share = torch.linspace(0, 1, rungs + 1, dtype=last.dtype, device=last.device)

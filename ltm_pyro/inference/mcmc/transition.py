@@ -45,16 +45,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did.
-
-    Attributes:
-        state: Where the chains are now.
-        accept: (C, B) Metropolis acceptance probabilities of the proposals; 0 where a proposal
-            had no finite density.
-    """
+    """What one step did."""
 
     state: State
+    """Where the chains are now."""
     accept: Tensor
+    """(C, B) acceptance probabilities; 0 where a proposal had no finite density."""
 
 
 def leapfrog_steps(trajectory: float, step_size: Tensor, most: int, jitter: float) -> Tensor:

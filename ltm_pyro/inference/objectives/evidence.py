@@ -91,15 +91,16 @@ class Terms:
 
     def kl(self) -> Tensor:
         """C KL(q || p), (B,): closed, or the mean of log q - log p over the draws."""
+        return self.weight * self._kl()
+
+    def _kl(self) -> Tensor:
         kl = self.closed_kl
-        return self.weight * ((self._log_q - self._log_prior).mean(0) if kl is None else kl)
+        return (self._log_q - self._log_prior).mean(0) if kl is None else kl
 
     @torch.no_grad()
     def report(self) -> tuple[Tensor, Tensor]:
         """(nll, kl) of each sequence at these draws, (B,) each, weight 1, nothing descended."""
-        kl = self.closed_kl
-        kl = (self._log_q - self._log_prior).mean(0) if kl is None else kl
-        return -self.log_lik.detach().mean(0), kl.detach()
+        return -self.log_lik.detach().mean(0), self._kl().detach()
 
 
 class Objective(UnderSVI):

@@ -20,13 +20,7 @@ _LEAST_VARIANCE = 1e-4
 
 @dataclass(frozen=True)
 class FittedMixture:
-    """C diagonal normals in F dimensions.
-
-    Attributes:
-        weight: (C,), above 0, adds up to 1.
-        mean: (C, F).
-        variance: (C, F).
-    """
+    """C diagonal normals in F dimensions: weights (C,), means and variances (C, F) each."""
 
     weight: Tensor
     mean: Tensor

@@ -29,11 +29,9 @@ class FlowPrior(ThoughtPrior):
 
     The last layer of every network starts at zero, which makes every coupling the identity; weight
     decay pulls back to it. Its mean and variance have no closed form; KL against it is estimated on
-    draws.
+    draws. K * D is at least 2.
 
     Args:
-        n_thoughts: K.
-        thought_dim: D; K * D is at least 2.
         transforms: Couplings, at least 2, so that every dimension is transformed.
         hidden: Units of the hidden layer of each coupling's network.
     """

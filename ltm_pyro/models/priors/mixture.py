@@ -43,8 +43,6 @@ class MixturePrior(ThoughtPrior):
     """C diagonal normals with learned weights, means and scales. KL is estimated on draws.
 
     Args:
-        n_thoughts: K.
-        thought_dim: D.
         components: C.
 
     Attributes:
@@ -81,11 +79,7 @@ class MixturePrior(ThoughtPrior):
 
     @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
-        """p(c | z): which component thoughts (..., K, D) come from, (..., C).
-
-        Raises:
-            InputError: if z has another shape.
-        """
+        """p(c | z): which component thoughts (..., K, D) come from, (..., C)."""
         if tuple(z.shape[-2:]) != self.shape:
             raise InputError(f"z is {tuple(z.shape)}: must end in (K, D) = {self.shape}")
         log_joint = self._components().log_prob(z.unsqueeze(-3)) + self.logits.log_softmax(0)

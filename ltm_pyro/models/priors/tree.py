@@ -154,11 +154,7 @@ for _normal in (Independent, FullNormal, BlockNormal, LowRankNormal):
 
 
 class _TreePrior(ThoughtPrior):
-    """What the two families share: A starts at a multiple of I, and each block at N(0, I).
-
-    Raises:
-        InputError: unless there are two blocks or more, of equally many thoughts.
-    """
+    """What the two families share: A starts at a multiple of I, and each block at N(0, I)."""
 
     _start: ClassVar = 0.0
 
@@ -201,8 +197,6 @@ class StateSpacePrior(_TreePrior):
     KL is in closed form for normal posteriors, and estimated on draws for others.
 
     Args:
-        n_thoughts: K.
-        thought_dim: D.
         blocks: M, e.g. segments of a document; by default each thought is a block.
     """
 
@@ -218,8 +212,6 @@ class HierarchicalPrior(_TreePrior):
     and A without a gradient, since they are unused.
 
     Args:
-        n_thoughts: K.
-        thought_dim: D.
         blocks: M, one and the number of turns; by default each thought is a block.
     """
 
