@@ -38,7 +38,8 @@ def sweep(
     """Fits every point of a grid, each in a run folder of its own; goes on where it was stopped.
 
     Called again with the same arguments it skips the fits that are done, and goes on with one that
-    was interrupted from its last checkpoint; so with controls and restarts. Every point is checked before the first fit starts.
+    was interrupted from its last checkpoint; so with controls and restarts. Every point is checked
+    before the first fit starts.
 
     Args:
         folder: Where the run folders lie, named by their settings: `guide=low_rank,seed=1`.
