@@ -58,13 +58,9 @@ def memory_bytes() -> float:
 
 
 def refuse_too_large(what: str, n_bytes: float, remedy: str, most: float | None = None) -> None:
-    """Refuses what cannot be held.
+    """Refuses what (`"batch_size is 1000000"`) takes more memory, at least, than there is.
 
-    Args:
-        what: Names what was asked for, e.g. `"batch_size is 1000000"`.
-        n_bytes: The least memory that it takes.
-        remedy: What to do.
-        most: Memory that there is; the machine's by default.
+    `most` is what there is, in bytes; the machine's by default.
     """
     most = memory_bytes() if most is None else most
     if n_bytes > most:
@@ -83,15 +79,10 @@ def whole_number(
     limit: str = "",
     bytes_each: float = 0,
 ) -> int:
-    """`value` as an `int`; `InputError` where it is no whole number in its range.
+    """`value` as an `int`; `InputError`, naming `name`, where it is no whole number in its range.
 
-    Args:
-        name: Of what was given, for the message.
-        value: What was given.
-        at_least: Smallest.
-        at_most: Largest.
-        limit: What sets the limits, for the message.
-        bytes_each: The least memory that one takes; all of them may take `MEMORY_SHARE`.
+    `limit` says in the message what sets the range. One takes `bytes_each` of memory at the least,
+    and all of them may take `MEMORY_SHARE`.
     """
     if bytes_each:
         fit = min(MOST, MEMORY_SHARE * memory_bytes() / bytes_each)

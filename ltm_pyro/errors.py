@@ -119,13 +119,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """An `InputError` for a misspelt name, with the nearest known one offered.
-
-    Args:
-        kind: What the name stands for, e.g. `"preset"`.
-        name: What was given.
-        known: The names that would have worked.
-    """
+    """An `InputError` for a misspelt name of a kind (`"preset"`); the nearest known is offered."""
     names = sorted(known)
     hint = did_you_mean(name, names)
     return InputError(f"unknown {kind} {shown(name)}: {hint}choose one of {', '.join(names)}")

@@ -20,14 +20,9 @@ def show(
     notes: Sequence[str] = (),
     details: str = "",
 ) -> str:
-    """HTML for `_repr_html_`.
+    """HTML for `_repr_html_`: what it is, facts by name, tables, sentences at the end.
 
-    Args:
-        title: What it is, in a line.
-        facts: Name and value of what a reader wants to know.
-        tables: Shown below, numbers to four digits.
-        notes: Sentences at the end.
-        details: Text, line by line, that is shown when it is asked for.
+    `details` is text, line by line, that is shown when it is asked for.
     """
     rows = "".join(
         f'<tr><th style="{_CELL}">{escape(name)}</th><td style="{_CELL}">{escape(_told(value))}'

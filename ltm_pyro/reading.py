@@ -54,11 +54,7 @@ def open_regular(path: Path, *, links: bool = False) -> BufferedReader:
 def read_bytes(path: Path, owner: str, *, most: int | None = None, cut: bool = False) -> bytes:
     """The bytes in `path`; `InputError` about its `owner` where they cannot be read.
 
-    Args:
-        path: The file.
-        owner: What it belongs to.
-        most: Largest number of bytes; that of the machine's memory by default.
-        cut: Read no more than that of a larger file, instead of refusing it.
+    A file of more than `most` bytes is refused; or, with `cut`, no more of it is read.
     """
     try:
         with open_regular(path) as stream:

@@ -101,16 +101,10 @@ def _all(self: Any) -> str:
 
 
 def validated(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
-    """`values` as an instance of the dataclass `cls`, nested ones too.
+    """`values` by field as an instance of the dataclass `cls`, nested ones too.
 
-    Args:
-        cls: The dataclass.
-        values: By field; those left out keep their defaults.
-        name: What stands before a field's name in messages.
-
-    Raises:
-        InputError: on an unknown key, of which the nearest known one is offered, and on a value of
-            the wrong type or out of range.
+    What is left out keeps its default. An unknown key, of which the nearest known one is offered,
+    and a value of the wrong type or out of range are refused; `name` stands before a field's.
     """
     try:
         return TypeAdapter(cls).validate_python(dict(values))

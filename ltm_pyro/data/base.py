@@ -151,10 +151,7 @@ class Corpus:
 def fingerprint_of(documents: Mapping[str, str], tokenizer: Tokenizer, seq_len: int) -> str:
     """What qualifies the ids of a corpus's sequences: 16 hexadecimal digits.
 
-    Args:
-        documents: Checksums that determine the documents and where they end.
-        tokenizer: By which they become tokens.
-        seq_len: T.
+    Of `documents` these are checksums, which determine them and where they end.
     """
     facts = {"documents": dict(documents), "tokenizer": tokenizer.to_json(), "seq_len": seq_len}
     return digest_of(facts)[:16]

@@ -126,10 +126,7 @@ def no_regular_file(path: Path) -> InputError:
 def text_chunks(path: Path, encoding: str, newlines: Newlines = None) -> Iterator[str]:
     """The text of `path`, packed or not, in chunks without its byte order mark.
 
-    Args:
-        path: A regular file.
-        encoding: For a text that does not begin with a mark of its own.
-        newlines: `keep` leaves line ends as they are; otherwise each becomes a line feed.
+    `encoding` is for one without a mark; `keep` leaves line ends, which else become line feeds.
     """
     with opened(path) as stream:
         chunk = stream.read(CHUNK_BYTES)

@@ -31,16 +31,10 @@ _LONGEST_PATH = 1024
 def find_source(
     data: object, reading: Reading, hub: Mapping[str, Any], name: str | None
 ) -> tuple[Source, str | None]:
-    """Where the documents of `data`, as `load_corpus` takes it, come from.
+    """The source of `data`, as `load_corpus` takes it, and the name by which it is found again.
 
-    Args:
-        data: What a person gives.
-        reading: How to read it.
-        hub: Options for a Hugging Face dataset.
-        name: What to call data that a program holds.
-
-    Returns:
-        The source, and the name by which `load_corpus` finds it again; `None` where it cannot.
+    The latter is `None` for data that a program holds, which are called `name`. `hub` are options
+    for a Hugging Face dataset.
     """
     if isinstance(data, str) and data.startswith("["):
         data = _path_list(data)

@@ -213,10 +213,7 @@ class FlowDistribution(Drawn):
         scale: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        self.network = network
-        self.context = context
-        self.loc = loc
-        self.scale = scale
+        self.network, self.context, self.loc, self.scale = network, context, loc, scale
         self._drawn: tuple[Tensor, Tensor] | None = None
         super().__init__(loc, loc.shape[:-2], loc.shape[-2:], validate_args)
 
@@ -224,13 +221,8 @@ class FlowDistribution(Drawn):
         """The same distribution over more rows."""
         shape = torch.Size(batch_shape) + self.event_shape
         context = self.context.expand(*batch_shape, self.context.shape[-1])
-        return FlowDistribution(
-            self.network,
-            context,
-            self.loc.expand(shape),
-            self.scale.expand(shape),
-            self._validate_args,
-        )
+        loc, scale = self.loc.expand(shape), self.scale.expand(shape)
+        return FlowDistribution(self.network, context, loc, scale, self._validate_args)
 
     def select_rows(self, index: Tensor) -> FlowDistribution:
         """The rows at `index`."""

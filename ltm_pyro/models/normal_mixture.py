@@ -42,12 +42,9 @@ class NormalMixture(Drawn):
     def expand(self, batch_shape: Shape, _instance: Any = None) -> NormalMixture:
         """The same distribution over more rows."""
         shape = torch.Size(batch_shape)
-        return NormalMixture(
-            self.log_weights.expand(shape + self.log_weights.shape[-1:]),
-            self.loc.expand(shape + self.loc.shape[-3:]),
-            self.scale.expand(shape + self.scale.shape[-3:]),
-            self._validate_args,
-        )
+        weights = self.log_weights.expand(shape + self.log_weights.shape[-1:])
+        loc, scale = (value.expand(shape + value.shape[-3:]) for value in (self.loc, self.scale))
+        return NormalMixture(weights, loc, scale, self._validate_args)
 
     def select_rows(self, index: Tensor) -> NormalMixture:
         """The rows at `index`."""

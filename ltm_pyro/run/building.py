@@ -44,14 +44,7 @@ def open_corpus(config: FitConfig, tokenizer: Tokenizer | None = None) -> Corpus
 
 
 def reopened_corpus(config: FitConfig, tokenizer: Tokenizer, sha256: str, owner: str) -> Corpus:
-    """The corpus that a run was fitted to, loaded again; it must be the same one.
-
-    Args:
-        config: The run's settings.
-        tokenizer: The run's.
-        sha256: Of the corpus, as recorded.
-        owner: The run, for messages.
-    """
+    """The corpus that a run, `owner`, was fitted to, loaded again; its SHA-256 must be the same."""
     if config.corpus.name == IN_MEMORY:
         raise InputError(
             f"the corpus of {owner} was in the memory of a program: load it again by load_corpus, "

@@ -128,8 +128,7 @@ def followed(folder: Path) -> Path:
 def new_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Makes `folder`, which must not exist or be empty, with `files` by relative path in it.
 
-    `InputError` if it cannot be written; nothing of it is then left, nor of folders above it that
-    had to be made.
+    Where it cannot be written nothing of it is left, nor of folders above it that had to be made.
     """
     made = [p for p in (folder.parent, *folder.parent.parents) if not p.exists()]
     partial = partial_of(folder)

@@ -248,11 +248,7 @@ def clustered_contrast(totals: Values, sizes: Values, weights: Values) -> Estima
 
     A document is left out of all scores at once, so what they share of it cancels in a difference.
     They may cut the documents in different ways: only what belongs to which document is used.
-
-    Args:
-        totals: (R, G) per score and document, e.g. nats.
-        sizes: (R, G) what they are divided by, 0 or more; some of each score above 0.
-        weights: (R,) e.g. 1 and -1 for a difference.
+    Totals and what they are divided by are (R, G) per score and document, weights (R,).
     """
     total, size = totals.sum(1, keepdims=True), sizes.sum(1, keepdims=True)
     value = float(weights @ (total / size)[:, 0])

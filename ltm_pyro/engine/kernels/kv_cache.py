@@ -22,7 +22,7 @@ LARGE = 2**20
 """Weights of a decoder from which on the nearest caches do not hold them from step to step."""
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines (3, 1, 1, head_dim / 2) and signed sines (3, 1, 2, head_dim / 2) of one position."""
+"""Cosines (3, 1, 1, head_dim / 2), signed sines (3, 1, 2, head_dim / 2); of a position or of T."""
 
 
 def halve(weight: Tensor, halved: bool) -> Tensor:
@@ -47,8 +47,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 class Norm:
     """`nn.RMSNorm` of (..., H), taken out of its module."""
 
-    __slots__ = ("eps", "floor", "gain", "long_gain", "shape")
-
     def __init__(self, norm: nn.RMSNorm) -> None:
         self.gain, self.shape, self.eps = norm.weight, norm.normalized_shape, norm.eps
         width = self.gain.numel()
@@ -66,19 +64,12 @@ class Norm:
         return (h / torch.hypot(length, self.floor)).mul_(self.long_gain)
 
 
-class RotaryTable:
+def rotary_table(cos: Tensor, sin: Tensor) -> Angles:
     """Rotary angles, (T, head_dim / 2), of queries, keys and values at once: of values zero."""
-
-    __slots__ = ("cos", "sin")
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos = torch.stack((cos, cos, torch.ones_like(cos)), 1)[:, :, None, None]
-        signed = torch.stack((-sin, sin), 1)
-        self.sin = torch.stack((signed, signed, torch.zeros_like(signed)), 1)[:, :, None]
-
-    def at(self, t: int) -> Angles:
-        """The angles of position `t`, counted from 0."""
-        return self.cos[t], self.sin[t]
+    cosines = torch.stack((cos, cos, torch.ones_like(cos)), 1)[:, :, None, None]
+    signed = torch.stack((-sin, sin), 1)
+    sines = torch.stack((signed, signed, torch.zeros_like(signed)), 1)[:, :, None]
+    return cosines, sines
 
 
 class CachedLayer:
@@ -90,11 +81,6 @@ class CachedLayer:
         size: W, positions remembered.
         halved: How weights are multiplied, see `halve`.
     """
-
-    __slots__ = (
-        "down", "gate_up", "heads", "keys", "norm_cross", "norm_mlp", "norm_self",
-        "out", "qkv", "reads", "ring", "size", "values", "width", "writes",
-    )  # fmt: skip
 
     def __init__(self, layer: Any, thoughts: Tensor, size: int, halved: bool) -> None:
         attention = layer.self_attention
@@ -172,7 +158,7 @@ class CachedDecoder:
         blocks = zip(decoder.layers, self.thoughts, strict=True)
         self.layers = [CachedLayer(layer, kv, size, halved) for layer, kv in blocks]
         self.norm, self.output = Norm(decoder.norm), halve(decoder.embedding.weight, halved)
-        self.angles = RotaryTable(decoder.cosines.to(z.dtype), decoder.sines.to(z.dtype))
+        self.angles = rotary_table(decoder.cosines.to(z.dtype), decoder.sines.to(z.dtype))
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
@@ -196,7 +182,8 @@ class CachedDecoder:
             h = self.decoder.bos.expand(self.thoughts[0].shape[1], -1)
         else:
             h = F.embedding(previous, self.decoder.embedding.weight)
-        angles = self.angles.at(self.t)
+        cosines, sines = self.angles
+        angles = cosines[self.t], sines[self.t]
         for layer in self.layers:
             h = layer.step(h, angles, self.t)
         self.t += 1

@@ -85,9 +85,8 @@ class RowLayout:
             end = start + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
             if name in out:
                 values = torch.from_numpy(table[:, start:end].copy()).view(kind)
-                out[name][places.to(out[name].device)] = values.reshape(-1, *shape).to(
-                    out[name].device
-                )
+                device = out[name].device
+                out[name][places.to(device)] = values.reshape(-1, *shape).to(device)
             start = end
         return out
 

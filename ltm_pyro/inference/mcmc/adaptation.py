@@ -26,12 +26,7 @@ FIRST_TRIES = 30
 
 
 class DualAveraging:
-    """Step sizes whose mean acceptance tends to a target (Hoffman & Gelman 2014, section 3.2.1).
-
-    Args:
-        step_size: (B,) where to begin.
-        target: Acceptance probability aimed at.
-    """
+    """Step sizes (B,) whose mean acceptance tends to a target (Hoffman & Gelman 2014, 3.2.1)."""
 
     GREED = 2.0
     """Larger steps are tried first; the usual 10 costs every other sequence of the batch the long

@@ -90,12 +90,7 @@ class Bridge:
 
 
 class Annealer:
-    """Chains of one batch between its start and p(x, z).
-
-    Args:
-        place: The batch, made ready.
-        max_leapfrog: Gradients per transition at most.
-    """
+    """Chains of one batch between its start and p(x, z), of some gradients a transition at most."""
 
     def __init__(self, place: Setting, max_leapfrog: int) -> None:
         self.place = place

@@ -97,11 +97,7 @@ class Mover:
     def warm_up(self, warmup: int, mass: str, adapt_step: bool, tick: Callable[[], object]) -> None:
         """Moves the chains to where they belong, and learns how to move them; then all is frozen.
 
-        Args:
-            warmup: Steps.
-            mass: One of `MASSES`.
-            adapt_step: Adapt the step size.
-            tick: Called after each step.
+        `mass` is one of `MASSES`; `tick` is called after each of the `warmup` steps.
         """
         scale = self.factor.scale
         dense = mass == "dense" or (mass == "auto" and scale.shape[-1] <= DENSE_LIMIT)

@@ -54,13 +54,9 @@ class Step:
 
 
 def leapfrog_steps(trajectory: float, step_size: Tensor, most: int, jitter: float) -> Tensor:
-    """Leapfrog steps (B,) of a trajectory that is `jitter` times as long as usual.
+    """Leapfrog steps (B,), `most` at most, of a trajectory in units of the mass's scale.
 
-    Args:
-        trajectory: Length in units of the mass's scale.
-        step_size: (B,).
-        most: Steps at most.
-        jitter: Drawn anew at every step, so that no period of the target resonates.
+    It is `jitter` times as long as usual, drawn anew each time: no period of the target resonates.
     """
     steps = (jitter * trajectory / step_size).round()
     return steps.nan_to_num(most).clamp(1, most).long()
