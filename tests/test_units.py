@@ -18,6 +18,7 @@ from cli_helpers import MICRO, write_text
 import ltm_pyro as ltm
 from ltm_pyro.cli import main
 from ltm_pyro.cli.printing import format_table
+from ltm_pyro.diagnostics.decomposition import reconstruction_by_block
 from ltm_pyro.diagnostics.estimates import clustered_ratio
 from ltm_pyro.errors import InputError
 
@@ -57,6 +58,32 @@ def test_a_perplexity_of_many_digits_is_printed_by_its_power_of_ten() -> None:
     told = format_table(ltm.score_table(data, "word", by="file"))
     assert f"ppl {math.exp(70):.3e}" in told
     assert "70.000 nats" in told
+
+
+def test_a_field_may_be_called_as_a_column_of_any_diagnostic() -> None:
+    fields = {"gap": "a", "lower": "b", "total": "c", "objective": "d", "family": "e", "nll": "f"}
+    records = [{"text": f"some words of text number {i}", **fields} for i in range(20)]
+    corpus = ltm.load_corpus(records, seq_len=8)
+    batch = corpus.train.batch(range(4))
+    config = {"n_layers": 1, "width": 8, "n_heads": 1, "mlp_hidden": 8, "thought_dim": 2}
+    model = ltm.LatentThoughtModel(
+        ltm.ModelConfig(vocab_size=corpus.vocab_size, seq_len=8, window=4, **config)
+    )
+    svi = ltm.DualRateSVI(model, "mean_field", ltm.Fast(steps=2))
+    post = svi.infer(batch)
+    quiet = {"progress": False}
+    found = {
+        "gap": ltm.diagnose(model, post, batch, draws=100, steps=0, chains=0, **quiet).data,
+        "lower": ltm.annealed_bound(model, batch, chains=2, rungs=2),
+        "total": ltm.gap_decomposition(svi, batch, converged_steps=2, draws=16),
+        "objective": ltm.fast_convergence(svi, batch, draws=16),
+        "family": ltm.compare(model, batch, ["mean_field", "delta"], budget=4, **quiet).dataset,
+        "nll": reconstruction_by_block(model, post, batch),
+    }
+    for name, data in found.items():
+        assert name in data.data_vars
+        assert set(data[f"record.{name}"].values) == {fields[name]}
+    assert set(found["gap"]["total"].values) == {"c"}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

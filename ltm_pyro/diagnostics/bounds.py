@@ -266,7 +266,7 @@ def _dataset(scored: Batch, columns: dict[str, Tensor]) -> xr.Dataset:
     columns["n_tokens"] = scored.n_tokens
     if (sizes := scored.text_sizes) is not None:
         columns["n_bytes"], columns["n_words"] = sizes
-    data = xr.Dataset(coords=sequence_coords(scored))
+    data = xr.Dataset(coords=sequence_coords(scored, columns))
     for name, value in columns.items():
         dims, units = ("sequence", "token")[: value.dim()], _UNITS.get(name, "nats")
         data[name] = (dims, value.cpu().numpy(), {"units": units})

@@ -180,8 +180,9 @@ def fast_convergence(
     probe = Fast(steps=many, optimizer="adam", lr=_PROBE_RATE, final_fraction=0.0)
     led_on = continue_from(svi, last.parameters, batch, probe)
     other = objective_draws(svi.model, led_on, batch, draws, seed)
-    data = _columns(done, torch.stack(values, 1), other, steps, batch)
+    data = _columns(done, torch.stack(values, 1), other, steps)
     _add_verdict(data, tolerance, draws)
+    data = data.assign_coords(sequence_coords(batch, data.variables))
     data.attrs.update(
         steps=steps,
         draws=draws,
@@ -204,9 +205,7 @@ def _check(steps: int, draws: int, tolerance: float) -> None:
         raise InputError(f"tolerance is {tolerance}: must be a number of nats above 0")
 
 
-def _columns(
-    done: list[int], values: Tensor, other: Tensor, steps: int, batch: Batch
-) -> xr.Dataset:
+def _columns(done: list[int], values: Tensor, other: Tensor, steps: int) -> xr.Dataset:
     """All numbers of `fast_convergence`, in nats; `values` (S, checkpoints, B)."""
     at, half = values[:, done.index(steps)], values[:, done.index(steps // 2)]
     course = {"objective": mean_and_error(values), "behind": mean_and_error(values - at[:, None])}
@@ -221,7 +220,7 @@ def _columns(
             **with_errors(gains, "sequence"),
             **columns("sequence", "nats", noise_per_draw=at.std(0)),
         },
-        coords={**sequence_coords(batch), "checkpoint": done},
+        coords={"checkpoint": done},
     )
 
 

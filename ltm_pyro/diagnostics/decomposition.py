@@ -72,9 +72,10 @@ def reconstruction_by_block(
     if isinstance(model, LatentThoughtModel):
         means = [_first(post.mean, parts[:kept]) for kept in range(n_blocks + 1)]
         variables |= columns("kept", "1", accuracy=[_accuracy(model, z, batch) for z in means])
+    own = {"kept": np.arange(n_blocks + 1), "block": np.arange(n_blocks)}
     return xr.Dataset(
         variables,
-        {**sequence_coords(batch), "kept": np.arange(n_blocks + 1), "block": np.arange(n_blocks)},
+        {**sequence_coords(batch, {**variables, **own}), **own},
         {"by": by, "draws": draws, "seed": seed, "kl_kind": kind},
     )
 
@@ -136,8 +137,9 @@ def token_surprise(
         zero = torch.zeros_like(z)
         without = -(control or model).token_log_likelihood(zero, batch).double().cpu()
     nll, without = (v.where(batch.mask.cpu(), torch.nan) for v in (nats / draws, without))
+    variables = columns(("sequence", "token"), "nats", nll=nll, nll_without=without)
     return xr.Dataset(
-        columns(("sequence", "token"), "nats", nll=nll, nll_without=without),
-        sequence_coords(batch),
+        variables,
+        sequence_coords(batch, variables),
         {"without": "z = 0" if control is None else "the control", "draws": draws},
     )

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,16 +275,18 @@ _TAKEN = {
 """Names of dimensions and columns: a field of a record that is called so gets `record.`."""
 
 
-def sequence_coords(batch: Batch) -> dict[str, Any]:
+def sequence_coords(batch: Batch, taken: Iterable[Hashable] = ()) -> dict[str, Any]:
     """Coordinates of `sequence`: stable ids, `document` and whatever else is known of them.
 
     That is `file`, `offset`, `position`, `group`, the fields of the records; see
-    `SequenceSet.metadata`. Numbers stay numbers; all else is text, "" where missing.
+    `SequenceSet.metadata`. Numbers stay numbers; all else is text, "" where missing. A field that
+    is called as one of the Dataset's variables (`taken`) gets `record.` before its name.
     """
+    known = {*_TAKEN, *taken}
     coords: dict[str, Any] = {"sequence": batch.ids.cpu().numpy()}
     if batch.origin is not None:
         for name, column in batch.metadata.items():
-            free = f"record.{name}" if name in _TAKEN else _text(name)
+            free = f"record.{name}" if name in known else _text(name)
             free = free.replace("/", ".")  # which would name a group of the file
             coords[free] = ("sequence", _values(column))
     if batch.documents is not None:

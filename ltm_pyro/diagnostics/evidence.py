@@ -299,7 +299,7 @@ def _dataset(batch: Batch, columns: Columns, **attrs: Any) -> xr.Dataset:
     """Columns over `sequence`, by their units."""
     return xr.Dataset(
         {n: ("sequence", np.asarray(v), {"units": units}) for n, (v, units) in columns.items()},
-        coords=sequence_coords(batch),
+        coords=sequence_coords(batch, columns),
         attrs=provenance(batch) | attrs,
     )
 

@@ -170,10 +170,11 @@ def gap_decomposition(
         name: objective_draws(svi.model, post, batch, draws, seed) for name, post in posts.items()
     }
     given = _evidence(svi.model, batch, value["best"], evidence)
-    data = _columns(batch, value, given, second)
+    data = _columns(value, given, second)
     gaining = data["still_gaining"].values, data["still_gaining_se"].values
     data["converged"] = ("sequence", judge(*gaining, tolerance, draws)[0] == ENOUGH)
     data["khat"] = ("sequence", pareto_khat(value["best"].cpu().numpy()), {"units": "1"})
+    data = data.assign_coords(sequence_coords(batch, data))
     data.attrs = {
         "components": ["approximation", second],
         "evidence_kind": given.kind,
@@ -275,7 +276,7 @@ def _evidence(
     return _Evidence(bound.cpu().numpy(), kind, weights=weights)
 
 
-def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: str) -> xr.Dataset:
+def _columns(value: dict[str, Tensor], given: _Evidence, second: str) -> xr.Dataset:
     """All columns in nats; the two components add up to the total by construction."""
     judged, best = value["judged"], value["best"]
     pairs = {
@@ -295,7 +296,7 @@ def _columns(batch: Batch, value: dict[str, Tensor], given: _Evidence, second: s
         for name, draws in (("approximation", best), ("total", judged)):
             mean, se = mean_and_error(draws)
             pairs[f"{name}_upper"] = (upper - mean, np.hypot(error, se))
-    return xr.Dataset(with_errors(pairs, "sequence"), coords=sequence_coords(batch))
+    return xr.Dataset(with_errors(pairs, "sequence"))
 
 
 def gap_means(gaps: xr.Dataset) -> xr.Dataset:

@@ -63,9 +63,10 @@ def compare(
     Since log p(x) is the same for all, a difference of ELBOs is exactly a difference of
     KL(q || p(z | x)): how much closer one family is to the posterior.
 
-    Errors are clustered by document. Another start of the training would give other shared
-    parameters, so a single fit allows a verdict on "this fit of" a family; with `restarts` the
-    error has the part between fits, and the verdict is on the family at this budget.
+    Errors are clustered by document; fewer than `FEW_DOCUMENTS` allow no verdict. Another start of
+    the training would give other shared parameters, so a single fit allows a verdict on "this fit
+    of" a family; with `restarts` the error has the part between fits, and the verdict is on the
+    family at this budget.
 
     Args:
         model: Prior and decoder; left as it is.
@@ -222,7 +223,8 @@ def _collect(
     data = xr.concat(columns, dim="guide", join="exact", data_vars="all", coords="minimal")
     data = data.assign_coords(guide=[fit.label for fit in fits])
     data["n_tokens"] = ("sequence", batch.n_tokens.cpu().numpy())
-    data = data.assign_coords(sequence_coords(batch))
+    if batch.documents is not None:
+        data = data.assign_coords(document=("sequence", batch.documents.cpu().numpy()))
     for name in fits[0].facts:
         data[name] = ("guide", [fit.facts[name] for fit in fits])
     with torch.no_grad():
@@ -247,4 +249,5 @@ def _collect(
         "reference": "none" if reference is None else reference.kernel,
         **provenance(batch),
     }
-    return add_summary(data)
+    data = add_summary(data)
+    return data.assign_coords(sequence_coords(batch, {*data.variables} - {"document"}))

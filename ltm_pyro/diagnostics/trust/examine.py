@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -109,14 +108,12 @@ def diagnose(
     model.check(batch)
     post.refuse_other_batch(batch)
     ids = batch.ids.cpu().numpy()
-    known: dict[str, Any] = {
-        "coords": sequence_coords(batch),
-        "attrs": {
-            **provenance(batch), "guide": post.family, "draws": draws, "steps": steps, "seed": seed,
-        },
+    attrs = {
+        **provenance(batch), "guide": post.family, "draws": draws, "steps": steps, "seed": seed,
     }  # fmt: skip
+    nothing = xr.Dataset(coords=sequence_coords(batch), attrs=attrs)
     if not post.has_density:
-        return Diagnosis(xr.Dataset(**known), [_point_mass(ids)])
+        return Diagnosis(nothing, [_point_mass(ids)])
     rule = Bonferroni(ids, FALSE_ALARM_RATE / QUESTIONS, model.thought_shape)
     target = Joint(model, batch)
     flags: list[Flag] = []
@@ -125,13 +122,14 @@ def diagnose(
     with bar, seeded(derive_seed(seed, Stream.CALIBRATE), batch.device):
         drawn = draw(target, post, draws, seed)
         if (unfit := _not_finite(drawn, ids)) is not None:
-            return Diagnosis(xr.Dataset(**known), [unfit])
+            return Diagnosis(nothing, [unfit])
         for found, numbers in _answers(model, batch, post, target, drawn, rule, counts, seed):
             flags += found
             columns |= numbers
             bar.update()
     left_out = _left_out(len(batch), steps, chains, columns)
-    return Diagnosis(xr.Dataset(columns, **known), flags, left_out)
+    data = xr.Dataset(columns, sequence_coords(batch, columns), attrs)
+    return Diagnosis(data, flags, left_out)
 
 
 def _answers(
