@@ -75,7 +75,7 @@ def reconstruction_by_block(
     own = {"kept": np.arange(n_blocks + 1), "block": np.arange(n_blocks)}
     return xr.Dataset(
         variables,
-        {**sequence_coords(batch, {**variables, **own}), **own},
+        {**sequence_coords(batch, [*variables, *own]), **own},
         {"by": by, "draws": draws, "seed": seed, "kl_kind": kind},
     )
 

@@ -63,9 +63,9 @@ def compare(
     Since log p(x) is the same for all, a difference of ELBOs is exactly a difference of
     KL(q || p(z | x)): how much closer one family is to the posterior.
 
-    Errors are clustered by document; fewer than `FEW_DOCUMENTS` allow no verdict. Another start of
-    the training would give other shared parameters, so a single fit allows a verdict on "this fit
-    of" a family; with `restarts` the error has the part between fits, and the verdict is on the
+    Errors are clustered by document; fewer than five effective ones allow no verdict. Another start
+    of the training would give other shared parameters, so a single fit allows a verdict on "this
+    fit of" a family; with `restarts` the error has the part between fits, and the verdict is on the
     family at this budget.
 
     Args:
