@@ -26,6 +26,8 @@ Multiplier = Callable[[int, int], float]
 # becoming a number that no library takes.
 MOST_FAST_STEPS = 10**6
 Count = Annotated[Whole, Gt(0), Le(10**9)]
+Draws = Annotated[Whole, Ge(2), Le(10**9)]
+"""A standard error needs two."""
 CountOrNone = Annotated[Whole, Ge(0), Le(10**9)]
 Seed = Annotated[Whole, Ge(0), Le(2**63 - 1)]
 FastSteps = Annotated[Whole, Gt(0), Le(MOST_FAST_STEPS)]
@@ -204,7 +206,7 @@ class HeldOut:
     """Slow steps between bounds; 0: none. With bounds, the best checkpoint is kept too."""
     sequences: Count = 32
     """Sequences of the validation split, the same ones each time."""
-    draws: Annotated[Whole, Ge(2), Le(10**9)] = 8
+    draws: Draws = 8
     """S: fresh draws per sequence."""
     fast_steps: FastSteps = 16
     """T_fast when they are inferred."""
@@ -273,7 +275,7 @@ class FitConfig:
     """Slow steps between checkpoints."""
     eval_sequences: Count = 64
     """Held-out sequences that are scored after the fit."""
-    eval_draws: Count = 64
+    eval_draws: Draws = 64
     """S: draws per sequence in those scores."""
     eval_fast_steps: FastSteps = 32
     """T_fast when a fitted run scores and exports: a longer loop closes more of the gap that

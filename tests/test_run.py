@@ -405,7 +405,7 @@ def test_steps_taken_by_hand_are_saved_with_their_history(tmp_path, config):
 def test_scoring_settings_change_where_the_fit_does_not(tmp_path, config):
     finish(create_run(tmp_path / "run", config))
     run = load_run(tmp_path / "run")
-    with pytest.raises(InputError, match="eval_draws is 1: must be 2 or more"):
+    with pytest.raises(InputError, match=r"eval_draws is 1: .*2 or more"):
         extend(run, {"eval_draws": 1})
     extend(run, {"eval_draws": 6, "eval_sequences": 3})
     again = load_run(tmp_path / "run")

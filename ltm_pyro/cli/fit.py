@@ -147,7 +147,7 @@ def _open(
     folder = as_path("out", default_folder(config) if out is None else out)
     from ltm_pyro.run import create_run
     from ltm_pyro.run.files import followed, refuse_protected
-    from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
+    from ltm_pyro.run.limits import refuse_oversize
     from ltm_pyro.run.lock import sole_writer
     from ltm_pyro.run.opening import first_corpus, read_run
     from ltm_pyro.run.replacing import recover_replaced, refuse_existing, refuse_foreign
@@ -165,7 +165,6 @@ def _open(
     if resume:
         tell(f"no run in {str(folder)!r} yet: starting it")
     refuse_existing(folder, overwrite)
-    refuse_unscorable(config)
     refuse_oversize(config, 1 if parallel is None else parallel.size)
     corpus = first_corpus(config)
     corpus.held_out()  # a fit that cannot be scored does not start

@@ -10,7 +10,7 @@ from ltm_pyro.config import FitConfig, Slow, from_dict, merged, to_dict
 from ltm_pyro.errors import InputError
 from ltm_pyro.inference.clocks.schedules import learning_rate
 from ltm_pyro.run.folder import Run
-from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
+from ltm_pyro.run.limits import refuse_oversize
 
 
 def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
@@ -27,7 +27,6 @@ def extend(run: Run, changes: Mapping[str, Any]) -> list[str]:
             f"steps is {config.steps} and {run.label} is a fit of {before.steps}: it can be "
             "extended, not shortened; give more, or leave it out"
         )
-    refuse_unscorable(config)
     refuse_oversize(config, run.parallel.size)
     longer = config.steps > before.steps
     if longer:

@@ -1,4 +1,4 @@
-"""Settings that no memory of this machine can hold, or that scoring will refuse, told at once."""
+"""Settings that no memory of this machine can hold, told at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from ltm_pyro.checks import memory_bytes, refuse_too_large
 from ltm_pyro.config import FitConfig
 from ltm_pyro.diagnostics.memory import LEAST_SHARE, decoder_bytes, draws_at_once, rows_at_once
-from ltm_pyro.errors import InputError
 
 _PER_NUMBER = 16
 """Bytes of a weight or local parameter at least: itself, gradient, Adam's two moments."""
@@ -43,14 +42,6 @@ def refuse_oversize(config: FitConfig, processes: int = 1, most: float | None = 
         remedy = f"at most {fits} fit" if fits else "choose a smaller model or seq_len"
         refuse_too_large(
             f"{name} is {value}, with model.seq_len {model.seq_len}{many}", taken, remedy, most
-        )
-
-
-def refuse_unscorable(config: FitConfig) -> None:
-    """Refuses settings with which a finished fit could not be scored."""
-    if config.eval_draws < 2:
-        raise InputError(
-            f"eval_draws is {config.eval_draws}: must be 2 or more, a standard error needs two"
         )
 
 

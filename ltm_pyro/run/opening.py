@@ -31,7 +31,7 @@ from ltm_pyro.run.changes import difference
 from ltm_pyro.run.checkpoint import Checkpoint, put, share_checkpoint, take, weights_of
 from ltm_pyro.run.files import followed, json_bytes, refuse_protected, sha256
 from ltm_pyro.run.folder import CHECKPOINT, CONFIG, CONTROL, FOLDERS, METRICS, STORE, TOKENIZER, Run
-from ltm_pyro.run.limits import refuse_oversize, refuse_unscorable
+from ltm_pyro.run.limits import refuse_oversize
 from ltm_pyro.run.lock import sole_writer
 from ltm_pyro.run.replacing import (
     forget_replaced,
@@ -80,7 +80,6 @@ def create_run(
     folder = followed(as_path("run folder", folder))
     refuse_foreign(folder)
     refuse_protected(folder)
-    refuse_unscorable(config)
     refuse_oversize(config, 1 if parallel is None else parallel.size)
     with sole_writer(folder):
         recover_replaced(folder)
