@@ -133,11 +133,11 @@ def real_number(name: str, value: object) -> float:
 
 def finite_number(name: str, value: object, at_least: float = -math.inf) -> float:
     """`value` as a `float`, known to be finite; `InputError` if it is not, naming `name`."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and value >= at_least):  # type: ignore[arg-type, operator]
-        more = "" if at_least == -math.inf else f", {at_least:g} or more"
-        raise InputError(f"{name} is {shown(value)}: must be a finite number{more}")
-    return float(value)  # type: ignore[arg-type]
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name} is {shown(value)}: must be a finite number")
+    if value < at_least:
+        raise InputError(f"{name} is {shown(value)}: must be {at_least:g} or more")
+    return float(value)
 
 
 def settings(name: str, given: object, kind: type[T], example: str = "lr=0.01") -> T:

@@ -182,7 +182,9 @@ def check_start(start: Posterior | None, batch: Batch) -> None:
 
 def check_count(name: str, value: int, least: int, why: str) -> None:
     """Refuses a count that is too small, or that nobody can mean."""
-    whole_number(name, value, least, MOST_COUNT, limit=why)
+    whole_number(name, value, at_most=MOST_COUNT)
+    if value < least:
+        raise InputError(f"{name} is {value}: must be {least} or more, {why}")
 
 
 def _scale(base: TorchDistribution, rows: int) -> Tensor:
