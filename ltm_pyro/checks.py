@@ -102,12 +102,13 @@ def whole_number(
 
 def log_variance(value: object) -> float:
     """`value`, known to be a log variance that a fit can start from; `InputError` else."""
-    number, widest = finite_number("init_log_variance", value), WIDEST_LOG_VARIANCE
-    if abs(number) > widest:
+    widest = WIDEST_LOG_VARIANCE
+    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= widest:
         raise InputError(
-            f"init_log_variance is {shown(value)}: must be from {-widest:g} to {widest:g}"
+            f"init_log_variance is {shown(value)}: must be a finite number from {-widest:g} to "
+            f"{widest:g}"
         )
-    return number
+    return float(value)
 
 
 def switch(name: str, value: object) -> bool:
