@@ -192,6 +192,8 @@ def require_model(model: Any) -> Any:
     how = "derive it from ltm_pyro.LatentModel, which asks for prior() and likelihood(z, batch)"
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {shown(model)}: {how}")
+    if "_parameters" not in vars(model):
+        raise InputError(f"model is a {type(model).__name__}: call super().__init__() in its own")
     missing = [name for name in MEMBERS if getattr_static(model, name, None) is None]
     if missing:
         raise InputError(f"model is a {type(model).__name__} without {', '.join(missing)}: {how}")

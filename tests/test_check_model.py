@@ -217,7 +217,96 @@ class OtherData(Counts):
         return shape
 
 
+class ClampsData(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        if batch.x is not None:
+            batch.x.clamp_(0, 2)
+        return super().likelihood(z, batch)
+
+
+class FillsTheMask(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        batch.mask.fill_(True)
+        return super().likelihood(z, batch)
+
+
+class CountsTheMasked(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        return dist.Poisson((z.flatten(-2) @ self.W).exp()).to_event(1)
+
+
+class ReturnsNothing(Program):
+    def forward(self, batch: Batch | None = None, *, size: int = 1) -> Tensor:
+        super().forward(batch, size=size)
+        return None  # type: ignore[return-value]
+
+
+class NoPrior(Counts):
+    def prior(self) -> TorchDistribution:
+        return None
+
+
+class NoLikelihood(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        return super().likelihood(z, batch).log_prob(batch.observed)
+
+
+class NoTensor(Counts):
+    def log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        return float(super().log_likelihood(z, batch).sum())  # type: ignore[return-value]
+
+
+class HalfLine(Counts):
+    def prior(self) -> TorchDistribution:
+        return dist.Exponential(self.W.new_ones(1, 2)).to_event(2)
+
+
+class Rounds(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        return super().likelihood(z.round(), batch)
+
+
+class LatentInLikelihood(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        return dist.Poisson((z.flatten(-2) @ self.W + u).exp()).mask(batch.mask).to_event(1)
+
+
+class PyroParam(Counts):
+    def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+        s = pyro.param("s", torch.ones((), dtype=torch.float64))
+        return super().likelihood(z * s, batch)
+
+
+class PreparesNothing(Counts):
+    def prepare(self, batch: Batch) -> Batch:
+        return None  # type: ignore[return-value]
+
+
+class OtherEvidence(Counts):
+    def log_evidence(self, batch: Batch) -> Tensor:
+        return torch.zeros(3)
+
+
+class OtherTokens(Counts):
+    def token_log_likelihood(self, z: Tensor, batch: Batch) -> Tensor:
+        return 2.0 * super().token_log_likelihood(z, batch)
+
+
 BROKEN: dict[type[Counts], str] = {
+    ClampsData: "changes x of the batch",
+    FillsTheMask: "changes mask of the batch|in its batch and",
+    CountsTheMasked: r"sequence id 10 .* where the mask is false",
+    ReturnsNothing: "program returns None, expected x",
+    NoPrior: r"prior\(\) returns None, expected a distribution",
+    NoLikelihood: r"likelihood\(z, batch\) returns tensor.*expected a distribution",
+    NoTensor: r"log_likelihood returns -\d.*expected a tensor",
+    HalfLine: r"prior\(\) has support .*GreaterThan.*expected all of R",
+    Rounds: "its gradient by z is 0 everywhere",
+    LatentInLikelihood: r"beside z it draws \['u'\]",
+    PyroParam: "pyro.param 's' .*torch.nn.Parameter",
+    PreparesNothing: "prepare returns None",
+    OtherTokens: "token_log_likelihood",
     WrongLikelihood: r"log_likelihood.*site 'x'.*a factor of 2",
     SecondLatent: r"second latent site: found \['w', 'z'\]",
     WrongName: r"no latent site 'z': found \['theta'\].*instead of 'theta'",
@@ -302,6 +391,31 @@ def test_a_program_that_never_asks_for_check_model_is_refused_too() -> None:
     assert done.returncode == 1
     assert "ContractError" in done.stderr
     assert "log_likelihood" in done.stderr
+
+def test_other_mistakes_are_one_line_too() -> None:
+    class NoSuper(Counts):
+        def __init__(self) -> None:
+            self.k = 1
+
+    class Asks(Counts):
+        def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+            return dist.Poisson(batch.covariates["design"]).to_event(1)
+
+    for wrong, match in (
+        (NoSuper(), r"NoSuper: call super\(\).__init__"),
+        (Asks(), "no covariate 'design'"),
+        (OtherEvidence(), r"log_evidence of OtherEvidence is \(3,\).*\(4,\)"),
+    ):
+        with pytest.raises(InputError, match=match) as caught:
+            check_model(wrong, counts())
+        assert "\n" not in str(caught.value)
+
+
+def test_data_and_noise_are_left_alone() -> None:
+    batch, before = counts(), counts()
+    with pytest.raises(ContractError):
+        check_model(ClampsData(), batch)
+    assert torch.equal(batch.observed, before.observed)
 
 
 def fitted(model: LatentModel) -> DualRateSVI:

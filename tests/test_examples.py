@@ -24,6 +24,7 @@ from ltm_pyro.config import Fast, Slow
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.export import load_datatree, save_datatree
+from ltm_pyro.inference.mcmc.target import setting
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.examples import BernoulliFactors, PoissonEffects
 
@@ -213,7 +214,8 @@ class Grid(Scalar):
 
 
 SHAPES = {**MODELS, "scalar": Scalar, "grid": Grid}
-FAMILIES = ("mean_field", "low_rank", "full_rank", "mixture", "flow", "delta")
+ENCODERS = ("amortized", "semi_amortized")
+FAMILIES = ("mean_field", "low_rank", "full_rank", "mixture", "flow", "delta", *ENCODERS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,11 +266,59 @@ def test_any_model_is_compared_and_saved(name: str, tmp_path: Path) -> None:
     assert loaded["observed_data"].equals(tree["observed_data"])
 
 
-@pytest.mark.parametrize("family", ["amortized", "semi_amortized"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_encoders_refuse_what_they_cannot_read(name: str, family: str) -> None:
-    with pytest.raises(InputError, match=r"no encoder for a \w+: .* guide with local parameters"):
-        ltm.build_guide(family, SHAPES[name]())
+def test_encoders_read_what_is_shown_and_covariates() -> None:
+    """Of counts; the posterior mean of a group with twice the counts is not that of the group."""
+    model = poisson()
+    batch = data(model)
+    state = torch.get_rng_state()
+    guide = ltm.build_guide("amortized", model)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for p in guide.shared_parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+    def mean(x: Tensor, design: Tensor) -> Tensor:
+        guide.reset(Batch(x, batch.mask, covariates={"design": design}))
+        return guide.posterior().mean.detach()
+
+    x, design = batch.observed, batch.covariates["design"]
+    plain = mean(x, design)
+    EXACT.assert_close(mean(torch.where(batch.mask, x, 7.0), design), plain)
+    for other in (mean(2 * x, design), mean(x, design + 1.0)):
+        assert ((other - plain).abs().amax((1, 2)) > 1e-3).all()
+    with pytest.raises(InputError, match="x has 5 numbers a row: this encoder was made for 8"):
+        guide.reset(Batch(x[:, :5], covariates={"design": design[:, :5]}))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_refuse_what_has_no_shape(family: str) -> None:
+    model = Scalar()
+    model.x_shape = None
+    with pytest.raises(InputError, match=r"no encoder for a Scalar.* x_shape"):
+        ltm.build_guide(family, model)
+
+
+def test_one_latent_dimension_and_a_rate_that_vanishes() -> None:
+    """Chains go where a rate is 0, which Pyro refuses: there the density is 0, and no mistake."""
+
+    class Steep(Scalar):
+        x_shape = (3,)
+
+        def prior(self) -> TorchDistribution:
+            return dist.Normal(torch.zeros(1, 1), 1.0).to_event(2)
+
+        def likelihood(self, z: Tensor, batch: Batch) -> TorchDistribution:
+            rate = (10.0 * z.sum((-2, -1))).exp()[..., None].expand(*z.shape[:-2], 3)
+            counts = dist.ZeroInflatedPoisson(rate, gate=torch.tensor(0.2))
+            return counts.mask(batch.mask).to_event(1)
+
+    model, batch = Steep(), Batch(torch.tensor([[0.0, 3.0, 2.0], [1.0, 1.0, 0.0]]))
+    post = ltm.DualRateSVI(model, "low_rank", Fast(steps=4)).infer(batch)
+    assert post.parameters["factor"].shape == (2, 1, 1, 1)
+    with setting(model, batch, post) as chains:
+        state = chains.target(chains.log_joint)(torch.full((1, 2, 1), -20.0))
+        assert (state.log_density(torch.ones(1, 2)) == -torch.inf).all()
 
 
 def test_written_rows_have_the_masks_and_covariates_of_others() -> None:

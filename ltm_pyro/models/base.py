@@ -176,9 +176,11 @@ class LatentModel(Program, ABC):
     @property
     def thought_shape(self) -> tuple[int, int]:
         """(K, D)."""
-        event = tuple(self.prior().event_shape)
+        event = tuple(getattr(self.prior(), "event_shape", ()))
         if len(event) != 2:
-            raise InputError(f"prior() of {type(self).__name__} draws {event}: must be (K, D)")
+            raise InputError(
+                f"prior() of {type(self).__name__} draws {event}: must be a distribution of (K, D)"
+            )
         return event
 
     def _facts(self) -> dict[str, object]:
@@ -212,4 +214,12 @@ FIRST_USE.append(_hold_to_contract)
 def exact_evidence(model: LatentModel, batch: Batch) -> Tensor | None:
     """Log p(x) in nats, (B,), from a model that knows it exactly; `None` from one that does not."""
     log_evidence: Any = getattr(model, "log_evidence", None)
-    return None if log_evidence is None else log_evidence(batch)
+    if log_evidence is None:
+        return None
+    found: Tensor = log_evidence(batch)
+    if found.shape != (len(batch),):
+        raise InputError(
+            f"log_evidence of {type(model).__name__} is {tuple(found.shape)}: must be one number "
+            f"per row, ({len(batch)},)"
+        )
+    return found

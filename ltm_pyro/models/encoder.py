@@ -1,7 +1,7 @@
 """Encoders: networks that read a sequence and answer with numbers for each of its thoughts.
 
     tokens: embed -> n x [RMSNorm -> self-attention, RMSNorm -> SwiGLU] -> K queries cross-attend
-    reals:  (x * mask, mask) -> linear map + two-layer perceptron
+    others: x, mask and covariates in one row of numbers -> linear map + two-layer perceptron
 
 Only what the mask shows enters. The last linear map starts at zero, and so does every answer.
 Shapes: B rows, T positions, H width, K thoughts, D thought width.
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltm_pyro.checks import MOST, refuse_too_large, whole_number
+from ltm_pyro.data.batches import Batch
 from ltm_pyro.errors import InputError
 from ltm_pyro.models.base import LatentModel
 from ltm_pyro.models.decoder import SwiGLU, rotary_angles, rotate
 from ltm_pyro.models.latent_thought import LatentThoughtModel
-from ltm_pyro.models.linear_gaussian import LinearGaussian
 
 _MOST_LAYERS = 256
 
@@ -31,10 +31,11 @@ def build_encoder(
     """The encoder for a model's kind of sequences: (x (B, T), mask (B, T)) to (B, K, answers * D).
 
     Args:
-        model: Tells what a sequence is: tokens (`LatentThoughtModel`) or reals (`LinearGaussian`).
+        model: Tells what it reads: tokens of a `LatentThoughtModel`; of any other model what `blank`
+            makes: the numbers of x, and covariates.
         answers: Numbers per dimension of a thought.
-        width: H; by default the decoder's for tokens, and 64 for reals.
-        layers: Transformer layers for tokens; hidden layers for reals.
+        width: H; by default the decoder's for tokens, and 64 for other models.
+        layers: Transformer layers for tokens; hidden layers for other models.
     """
     whole_number("encoder layers", layers, 1, _MOST_LAYERS)
     if width is not None:
@@ -54,12 +55,15 @@ def build_encoder(
         return TokenEncoder(
             config.vocab_size, width, config.n_heads, layers, thoughts, answers * dim
         )
-    if isinstance(model, LinearGaussian):
-        return VectorEncoder(len(model.W), width or 64, layers, thoughts, answers * dim)
-    raise InputError(
-        f"no encoder for a {type(model).__name__}: amortised guides read the tokens of a "
-        "LatentThoughtModel or the reals of a LinearGaussian; use a guide with local parameters"
-    )
+    try:
+        with torch.random.fork_rng(devices=[]):  # it may make covariates up
+            blank = model.blank(1)
+    except InputError as error:
+        raise InputError(
+            f"no encoder for a {type(model).__name__}, which does not tell the shape of x: set its "
+            "attribute x_shape, or use a guide with local parameters"
+        ) from error
+    return VectorEncoder(blank, width or 64, layers, thoughts, answers * dim)
 
 
 def _start(*linear: nn.Linear) -> None:
@@ -171,15 +175,19 @@ class TokenEncoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """Linear map plus perceptron over real vectors.
+    """Linear map plus perceptron over x, mask and covariates of a row, as one vector.
 
-    The linear map is there because a linear-Gaussian posterior's mean is linear in x. `inputs` is
-    Dx, `width` and `layers` are of hidden units, and `outputs` numbers per thought.
+    The linear map is there because a linear-Gaussian posterior's mean is linear in x. `blank` tells
+    the shape of x and the covariates to read; `width` and `layers` are of hidden units, and
+    `outputs` numbers per thought.
     """
 
-    def __init__(self, inputs: int, width: int, layers: int, thoughts: int, outputs: int) -> None:
+    def __init__(self, blank: Batch, width: int, layers: int, thoughts: int, outputs: int) -> None:
         super().__init__()
         self.thoughts = thoughts
+        self.shapes = {name: value.shape[1:] for name, value in blank.covariates.items()}
+        self.inputs = blank.mask[0].numel()
+        inputs = self.inputs + sum(shape.numel() for shape in self.shapes.values())
         self.linear = nn.Linear(2 * inputs, thoughts * outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -192,6 +200,31 @@ class VectorEncoder(nn.Module):
         self.hidden = nn.Sequential(*hidden)
         self.head = nn.Linear(width, thoughts * outputs, bias=False)
         nn.init.zeros_(self.head.weight)
+
+    def row_of_numbers(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is read of a batch, and which of it is there, (B, Dx) each.
+
+        Raises:
+            InputError: if x or a covariate is not of the shape that the encoder was made for.
+        """
+        mask = batch.mask.flatten(1) if batch.mask.dim() > 1 else batch.mask[:, None]
+        x = torch.where(mask, batch.observed.reshape(mask.shape), 0).to(self.linear.weight)
+        if mask.shape[1] != self.inputs:
+            raise InputError(
+                f"x has {mask.shape[1]} numbers a row: this encoder was made for {self.inputs}; "
+                "pad and mask x"
+            )
+        parts = []
+        for name, shape in self.shapes.items():
+            value = batch.covariates[name]
+            if value.shape[1:] != shape:
+                raise InputError(
+                    f"covariate {name!r} is {tuple(value.shape[1:])} a row: this encoder was made "
+                    f"for {tuple(shape)}"
+                )
+            parts.append(value.reshape(len(batch), -1).to(x))
+        known = torch.cat((x, *parts), dim=-1)
+        return known, F.pad(mask, (0, known.shape[1] - self.inputs), value=True)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Reals and mask, (B, Dx) each, to (B, K, outputs)."""

@@ -17,10 +17,11 @@ class Amortized(EncodingGuide):
     Kingma & Welling (2014, section 2). There are no local parameters, so the fast clock has nothing
     to do, and a fresh encoder answers with the standard normal whatever it reads: all learning is
     on the slow clock (`svi.fit`, `svi.step` or `svi.fit_guide`). For tokens the encoder is a
-    bidirectional Transformer, for the linear-Gaussian model a linear map with a perceptron.
+    bidirectional Transformer, for any other model a linear map with a perceptron over x, mask and
+    those covariates that the model's `blank` makes up.
 
     Args:
-        width: H of the encoder; by default the decoder's, or 64 for real-valued x.
+        width: H of the encoder; by default the decoder's, or 64 for other models than tokens'.
         layers: Layers of the encoder.
     """
 

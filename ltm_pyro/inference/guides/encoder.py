@@ -10,14 +10,14 @@ from torch import Tensor
 from ltm_pyro.data.batches import Batch
 from ltm_pyro.inference.guides.base import LocalGuide
 from ltm_pyro.models.base import LatentModel
-from ltm_pyro.models.encoder import build_encoder
+from ltm_pyro.models.encoder import VectorEncoder, build_encoder
 
 
 class EncodingGuide(LocalGuide):
     """A factorised normal that starts from an encoder's answer; not a family by itself.
 
     Args:
-        model: A model over tokens or reals; see `build_encoder`.
+        model: The model; see `build_encoder` for what is read.
         width: H of the encoder.
         layers: Its layers.
     """
@@ -28,7 +28,12 @@ class EncodingGuide(LocalGuide):
         self._kept: tuple[list[Tensor], list[tuple[int, int]], Tensor] | None = None
 
     def initial_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`x` with what the mask hides set to 0, and `mask`, each (B, T)."""
+        """`x` with what the mask hides set to 0, and `mask`, each (B, T).
+
+        For a model of another kind than tokens, covariates stand behind x.
+        """
+        if isinstance(self.encoder, VectorEncoder):
+            return dict(zip(("x", "mask"), self.encoder.row_of_numbers(batch), strict=True))
         return {"x": torch.where(batch.mask, batch.observed, 0), "mask": batch.mask}
 
     def encoded(self) -> tuple[Tensor, Tensor]:

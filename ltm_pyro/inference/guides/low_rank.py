@@ -30,16 +30,19 @@ class LowRank(LocalGuide):
     density factors, I + A'A, is never singular. With r = K * D every covariance can be reached.
 
     Args:
-        rank: r, from 1 to K * D.
+        rank: r, from 1 to K * D; by default 2, or 1 where z has one dimension.
         init_log_variance: Log of the marginal variances at the start. 0 is the standard normal
             prior's.
 
     Local parameters: `loc` and `log_variance` (B, K, D), `factor` (B, K, D, r).
     """
 
-    def __init__(self, model: LatentModel, rank: int = 2, init_log_variance: float = 0.0) -> None:
+    def __init__(
+        self, model: LatentModel, rank: int | None = None, init_log_variance: float = 0.0
+    ) -> None:
         n_thoughts, dim = model.thought_shape
         size = n_thoughts * dim
+        rank = min(2, size) if rank is None else rank
         limit = f"the dimension of the thoughts, K * D = {n_thoughts} * {dim}"
         whole_number("rank", rank, 1, size, limit=limit)
         super().__init__(model)

@@ -36,7 +36,7 @@ class SemiAmortized(EncodingGuide):
     a stored q moves with the encoder.
 
     Args:
-        width: H of the encoder; by default the decoder's, or 64 for real-valued x.
+        width: H of the encoder; by default the decoder's, or 64 for other models than tokens'.
         layers: Layers of the encoder.
 
     Local parameters: `loc_offset` and `log_variance_offset`, each (B, K, D).

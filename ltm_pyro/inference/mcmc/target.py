@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -80,7 +81,8 @@ class Target:
     def __call__(self, z: Tensor) -> State:
         """Terms and gradients at z (C, B, N), which must be finite."""
         self.evaluations += 1
-        with torch.enable_grad():
+        # Out there a rate may overflow: such a proposal is refused, and is no one's mistake.
+        with torch.enable_grad(), pyro.validation_enabled(False):
             leaf = z.detach().unflatten(-1, self.shape).requires_grad_()
             values = self.terms(leaf)
             # Terms may share what comes before the last of them, and a compiled likelihood, which
