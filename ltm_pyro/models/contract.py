@@ -84,6 +84,7 @@ def _run(clause: Clause, model: LatentModel, batch: Batch) -> None:
     devices = [] if model.device.type == "cpu" else [model.device]
     with (
         poutine.block(),  # no handler of the caller's sees the program, or counts it
+        pyro.get_param_store().scope(),
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         pyro.validation_enabled(True),
