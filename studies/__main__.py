@@ -23,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         study = Study.load(options.name, smoke=options.smoke, data=options.data, out=options.out)
-        study.run(row=options.row)
+        if options.row is None:
+            study.run()
+        else:
+            print(study.anew(options.row).T.to_string(header=False))
     except InputError as error:
         print(f"studies: error: {error}", file=sys.stderr)
         return 2

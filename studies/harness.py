@@ -31,6 +31,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +94,7 @@ class Study:
         """
         if name not in names():
             raise unknown_name("study", name, names())
-        plan = yaml.safe_load((HOME / f"{name}.yaml").read_text("utf-8"))
+        plan = _plan(name)
         if smoke:
             plan = {**plan, **plan["smoke"]}
         wanted = plan.get("data")
@@ -118,23 +119,26 @@ class Study:
             command=command,
         )
 
-    def run(self, row: int | None = None) -> pd.DataFrame:
-        """Computes what is missing, then writes `table.csv`, `figure.png` and `README.md`.
+    def run(self) -> pd.DataFrame:
+        """Computes what is missing, then writes `table.csv`, `figure.png` and `README.md`."""
+        for settings in tqdm(self.cells, desc=self.name, unit="cell"):
+            self._computed(settings)
+        return self._written()
 
-        Args:
-            row: Compute the cell that made this row of the table anew, and nothing else.
+    def anew(self, row: int) -> pd.DataFrame:
+        """The rows of the cell that made row `row` of the table, computed anew.
+
+        The table may be one that came with the repository, without cells: it then stays as it is.
 
         Raises:
-            InputError: if there is no such row.
+            InputError: if there is no such row, or its settings are no cell's any more.
         """
-        todo = self.cells if row is None else [self._cell_of(row)]
-        if row is not None:
-            self._kept(todo[0]).unlink(missing_ok=True)
-        for settings in tqdm(todo, desc=self.name, unit="cell"):
-            self._computed(settings)
-        table = self._table()
-        self._write(table)
-        return table
+        settings = self._cell_of(row)
+        self._kept(settings).unlink(missing_ok=True)
+        rows = self._computed(settings)
+        if all(self._kept(each).exists() for each in self.cells):
+            self._written()
+        return pd.DataFrame(rows)
 
     def _computed(self, settings: Settings) -> list[dict[str, Any]]:
         """The rows of one cell, computed if they are not there."""
@@ -166,31 +170,37 @@ class Study:
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
         return [[name, info.st_size, info.st_mtime_ns] for name, info in stats]
 
-    def _table(self) -> pd.DataFrame:
-        rows = [row for each in self.cells for row in self._finished(each)]
-        return pd.DataFrame(rows)
-
-    def _finished(self, settings: Settings) -> list[dict[str, Any]]:
-        return self._computed(settings) if self._kept(settings).exists() else []
-
     def _cell_of(self, row: int) -> Settings:
-        """The cell that row `row` of the table comes from."""
-        owners = [each for each in self.cells for _ in self._finished(each)]
-        if not 0 <= row < len(owners):
-            raise InputError(f"--row {row}: the table has rows 0 to {len(owners) - 1}")
-        return owners[row]
+        """The cell that row `row` of the table comes from: the one with its settings."""
+        path = self.out / "table.csv"
+        if not path.exists():
+            raise InputError(f"--row {row}: {str(path)!r} is not there yet; leave --row out first")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not 0 <= row < len(table):
+            raise InputError(f"--row {row}: the table has rows 0 to {len(table) - 1}")
+        told = table.iloc[row].to_dict()
+        differing = [_differing(told, cell) for cell in self.cells]
+        # A cell may name one of its several rows otherwise: a reference beside what it varies.
+        if not differing or min(differing) > 1:
+            raise InputError(
+                f"--row {row}: no cell of studies/{self.name}.yaml has its settings: give --data "
+                "if it reads a corpus, or run the study anew"
+            )
+        return self.cells[differing.index(min(differing))]
 
-    def _write(self, table: pd.DataFrame) -> None:
+    def _written(self) -> pd.DataFrame:
+        """What all finished cells come to, as files too."""
+        kept = [self._kept(each) for each in self.cells]
+        done = [json.loads(path.read_text("utf-8")) for path in kept if path.exists()]
+        table = pd.DataFrame([row for each in done for row in each["rows"]])
         self.out.mkdir(parents=True, exist_ok=True)
         table.to_csv(self.out / "table.csv", index=False, float_format="%.6g")
         with mpl.rc_context({"backend": "Agg"}):
             self.code.figure(table).savefig(self.out / "figure.png", dpi=110, bbox_inches="tight")
-        kept = [self._kept(each) for each in self.cells]
-        seconds = sum(json.loads(p.read_text("utf-8"))["seconds"] for p in kept if p.exists())
-        done = sum(p.exists() for p in kept)
+        seconds = sum(each["seconds"] for each in done)
         seeds = sorted({each["seed"] for each in self.cells})
         made = (
-            f"Made by `{self.command}`: {done} of {len(kept)} cells, seeds {seeds}, "
+            f"Made by `{self.command}`: {len(done)} of {len(kept)} cells, seeds {seeds}, "
             f"{seconds / 60:.0f} minutes in all on {torch.get_num_threads()} thread(s) of "
             f"{os.cpu_count()} cores ({platform.machine()}, no GPU), ltm_pyro "
             f"{ltm_pyro.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}."
@@ -198,6 +208,7 @@ class Study:
         said = [self.code.paragraph(table).strip(), self.chosen]
         text = [f"# {self.question}", *filter(None, said), "![figure](figure.png)", made]
         (self.out / "README.md").write_text("\n\n".join(text) + "\n", "utf-8")
+        return table
 
 
 def _has_its_corpus(cell: Settings, data: Path | None) -> bool:
@@ -215,3 +226,40 @@ def _cells(plan: dict[str, Any]) -> list[Settings]:
         for values in itertools.product(*grid.values())
         for seed in plan["seeds"]
     ]
+
+
+def _differing(told: Mapping[str, str], cell: Settings) -> int:
+    """How many settings of a cell are others in a row of the table; lists make several rows."""
+    shared = [n for n, value in cell.items() if n in told and not isinstance(value, list)]
+    return sum(_text(told[name]) != _text(cell[name]) for name in shared)
+
+
+def _text(value: Any) -> str:
+    """A setting as a table tells it: numbers with six digits, whatever their type."""
+    if isinstance(value, dict):
+        value = value.get("name", value)
+    try:
+        return f"{float(str(value)):.6g}"
+    except ValueError:
+        return "" if value is None else str(value)
+
+
+def _plan(name: str) -> dict[str, Any]:
+    """What `studies/NAME.yaml` says.
+
+    Raises:
+        InputError: if it is no YAML, or lacks something.
+    """
+    file = f"studies/{name}.yaml"
+    try:
+        plan = yaml.safe_load((HOME / f"{name}.yaml").read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    needed = {"question": str, "seeds": list, "smoke": dict}
+    for key, kind in needed.items():
+        if not isinstance(plan, dict) or not isinstance(plan.get(key), kind):
+            raise InputError(f"{file} needs {key!r}, a {kind.__name__}: see studies/harness.py")
+    grid = plan.get("grid") or {}
+    if not isinstance(grid, dict) or not all(isinstance(each, list) for each in grid.values()):
+        raise InputError(f"{file}: grid must hold a list of values for each setting")
+    return plan

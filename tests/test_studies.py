@@ -15,6 +15,8 @@ from studies.__main__ import main
 from studies.common import config_of, train_both, with_errors
 from studies.wikitext import articles
 
+RESULTS = harness.HOME / "results"
+
 TOY = """
 def cell(settings, data):
     if settings["seed"] == STOP:
@@ -84,6 +86,55 @@ def test_one_row_is_computed_anew(toy: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
     assert main(["toy", "--row", "3"]) == 0
     assert sum("mark" not in json.loads(path.read_text()) for path in kept) == 1
+
+
+def test_a_row_of_a_table_without_cells_is_computed_anew(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a fresh clone; the other rows stay."""
+    import studies.toy
+
+    studies.toy.STOP = None
+    assert main(["toy"]) == 0
+    out = toy / "results/toy"
+    for path in (out / "cells").glob("*.json"):
+        path.unlink()
+    before = (out / "table.csv").read_text()
+    assert main(["toy", "--row", "7"]) == 0  # n = 2, seed 0, the second of its rows
+    assert (out / "table.csv").read_text() == before
+    (path,) = (out / "cells").glob("*.json")
+    assert [row["n"] for row in json.loads(path.read_text())["rows"]] == [2, 2]
+    assert "double" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [n for n in harness.names() if (RESULTS / n).exists()])
+def test_each_row_of_a_result_belongs_to_one_cell(name: str, tmp_path: Path) -> None:
+    """So that `--row` finds it."""
+    plan = yaml.safe_load((harness.HOME / f"{name}.yaml").read_text())
+    wanted = plan.get("data") or []
+    cells = [str(value) for value in (plan.get("grid") or {}).get("corpus.name", [])]
+    corpora = [wanted] if isinstance(wanted, str) else wanted
+    for corpus in (*corpora, *(c.removeprefix("DATA/") for c in cells if "DATA/" in c)):
+        (tmp_path / corpus).mkdir(parents=True, exist_ok=True)
+    study = harness.Study.load(name, data=tmp_path)
+    for row in range(len(pd.read_csv(RESULTS / name / "table.csv"))):
+        study._cell_of(row)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("a: [1", "no YAML"), ("- 1", "question"), ("{question: Q?, smoke: {}}", "seeds"),
+     ("{question: Q?, seeds: [0], smoke: {}, grid: {n: 1}}", "grid")],
+)  # fmt: skip
+def test_a_malformed_plan_is_refused(
+    toy: Path, text: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy / "toy.yaml").write_text(text)
+    assert main(["toy"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "toy.yaml" in told
+    assert named in told
 
 
 @pytest.mark.parametrize(
