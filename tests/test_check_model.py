@@ -392,6 +392,7 @@ def test_a_program_that_never_asks_for_check_model_is_refused_too() -> None:
     assert "ContractError" in done.stderr
     assert "log_likelihood" in done.stderr
 
+
 def test_other_mistakes_are_one_line_too() -> None:
     class NoSuper(Counts):
         def __init__(self) -> None:

@@ -31,8 +31,8 @@ def build_encoder(
     """The encoder for a model's kind of sequences: (x (B, T), mask (B, T)) to (B, K, answers * D).
 
     Args:
-        model: Tells what it reads: tokens of a `LatentThoughtModel`; of any other model what `blank`
-            makes: the numbers of x, and covariates.
+        model: Tells what it reads: tokens of a `LatentThoughtModel`; of any other model the numbers
+            of x, and the covariates that its `blank` makes.
         answers: Numbers per dimension of a thought.
         width: H; by default the decoder's for tokens, and 64 for other models.
         layers: Transformer layers for tokens; hidden layers for other models.
