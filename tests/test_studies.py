@@ -123,8 +123,8 @@ def test_each_row_of_a_result_belongs_to_one_cell(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("a: [1", "no YAML"), ("- 1", "question"), ("{question: Q?, smoke: {}}", "seeds"),
-     ("{question: Q?, seeds: [0], smoke: {}, grid: {n: 1}}", "grid")],
+    [("a: [1", "no YAML"), ("- 1", "question"), ("{question: Q, smoke: {}}", "seeds"),
+     ("{question: Q, seeds: [0], smoke: {}, grid: {n: 1}}", "grid")],
 )  # fmt: skip
 def test_a_malformed_plan_is_refused(
     toy: Path, text: str, named: str, capsys: pytest.CaptureFixture[str]

@@ -50,7 +50,7 @@ def prior_has_a_shape(model: LatentModel, batch: Batch) -> None:
         )
     far = 8.0 * torch.randn(_DRAWS, *event, device=model.device)
     with suppress(NotImplementedError):
-        if not bool(prior.support.check(far).all()):
+        if prior.support is not None and not bool(prior.support.check(far).all()):
             raise _broken(
                 model,
                 f"prior() has support {shown(str(prior.support))}, expected all of R^(K x D), as "
