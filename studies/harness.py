@@ -178,7 +178,7 @@ class Study:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         if not 0 <= row < len(table):
             raise InputError(f"--row {row}: the table has rows 0 to {len(table) - 1}")
-        told = table.iloc[row].to_dict()
+        told = dict(zip(table.columns, table.iloc[row], strict=True))
         differing = [_differing(told, cell) for cell in self.cells]
         # A cell may name one of its several rows otherwise: a reference beside what it varies.
         if not differing or min(differing) > 1:
