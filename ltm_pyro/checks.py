@@ -103,12 +103,13 @@ def whole_number(
 def log_variance(value: object) -> float:
     """`value`, known to be a log variance that a fit can start from; `InputError` else."""
     widest = WIDEST_LOG_VARIANCE
-    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= widest:
+    number = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= widest:  # type: ignore[operator]
         raise InputError(
             f"init_log_variance is {shown(value)}: must be a finite number from {-widest:g} to "
             f"{widest:g}"
         )
-    return float(value)
+    return float(number)
 
 
 def switch(name: str, value: object) -> bool:
