@@ -39,7 +39,7 @@ from ltm_pyro.run.files import json_bytes, write_atomic
 
 T = TypeVar("T")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-SHAPES = {"nano": (8, 256), "tiny": (8, 256), "ltm-small": (1, 256), "ltm-large": (1, 256)}
+SHAPES = {"nano": (8, 1024), "tiny": (8, 256), "ltm-small": (1, 256), "ltm-large": (1, 256)}
 """Batch size and length; the paper's on a short batch, or they would take hours on a CPU."""
 USUAL = ("nano", "tiny", "ltm-small")
 SHORT_LOOP = 4

@@ -6,8 +6,8 @@
 For each number of rows, in a process of its own: one row per sequence of nano's mean field with
 Adam's moments; gather, load into guide and optimiser, and scatter of a batch of 8 random rows
 (medians), with a warm page cache and after the file was put out of it; a checkpoint after 50
-batches; peak memory. The nano step is `DualRateSVI.step` (B = 8, T_fast = 8), alternating with the
-measured calls.
+batches; peak memory. The nano step is `DualRateSVI.step` (B = 8, the preset's T_fast), alternating
+with the measured calls.
 """
 
 from __future__ import annotations

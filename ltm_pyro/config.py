@@ -283,14 +283,19 @@ class FitConfig:
 
 
 _ANNEALED = Slow(kl_start=0.02)
-_LATE_THOUGHTS = Slow(thoughts_start=0.7, kl_start=0.02, kl_hold=0.76, kl_full=0.9)
 
 PRESETS: dict[str, FitConfig] = {
-    # A demonstration in minutes on two cores: most slow steps train the decoder alone, cheaply.
+    # A demonstration in minutes on two cores, by the recipe at which thoughts pay on text
+    # (docs/recipes.md): long sequences, of which a small decoder sees few tokens at a time, and
+    # thoughts that join when it has learned what those tell.
     "nano": FitConfig(
         preset="nano",
-        model=ModelConfig(seq_len=256),
-        fast=Fast(steps=8), slow=_LATE_THOUGHTS, steps=450, batch_size=8, eval_draws=32,
+        model=ModelConfig(
+            seq_len=1024, n_layers=2, width=64, mlp_hidden=172, window=8, thought_dim=8
+        ),
+        fast=Fast(steps=4),
+        slow=Slow(lr=6e-3, final_fraction=0.02, thoughts_start=0.7),
+        steps=1200, batch_size=8, eval_sequences=128, eval_draws=32,
     ),
     # The synthetic corpus whose exact likelihood is known: only thoughts can tell its classes, and
     # a prior of clusters has their shape; N(0, I) costs nats of KL for where the clusters lie.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cli_helpers import MICRO, environment, program, run_program, write_text
 
-from ltm_pyro import __version__, cli
+from ltm_pyro import __version__
 from ltm_pyro.cli import COMMANDS, main
 from ltm_pyro.cli.artefacts import FILES, write_posterior
 from ltm_pyro.cli.fit import _parser
@@ -513,10 +513,3 @@ def test_every_preset_fits_as_it_stands(tmp_path, name, no_figures, capsys):
     recorded = load_run(tmp_path / "run").config
     assert recorded.preset == name
     assert recorded.corpus.tokenizer == PRESETS[name].corpus.tokenizer
-
-
-def test_options_may_be_written_with_hyphens() -> None:
-    words = ["--as-published", "--model.n-layers=a-b", "--prompt", "a-b", "-1", "--seed", "--"]
-    assert [cli._option(word) for word in words] == [
-        "--as_published", "--model.n_layers=a-b", "--prompt", "a-b", "-1", "--seed", "--"
-    ]  # fmt: skip

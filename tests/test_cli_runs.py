@@ -142,6 +142,7 @@ WRONG = {
     "evaluate RUN --corpus OTHER --per letter": "unit",
     "evaluate RUN --corpus mixture": "mixture",
     "evaluate RUN --corpus OTHER --as_published": "as_published",
+    "evaluate RUN --corpus OTHER --as-published": "as_published",
     "evaluate RUN --tokenizer bytes": "tokenizer",
     "watch none --once": "no run folder",
     "watch RUN --every 0": "every",

@@ -406,7 +406,7 @@ def test_two_given_guides_of_one_family_have_names_of_their_own() -> None:
     given = [build_guide("amortized", oracle) for _ in range(2)]
     found = compare(oracle, oracle.simulate(4), given, budget=4, draws=4, gaps=False)
     assert found.dataset["guide"].values.tolist() == ["amortized (given)", "amortized (given, 2)"]
-    assert "this fit of" in in_words(difference(np.ones((1, 4)), np.zeros((1, 4))), 1, "a", "b")
+    assert "this fit of" in in_words(difference(np.ones((1, 6)), np.zeros((1, 6))), 1, "a", "b")
 
 
 def test_nothing_is_printed_where_it_is_quick(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,9 @@ SMALL = ModelConfig(
     vocab_size=64, seq_len=96, n_layers=2, width=32, n_heads=2, mlp_hidden=88, window=8,
     thoughts_per_layer=2, thought_dim=8,
 )  # fmt: skip
-SHORT = replace(PRESETS["nano"].model, seq_len=128)
+SHORT = ModelConfig()
 VARIANTS = {
-    "nano": SHORT,
+    "banded attention": SHORT,
     "full attention": replace(SHORT, window=128),
     "window of one token": replace(SHORT, window=1),
     "ragged blocks": replace(SHORT, seq_len=100, window=30),

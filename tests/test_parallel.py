@@ -200,13 +200,13 @@ def test_a_lost_process_is_named(lost, told):
 
 def test_who_has_ended_is_known():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert group._alive(child.pid)
+    assert group.alive(child.pid)
     child.kill()
     deadline = time.monotonic() + 10
-    while group._alive(child.pid):  # not buried yet, and gone all the same
+    while group.alive(child.pid):  # not buried yet, and gone all the same
         assert time.monotonic() < deadline
     child.wait()
-    assert not group._alive(child.pid)
+    assert not group.alive(child.pid)
 
 
 # --- the command line ------------------------------------------------------------------------

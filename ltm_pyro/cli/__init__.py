@@ -123,19 +123,11 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     processes.refuse_alone(command)
-    modules, rest = _imports([_option(word) for word in rest])
+    modules, rest = _imports(rest)
     load_plugins(modules)
     with processes.one_voice(), processes.connected():
         status: int = importlib.import_module(f"ltm_pyro.cli.{command}").run(rest)
     return status
-
-
-def _option(word: str) -> str:
-    """`--as-published` is `--as_published`; a value stays as it is."""
-    name, equals, value = word.partition("=")
-    return (
-        name.replace("-", "_").replace("__", "--", 1) + equals + value if name[:2] == "--" else word
-    )
 
 
 def _imports(rest: list[str]) -> tuple[tuple[str, ...], list[str]]:

@@ -48,8 +48,9 @@ class Parser(jsonargparse.ArgumentParser):
         self.add_argument(f"--{name}", type=kind, help=told, **more)
 
     def switch(self, name: str, told: str) -> None:
-        """An option without a value, off by default."""
-        self.add_argument(f"--{name}", action="store_true", help=told)
+        """An option without a value, off by default; `--a-b` is `--a_b`."""
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.add_argument(*spellings, action="store_true", help=told)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse does; `InputError` also for what none of its libraries can take."""

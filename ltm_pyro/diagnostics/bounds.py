@@ -37,7 +37,7 @@ from ltm_pyro.diagnostics.estimates import (
     sequence_coords,
     totals,
 )
-from ltm_pyro.diagnostics.psis import pareto_khat
+from ltm_pyro.diagnostics.psis import MIN_DRAWS, pareto_khat
 from ltm_pyro.doors import door
 from ltm_pyro.engine.processes import Parallel
 from ltm_pyro.errors import InputError
@@ -347,6 +347,8 @@ def _prediction(terms: Terms) -> dict[str, Tensor]:
 
 
 def _khat(log_weights: Tensor) -> Tensor:
+    if len(log_weights) < MIN_DRAWS:
+        return torch.full_like(log_weights[0], torch.nan)
     return torch.from_numpy(pareto_khat(log_weights.cpu().numpy()))
 
 
